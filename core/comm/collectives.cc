@@ -1,0 +1,478 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Collective calls, written once over exchange.
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/memory/memory.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/checked_int.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/communicator.h"
+#include "dsd/core/comm/communicator_internal.h"
+#include "dsd/core/comm/envelope.h"
+#include "dsd/core/comm/reduce.h"
+
+namespace dsd {
+namespace {
+
+// Up to here latency counts, and a tree is better than a pipeline.
+constexpr int64_t kSmallBroadcastBytes = 256 << 10;
+constexpr int64_t kChunkBytes = 4 << 20;
+constexpr int kChunksInFlight = 4;
+// A blob and its length ride in one envelope.
+constexpr int64_t kFirstBlobBytes = Envelope::kMaxInline - sizeof(int64_t);
+// All parts of an all-reduce that are not worth a second round.
+constexpr int64_t kSmallReduceBytes = 64 << 10;
+// What a reduction stages per rank that takes part, all together.
+constexpr int64_t kReduceStagingBytes = 4 << 20;
+
+absl::string_view OpName(ReduceOp op) {
+  switch (op) {
+    case ReduceOp::kSum:
+      return "sum";
+    case ReduceOp::kMin:
+      return "min";
+    case ReduceOp::kMax:
+      return "max";
+  }
+  return "?";
+}
+
+absl::Status CheckReduction(absl::string_view name, DType dtype, ReduceOp op) {
+  if (CanReduce(dtype, op)) return absl::OkStatus();
+  return absl::UnimplementedError(absl::StrCat(
+      name, ": there is no ", OpName(op), " of ", DTypeName(dtype)));
+}
+
+void Report(const CallOptions& options, int64_t done, int64_t total) {
+  if (options.progress) options.progress({done, total});
+}
+
+// Elements per rank of one step of a reduction, so that the staging memory of
+// `world_size` parts stays within its bound.
+int64_t ReduceStep(int world_size, int64_t item_size) {
+  return std::max<int64_t>(1, kReduceStagingBytes / world_size / item_size);
+}
+
+}  // namespace
+
+absl::Status Communicator::Lane::Barrier(const ActiveCall& active) {
+  const int size = core->size;
+  const int rank = core->rank;
+  for (int distance = 1; distance < size; distance *= 2) {
+    DSD_RETURN_IF_ERROR(Run({{(rank + distance) % size, {}}},
+                            {{(rank + size - distance) % size, {}}}, active));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Communicator::Lane::AllGather(
+    absl::Span<const absl::Span<std::byte>> parts, const ActiveCall& active) {
+  const int size = core->size;
+  const int rank = core->rank;
+  std::vector<SendOp> sends;
+  std::vector<RecvOp> recvs;
+  // Rotated, so that ranks do not all talk to the same one at a time.
+  for (int step = 1; step < size; ++step) {
+    const int to = (rank + step) % size;
+    const int from = (rank + size - step) % size;
+    sends.push_back({to, parts[rank]});
+    recvs.push_back({from, parts[from]});
+  }
+  return Run(sends, recvs, active);
+}
+
+absl::Status Communicator::Barrier(const CallOptions& options) {
+  DSD_ASSIGN_OR_RETURN(const auto active,
+                       lane_->Begin(Call("Barrier"), options, true));
+  return lane_->Barrier(*active);
+}
+
+absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
+                                     const CallOptions& options) {
+  if (root < 0 || root >= size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("Broadcast ", lane_->core->Here(), ": root ", root,
+                     " is not in [0, ", size(), ")"));
+  }
+  const int64_t bytes = static_cast<int64_t>(data.size());
+  DSD_ASSIGN_OR_RETURN(
+      const auto active,
+      lane_->Begin(
+          Call(absl::StrCat("Broadcast of ", bytes, " bytes from rank ", root)),
+          options, true));
+  const int world = size();
+  const int place = (rank() + world - root) % world;  // the root is 0
+  const auto rank_at = [&](int p) { return (p + root) % world; };
+
+  if (bytes <= kSmallBroadcastBytes) {
+    // Binomial tree: place p hears from p without its highest bit.
+    int bit = 1;
+    while (bit <= place) bit *= 2;
+    if (place > 0) {
+      DSD_RETURN_IF_ERROR(
+          lane_->Run({}, {{rank_at(place - bit / 2), data}}, *active));
+    }
+    std::vector<SendOp> sends;
+    for (; place + bit < world; bit *= 2) {
+      sends.push_back({rank_at(place + bit), data});
+    }
+    return lane_->Run(sends, {}, *active);
+  }
+
+  // A chain that passes chunks on while the next arrive.
+  const bool has_previous = place > 0;
+  const bool has_next = place + 1 < world;
+  const int64_t chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
+  const auto chunk = [&](int64_t i) {
+    return data.subspan(i * kChunkBytes, kChunkBytes);
+  };
+  std::deque<PendingExchange> arriving;
+  std::deque<PendingExchange> leaving;
+  int64_t posted = 0;
+  for (int64_t i = 0; i < chunks; ++i) {
+    if (has_previous) {
+      for (; posted < std::min(chunks, i + kChunksInFlight); ++posted) {
+        DSD_ASSIGN_OR_RETURN(
+            PendingExchange pending,
+            lane_->Start({}, {{rank_at(place - 1), chunk(posted)}}, *active));
+        arriving.push_back(std::move(pending));
+      }
+      DSD_RETURN_IF_ERROR(arriving.front().Wait());
+      arriving.pop_front();
+    }
+    if (has_next) {
+      if (leaving.size() == kChunksInFlight) {
+        DSD_RETURN_IF_ERROR(leaving.front().Wait());
+        leaving.pop_front();
+      }
+      DSD_ASSIGN_OR_RETURN(
+          PendingExchange pending,
+          lane_->Start({{rank_at(place + 1), chunk(i)}}, {}, *active));
+      leaving.push_back(std::move(pending));
+    }
+    Report(options, std::min(bytes, (i + 1) * kChunkBytes), bytes);
+  }
+  for (PendingExchange& pending : leaving) {
+    DSD_RETURN_IF_ERROR(pending.Wait());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Communicator::AllGather(
+    absl::Span<const std::byte> mine,
+    absl::Span<const absl::Span<std::byte>> parts, const CallOptions& options) {
+  const std::string where =
+      absl::StrCat("AllGather ", lane_->core->Here(), ": ");
+  if (static_cast<int>(parts.size()) != size()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        where, parts.size(), " parts, expected one per rank, ", size()));
+  }
+  if (parts[rank()].size() != mine.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, "part ", rank(), " has ", parts[rank()].size(),
+                     " bytes, expected ", mine.size(), ", as this rank gives"));
+  }
+  DSD_ASSIGN_OR_RETURN(const auto active,
+                       lane_->Begin(Call("AllGather"), options, true));
+  if (!mine.empty() && parts[rank()].data() != mine.data()) {
+    std::memcpy(parts[rank()].data(), mine.data(), mine.size());
+  }
+  return lane_->AllGather(parts, *active);
+}
+
+absl::StatusOr<std::vector<std::string>> Communicator::AllGatherBlobs(
+    absl::string_view mine, int64_t max_bytes_each,
+    const CallOptions& options) {
+  const int world = size();
+  if (max_bytes_each < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("AllGatherBlobs: max_bytes_each is ", max_bytes_each));
+  }
+  DSD_ASSIGN_OR_RETURN(
+      const auto active,
+      lane_->Begin(Call("AllGatherBlobs", {max_bytes_each}), options, true));
+
+  // First all lengths with the heads, in one message each; then the tails.
+  const int64_t head = std::min<int64_t>(kFirstBlobBytes, max_bytes_each);
+  const size_t slot_bytes = sizeof(int64_t) + head;
+  std::vector<std::byte> slots(slot_bytes * world);
+  std::vector<absl::Span<std::byte>> parts;
+  for (int r = 0; r < world; ++r) {
+    parts.push_back(absl::MakeSpan(slots).subspan(r * slot_bytes, slot_bytes));
+  }
+  const int64_t mine_bytes = static_cast<int64_t>(mine.size());
+  std::memcpy(parts[rank()].data(), &mine_bytes, sizeof(mine_bytes));
+  if (!mine.empty()) {
+    std::memcpy(parts[rank()].data() + sizeof(mine_bytes), mine.data(),
+                std::min(mine_bytes, head));
+  }
+  DSD_RETURN_IF_ERROR(lane_->AllGather(parts, *active));
+
+  std::vector<std::string> blobs(world);
+  std::vector<SendOp> sends;
+  std::vector<RecvOp> recvs;
+  for (int r = 0; r < world; ++r) {
+    int64_t bytes;
+    std::memcpy(&bytes, parts[r].data(), sizeof(bytes));
+    if (bytes < 0 || bytes > max_bytes_each) {
+      lane_->core->Fail(
+          absl::FailedPreconditionError(absl::StrCat(
+              "AllGatherBlobs in group \"", lane_->core->group, "\": rank ", r,
+              " gives ", bytes, " bytes, expected at most ", max_bytes_each)),
+          /*tell=*/true);
+      return lane_->core->ErrorDuring(active->call.text);
+    }
+    std::string& blob = blobs[r];
+    blob.resize(bytes);
+    if (bytes > 0) {
+      std::memcpy(blob.data(), parts[r].data() + sizeof(bytes),
+                  std::min(bytes, head));
+    }
+    if (bytes > head && r != rank()) {
+      recvs.push_back(
+          {r, absl::MakeSpan(reinterpret_cast<std::byte*>(blob.data() + head),
+                             bytes - head)});
+    }
+  }
+  if (mine_bytes > head) {
+    std::memcpy(blobs[rank()].data(), mine.data(), mine.size());
+    for (int step = 1; step < world; ++step) {
+      sends.push_back({(rank() + step) % world,
+                       absl::MakeConstSpan(reinterpret_cast<const std::byte*>(
+                                               mine.data() + head),
+                                           mine_bytes - head)});
+    }
+  }
+  if (!sends.empty() || !recvs.empty()) {
+    DSD_RETURN_IF_ERROR(lane_->Run(sends, recvs, *active));
+  }
+  return blobs;
+}
+
+absl::Status Communicator::ReduceScatter(absl::Span<const std::byte> input,
+                                         absl::Span<const int64_t> counts,
+                                         absl::Span<std::byte> output,
+                                         DType dtype, ReduceOp op,
+                                         const CallOptions& options) {
+  const std::string where =
+      absl::StrCat("ReduceScatter ", lane_->core->Here(), ": ");
+  const int world = size();
+  const int64_t item_size = ItemSize(dtype);
+  if (static_cast<int>(counts.size()) != world) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        where, counts.size(), " counts, expected one per rank, ", world));
+  }
+  std::vector<int64_t> offsets = {0};  // in bytes
+  int64_t longest = 0;
+  for (const int64_t count : counts) {
+    const std::optional<int64_t> bytes =
+        count < 0 ? std::nullopt : CheckedMul(count, item_size);
+    const std::optional<int64_t> end =
+        bytes ? CheckedAdd(offsets.back(), *bytes) : std::nullopt;
+    if (!end) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, "count ", count, " is out of range"));
+    }
+    offsets.push_back(*end);
+    longest = std::max(longest, count);
+  }
+  if (static_cast<int64_t>(input.size()) != offsets.back()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, "input has ", input.size(), " bytes, expected ",
+                     offsets.back(), " by its counts"));
+  }
+  const int64_t mine = counts[rank()];
+  if (static_cast<int64_t>(output.size()) != mine * item_size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, "output has ", output.size(), " bytes, expected ",
+                     mine * item_size, " (", mine, " ", DTypeName(dtype), ")"));
+  }
+  DSD_RETURN_IF_ERROR(CheckReduction("ReduceScatter", dtype, op));
+  DSD_ASSIGN_OR_RETURN(
+      const auto active,
+      lane_->Begin(Call(absl::StrCat("ReduceScatter of ", DTypeName(dtype),
+                                     " (", OpName(op), ")"),
+                        counts),
+                   options, true));
+
+  const int64_t step = ReduceStep(world, item_size);
+  const int64_t room = std::min(step, mine) * item_size;
+  std::vector<std::byte> staging(room * (world - 1));
+  std::vector<const std::byte*> parts(world);
+  for (int64_t begin = 0; begin < longest; begin += step) {
+    const auto elements = [&](int r) {
+      return std::clamp<int64_t>(counts[r] - begin, 0, step);
+    };
+    std::vector<SendOp> sends;
+    std::vector<RecvOp> recvs;
+    for (int distance = 1; distance < world; ++distance) {
+      const int to = (rank() + distance) % world;
+      const int from = (rank() + world - distance) % world;
+      if (elements(to) > 0) {
+        sends.push_back({to, input.subspan(offsets[to] + begin * item_size,
+                                           elements(to) * item_size)});
+      }
+      std::byte* const place = staging.data() + (distance - 1) * room;
+      if (elements(rank()) > 0) {
+        recvs.push_back(
+            {from, absl::MakeSpan(place, elements(rank()) * item_size)});
+      }
+      parts[from] = place;
+    }
+    parts[rank()] = input.data() + offsets[rank()] + begin * item_size;
+    DSD_RETURN_IF_ERROR(lane_->Run(sends, recvs, *active));
+    Reduce(parts, elements(rank()), dtype, op,
+           output.data() + begin * item_size);
+    Report(options, std::min(begin + step, longest) * item_size,
+           longest * item_size);
+  }
+  // A rank that gives and gets nothing must still not miss a disagreement.
+  if (longest == 0) return lane_->Barrier(*active);
+  return absl::OkStatus();
+}
+
+absl::Status Communicator::AllReduce(absl::Span<std::byte> data, DType dtype,
+                                     ReduceOp op, const CallOptions& options) {
+  const int world = size();
+  const int64_t item_size = ItemSize(dtype);
+  const int64_t bytes = static_cast<int64_t>(data.size());
+  if (bytes % item_size != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("AllReduce ", lane_->core->Here(), ": ", bytes,
+                     " bytes are no whole number of ", DTypeName(dtype)));
+  }
+  DSD_RETURN_IF_ERROR(CheckReduction("AllReduce", dtype, op));
+  const int64_t count = bytes / item_size;
+  DSD_ASSIGN_OR_RETURN(
+      const auto active,
+      lane_->Begin(Call(absl::StrCat("AllReduce of ", count, " ",
+                                     DTypeName(dtype), " (", OpName(op), ")")),
+                   options, true));
+
+  if (bytes * world <= kSmallReduceBytes) {
+    std::vector<std::byte> staging(data.size() * world);
+    std::vector<absl::Span<std::byte>> parts;
+    std::vector<const std::byte*> pointers;
+    for (int r = 0; r < world; ++r) {
+      parts.push_back(absl::MakeSpan(staging).subspan(r * bytes, bytes));
+      pointers.push_back(parts.back().data());
+    }
+    if (bytes > 0) std::memcpy(parts[rank()].data(), data.data(), bytes);
+    DSD_RETURN_IF_ERROR(lane_->AllGather(parts, *active));
+    Reduce(pointers, count, dtype, op, data.data());
+    return absl::OkStatus();
+  }
+
+  // Block after block: each rank reduces a slice, then all gather the slices.
+  const int64_t step = ReduceStep(world, item_size);
+  std::vector<std::byte> staging(std::min(step, count) * item_size *
+                                 (world - 1));
+  std::vector<const std::byte*> pointers(world);
+  for (int64_t begin = 0; begin < count; begin += step * world) {
+    const int64_t block = std::min(step * world, count - begin);
+    const int64_t slice = (block + world - 1) / world;
+    std::vector<absl::Span<std::byte>> slices;
+    for (int r = 0; r < world; ++r) {
+      const int64_t first = std::min(r * slice, block);
+      const int64_t last = std::min(first + slice, block);
+      slices.push_back(data.subspan((begin + first) * item_size,
+                                    (last - first) * item_size));
+    }
+    const absl::Span<std::byte> own = slices[rank()];
+    std::vector<SendOp> sends;
+    std::vector<RecvOp> recvs;
+    for (int distance = 1; distance < world; ++distance) {
+      const int to = (rank() + distance) % world;
+      const int from = (rank() + world - distance) % world;
+      std::byte* const place =
+          staging.data() + (distance - 1) * slice * item_size;
+      sends.push_back({to, slices[to]});
+      recvs.push_back({from, absl::MakeSpan(place, own.size())});
+      pointers[from] = place;
+    }
+    pointers[rank()] = own.data();
+    DSD_RETURN_IF_ERROR(lane_->Run(sends, recvs, *active));
+    Reduce(pointers, own.size() / item_size, dtype, op, own.data());
+    DSD_RETURN_IF_ERROR(lane_->AllGather(slices, *active));
+    Report(options, (begin + block) * item_size, bytes);
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> Communicator::OpenLane(
+    absl::string_view name, const CallOptions& options) {
+  constexpr int64_t kMaxNameBytes = 256;
+  if (name.empty() || static_cast<int64_t>(name.size()) > kMaxNameBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("OpenLane: the name has ", name.size(),
+                     " bytes, expected 1 to ", kMaxNameBytes));
+  }
+  Core& core = *lane_->core;
+  bool taken;
+  {
+    // Reserved at once: another thread may be opening one on another lane.
+    absl::MutexLock lock(&core.mu);
+    taken = !core.lane_names.insert(std::string(name)).second;
+  }
+  absl::StatusOr<std::vector<std::string>> names =
+      AllGatherBlobs(absl::StrCat(taken ? "taken " : "free ", name),
+                     kMaxNameBytes + 8, options);
+  DSD_RETURN_IF_ERROR(names) << "OpenLane(\"" << name << "\")";
+  bool taken_somewhere = false;
+  for (int r = 0; r < size(); ++r) {
+    const absl::string_view entry = (*names)[r];
+    const absl::string_view other = entry.substr(entry.find(' ') + 1);
+    if (other != name) {
+      core.Fail(absl::FailedPreconditionError(absl::StrCat(
+                    "ranks disagree: rank ", r, " opens lane \"", other,
+                    "\", rank ", rank(), " lane \"", name, "\"")),
+                /*tell=*/true);
+      return core.ErrorDuring("OpenLane");
+    }
+    taken_somewhere |= absl::StartsWith(entry, "taken ");
+  }
+  if (taken_somewhere) {
+    if (!taken) {
+      absl::MutexLock lock(&core.mu);
+      core.lane_names.erase(name);
+    }
+    return absl::AlreadyExistsError(
+        absl::StrCat("OpenLane ", core.Here(), ": there is a lane \"", name,
+                     "\" already; lanes of one group need different names"));
+  }
+  return absl::WrapUnique(new Communicator(std::make_unique<Lane>(
+      lane_->core, std::string(name), /*is_main=*/false)));
+}
+
+absl::Status Communicator::Shutdown(const CallOptions& options) {
+  Core& core = *lane_->core;
+  DSD_ASSIGN_OR_RETURN(const auto active,
+                       lane_->Begin(Call("Shutdown"), options, true));
+  DSD_RETURN_IF_ERROR(lane_->Barrier(*active));
+  if (!lane_->is_main) return absl::OkStatus();
+  if (core.membership != nullptr) {
+    const absl::Status left = core.membership->Leave(active->deadline);
+    if (absl::IsDeadlineExceeded(left)) {
+      return core.TimeIsOver(*active, -1);
+    }
+    if (!left.ok()) {
+      core.Fail(left, /*tell=*/false);
+      return core.ErrorDuring(active->call.text);
+    }
+  }
+  absl::MutexLock lock(&core.mu);
+  core.shut_down = true;
+  return absl::OkStatus();
+}
+
+}  // namespace dsd

@@ -1,0 +1,723 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/comm/communicator.h"
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <utility>
+
+#include "absl/memory/memory.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/communicator_internal.h"
+#include "dsd/core/comm/envelope.h"
+#include "dsd/core/comm/registry.h"
+#include "xxhash.h"
+
+namespace dsd {
+namespace {
+
+// Data connections often break a moment before the store knows who died.
+constexpr absl::Duration kVerdictPatience = absl::Seconds(1);
+constexpr absl::Duration kAskPatience = absl::Milliseconds(500);
+constexpr absl::Duration kCancelPeriod = absl::Milliseconds(20);
+constexpr absl::Duration kMaxTimeout = absl::Hours(24);
+constexpr size_t kMaxRanksNamed = 8;
+
+std::string Quoted(absl::string_view text) {
+  return absl::StrCat("\"", absl::Utf8SafeCHexEscape(text), "\"");
+}
+
+// A duration as a person would give it.
+std::string Rounded(absl::Duration duration) {
+  return absl::FormatDuration(
+      absl::Trunc(duration + absl::Microseconds(500), absl::Milliseconds(1)));
+}
+
+}  // namespace
+
+Call::Call(std::string t, absl::Span<const int64_t> terms)
+    : text(std::move(t)),
+      digest(XXH3_64bits_withSeed(terms.data(), terms.size() * sizeof(int64_t),
+                                  XXH3_64bits(text.data(), text.size()))) {}
+
+// --- Core ---
+
+Communicator::Core::~Core() {
+  std::unique_ptr<EnvThread> thread;
+  {
+    absl::MutexLock lock(&mu);
+    stopping = true;
+    thread = std::move(watcher);
+  }
+  thread.reset();
+  // Ends the callbacks into this object.
+  membership.reset();
+  absl::MutexLock lock(&mu);
+  cancellable = nullptr;
+}
+
+std::string Communicator::Core::Here() const {
+  return absl::StrCat("on rank ", rank, " of group ", Quoted(group));
+}
+
+absl::Status Communicator::Core::status() {
+  absl::MutexLock lock(&mu);
+  return error;
+}
+
+absl::Status Communicator::Core::Cancelled(absl::string_view call) const {
+  return absl::CancelledError(absl::StrCat(call, " was cancelled ", Here()));
+}
+
+absl::Status Communicator::Core::ErrorDuring(absl::string_view call) {
+  const absl::Status first = status();
+  absl::Status out(first.code(), absl::StrCat(first.message(), " during ", call,
+                                              " ", Here()));
+  first.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
+    out.SetPayload(url, payload);
+  });
+  return out;
+}
+
+absl::Status Communicator::Core::CheckAlive(absl::string_view call) {
+  absl::MutexLock lock(&mu);
+  if (!error.ok()) {
+    return absl::Status(error.code(),
+                        absl::StrCat(error.message(), "; ", call, " ", Here(),
+                                     " was not started"));
+  }
+  if (shut_down) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(call, " ", Here(), ": after Shutdown"));
+  }
+  return absl::OkStatus();
+}
+
+void Communicator::Core::Fail(const absl::Status& status, bool tell) {
+  {
+    absl::MutexLock lock(&mu);
+    if (!error.ok()) return;
+    error = status;
+    if (cancellable != nullptr) cancellable->Cancel();
+  }
+  if (tell && membership != nullptr) membership->Fail(status);
+}
+
+absl::Status Communicator::Core::EngineFailed(const absl::Status& found,
+                                              absl::string_view call) {
+  bool known;
+  {
+    absl::MutexLock lock(&mu);
+    const auto failed = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu) {
+      return !error.ok();
+    };
+    known =
+        env->Await(mu, absl::Condition(&failed), env->Now() + kVerdictPatience);
+  }
+  if (known) return ErrorDuring(call);
+  Fail(absl::Status(found.code(), absl::StrCat(found.message(), " (", call, " ",
+                                               Here(), ")")),
+       /*tell=*/true);
+  return status();
+}
+
+std::string Communicator::Core::Answer(absl::string_view question) {
+  uint64_t lane;
+  if (!absl::SimpleHexAtoi(question, &lane)) return "";
+  absl::MutexLock lock(&mu);
+  const auto it = positions.find(lane);
+  if (it == positions.end()) return "0 0 ";
+  return absl::StrCat(it->second.collectives, " ", it->second.active, " ",
+                      it->second.call);
+}
+
+absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
+                                            int peer) {
+  int64_t mine = 0;
+  {
+    absl::MutexLock lock(&mu);
+    if (!error.ok()) mine = -1;
+    const auto it = positions.find(active.lane);
+    if (mine == 0 && it != positions.end()) mine = it->second.collectives;
+  }
+  if (mine < 0) return ErrorDuring(active.call.text);
+
+  std::vector<std::optional<std::string>> answers(size);
+  if (membership != nullptr) {
+    answers = membership->Ask(absl::StrCat(absl::Hex(active.lane)),
+                              env->Now() + kAskPatience);
+  }
+  std::vector<std::string> absent;     // have not made this call
+  std::vector<std::string> differing;  // have made another one instead
+  std::string peer_does = "does not answer";
+  for (int other = 0; other < size; ++other) {
+    if (other == rank) continue;
+    if (!answers[other].has_value()) {
+      absent.push_back(absl::StrCat("rank ", other, " (does not answer)"));
+      continue;
+    }
+    std::vector<std::string> fields =
+        absl::StrSplit(*answers[other], absl::MaxSplits(' ', 2));
+    fields.resize(3);
+    int64_t collectives = 0;
+    if (!absl::SimpleAtoi(fields[0], &collectives)) collectives = 0;
+    const bool idle = fields[1] == "0";
+    const std::string does =
+        idle ? "is in no call" : absl::StrCat("is in ", fields[2]);
+    if (other == peer) peer_does = does;
+    if (collectives < mine) {
+      absent.push_back(absl::StrCat("rank ", other, " (", does, ")"));
+    } else if (collectives == mine && !idle && fields[2] != active.call.text) {
+      differing.push_back(absl::StrCat("rank ", other, " ", does));
+    }
+  }
+  const auto list = [](std::vector<std::string> entries) {
+    const size_t all = entries.size();
+    if (all > kMaxRanksNamed) entries.resize(kMaxRanksNamed);
+    return absl::StrCat(
+        absl::StrJoin(entries, ", "),
+        all > entries.size()
+            ? absl::StrCat(" and ", all - entries.size(), " more")
+            : "");
+  };
+  std::string why;
+  absl::StatusCode code = absl::StatusCode::kDeadlineExceeded;
+  if (!absent.empty()) {
+    why = absl::StrCat("not called by ", list(absent));
+  } else if (!differing.empty()) {
+    code = absl::StatusCode::kFailedPrecondition;
+    why = absl::StrCat("ranks disagree: ", list(differing));
+  } else {
+    why = "all ranks have called it";
+  }
+  if (peer >= 0) {
+    absl::StrAppend(&why, "; no message came from rank ", peer,
+                    absent.empty() ? absl::StrCat(", which ", peer_does) : "");
+  }
+  Fail(absl::Status(code, absl::StrCat(active.call.text, " ", Here(),
+                                       " did not finish within ",
+                                       Rounded(active.timeout), ": ", why)),
+       /*tell=*/true);
+  return status();
+}
+
+void Communicator::Core::WatchCancel(const std::atomic<bool>* cancel,
+                                     absl::string_view call) {
+  absl::MutexLock lock(&mu);
+  watched.push_back({cancel, std::string(call)});
+  if (watcher == nullptr && !stopping) {
+    watcher = env->StartThread("dsd_cancel", [this] { CancelLoop(); });
+  }
+}
+
+void Communicator::Core::UnwatchCancel(const std::atomic<bool>* cancel) {
+  absl::MutexLock lock(&mu);
+  for (auto it = watched.begin(); it != watched.end(); ++it) {
+    if (it->cancel == cancel) {
+      watched.erase(it);
+      return;
+    }
+  }
+}
+
+void Communicator::Core::CancelLoop() {
+  while (true) {
+    std::string cancelled;
+    {
+      absl::MutexLock lock(&mu);
+      const auto needed = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu) {
+        return stopping || !watched.empty();
+      };
+      env->Await(mu, absl::Condition(&needed), env->Now() + kMaxTimeout);
+      const auto stop = [this]()
+                            ABSL_SHARED_LOCKS_REQUIRED(mu) { return stopping; };
+      if (env->Await(mu, absl::Condition(&stop), env->Now() + kCancelPeriod)) {
+        return;
+      }
+      for (const Watched& one : watched) {
+        if (one.cancel->load()) cancelled = one.call;
+      }
+    }
+    if (!cancelled.empty()) {
+      Fail(Cancelled(cancelled), /*tell=*/true);
+    }
+  }
+}
+
+// --- ActiveCall ---
+
+Communicator::ActiveCall::ActiveCall(std::shared_ptr<Core> c, uint64_t l,
+                                     Call what, const CallOptions& options,
+                                     bool collective)
+    : core(std::move(c)),
+      lane(l),
+      call(std::move(what)),
+      timeout(std::clamp(options.timeout, absl::ZeroDuration(), kMaxTimeout)),
+      deadline(core->env->Now() + timeout),
+      cancel(options.cancel) {
+  absl::MutexLock lock(&core->mu);
+  Core::Position& position = core->positions[lane];
+  position.call = call.text;
+  position.collectives += collective ? 1 : 0;
+  ++position.active;
+}
+
+Communicator::ActiveCall::~ActiveCall() {
+  absl::MutexLock lock(&core->mu);
+  --core->positions[lane].active;
+}
+
+// --- PendingExchange ---
+
+struct PendingExchange::Impl {
+  using ActiveCall = Communicator::ActiveCall;
+
+  struct Incoming {
+    int peer;
+    absl::Span<std::byte> data;
+    uint64_t sequence;
+    const Envelope* envelope;
+    // Where its messages stand in the list given to the engine.
+    size_t envelope_index;
+    size_t payload_index;  // kNone: rides in the envelope
+  };
+  static constexpr size_t kNone = ~size_t{0};
+
+  ~Impl() {
+    if (!finished) {
+      core->Fail(absl::AbortedError(absl::StrCat(
+                     active->call.text, " ", core->Here(),
+                     " was given up: its PendingExchange was destroyed before "
+                     "Wait")),
+                 /*tell=*/true);
+    }
+  }
+
+  absl::Status Wait();
+  absl::Status WaitForAll();
+  absl::Status Check(const Incoming& incoming);
+  absl::Status Explain(const absl::Status& status, int peer);
+
+  std::shared_ptr<Communicator::Core> core;
+  Communicator::Lane* lane = nullptr;
+  std::unique_ptr<ActiveCall> own;  // if it is a call by itself
+  const ActiveCall* active = nullptr;
+  bool finished = false;
+  std::unique_ptr<Envelope[]> envelopes;
+  std::vector<Incoming> incoming;
+  std::vector<std::shared_ptr<bool>> self_done;
+  // Destroyed first: until then the engine may touch all of the above.
+  std::unique_ptr<EngineBatch> batch;
+};
+
+absl::Status PendingExchange::Impl::Explain(const absl::Status& status,
+                                            int peer) {
+  if (absl::IsDeadlineExceeded(status)) return core->TimeIsOver(*active, peer);
+  return core->EngineFailed(status, active->call.text);
+}
+
+absl::Status PendingExchange::Impl::Check(const Incoming& in) {
+  const Envelope& e = *in.envelope;
+  if (e.magic != Envelope::kMagic || e.version != Envelope::kVersion) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "rank ", in.peer, " sends messages of format ", absl::Hex(e.magic), " ",
+        e.version, ", expected ", absl::Hex(Envelope::kMagic), " ",
+        Envelope::kVersion, "; use the same dsd on all ranks"));
+  }
+  if (e.generation != core->generation || e.lane != lane->id ||
+      e.sequence != in.sequence || e.call_size > Envelope::kMaxCall) {
+    return absl::InternalError(absl::StrCat(
+        "message ", in.sequence, " from rank ", in.peer, " on lane ",
+        Quoted(lane->name), " says that it is message ", e.sequence,
+        " of lane ", absl::Hex(e.lane), ", generation ", e.generation));
+  }
+  if (e.call_digest != active->call.digest ||
+      e.payload_size != in.data.size()) {
+    return lane->Mismatch(in.peer, absl::string_view(e.call, e.call_size),
+                          e.payload_size, active->call.text, in.data.size(),
+                          in.sequence);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PendingExchange::Impl::WaitForAll() {
+  for (const Incoming& in : incoming) {
+    if (const absl::Status status =
+            batch->WaitReceived(in.envelope_index, active->deadline);
+        !status.ok()) {
+      return Explain(status, in.peer);
+    }
+    if (const absl::Status status = Check(in); !status.ok()) {
+      core->Fail(status, /*tell=*/true);
+      return core->ErrorDuring(active->call.text);
+    }
+    if (in.payload_index == kNone) {
+      if (!in.data.empty()) {
+        std::memcpy(in.data.data(), in.envelope->payload, in.data.size());
+      }
+    } else if (const absl::Status status =
+                   batch->WaitReceived(in.payload_index, active->deadline);
+               !status.ok()) {
+      return Explain(status, in.peer);
+    }
+  }
+  if (batch != nullptr) {
+    if (const absl::Status status = batch->Wait(active->deadline);
+        !status.ok()) {
+      return Explain(status, -1);
+    }
+  }
+  // Only this thread could bring the counterpart.
+  for (const std::shared_ptr<bool>& done : self_done) {
+    if (*done) continue;
+    core->Fail(absl::FailedPreconditionError(absl::StrCat(
+                   active->call.text, " ", core->Here(),
+                   ": a message to the rank itself has no counterpart")),
+               /*tell=*/true);
+    return core->ErrorDuring(active->call.text);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PendingExchange::Impl::Wait() {
+  if (active->cancel != nullptr) {
+    core->WatchCancel(active->cancel, active->call.text);
+  }
+  const absl::Status status = WaitForAll();
+  if (active->cancel != nullptr) core->UnwatchCancel(active->cancel);
+  finished = true;
+  batch.reset();
+  own.reset();
+  return status;
+}
+
+PendingExchange::PendingExchange(std::unique_ptr<Impl> impl)
+    : impl_(std::move(impl)) {}
+PendingExchange::PendingExchange(PendingExchange&&) noexcept = default;
+PendingExchange& PendingExchange::operator=(PendingExchange&&) noexcept =
+    default;
+PendingExchange::~PendingExchange() = default;
+
+absl::Status PendingExchange::Wait() {
+  if (impl_ == nullptr || impl_->finished) {
+    return absl::FailedPreconditionError("Wait: the exchange is finished");
+  }
+  return impl_->Wait();
+}
+
+// --- Lane ---
+
+Communicator::Lane::Lane(std::shared_ptr<Core> c, std::string n, bool main)
+    : core(std::move(c)),
+      name(std::move(n)),
+      id(XXH3_64bits(name.data(), name.size())),
+      is_main(main),
+      next_send(core->size, 0),
+      next_recv(core->size, 0) {}
+
+absl::Status Communicator::Lane::Mismatch(int from, absl::string_view sent,
+                                          uint64_t sent_size,
+                                          absl::string_view expected,
+                                          uint64_t expected_size,
+                                          uint64_t sequence) const {
+  return absl::FailedPreconditionError(absl::StrCat(
+      "ranks disagree: rank ", from, " sends ", sent_size, " bytes in ", sent,
+      ", but rank ", core->rank, " expects ", expected_size, " bytes in ",
+      expected, " (message ", sequence, " between them on lane ", Quoted(name),
+      " of group ", Quoted(core->group),
+      "); all ranks must make the same calls in the same order"));
+}
+
+absl::Status Communicator::Lane::MatchSelf() {
+  while (!self_sends.empty() && !self_recvs.empty()) {
+    const SelfMessage send = std::move(self_sends.front());
+    const SelfMessage recv = std::move(self_recvs.front());
+    self_sends.pop_front();
+    self_recvs.pop_front();
+    if (send.size != recv.size || send.call.digest != recv.call.digest) {
+      core->Fail(Mismatch(core->rank, send.call.text, send.size, recv.call.text,
+                          recv.size, 0),
+                 /*tell=*/true);
+      return core->ErrorDuring(recv.call.text);
+    }
+    if (send.size > 0) std::memmove(recv.to, send.from, send.size);
+    *send.done = *recv.done = true;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Communicator::ActiveCall>>
+Communicator::Lane::Begin(Call call, const CallOptions& options,
+                          bool collective) {
+  DSD_RETURN_IF_ERROR(core->CheckAlive(call.text));
+  auto active = std::make_unique<ActiveCall>(core, id, std::move(call), options,
+                                             collective);
+  if (active->timeout <= absl::ZeroDuration()) {
+    return core->TimeIsOver(*active, -1);
+  }
+  if (active->cancel != nullptr && active->cancel->load()) {
+    core->Fail(core->Cancelled(active->call.text), /*tell=*/true);
+    return core->status();
+  }
+  return active;
+}
+
+absl::StatusOr<PendingExchange> Communicator::Lane::Start(
+    absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
+    const ActiveCall& active) {
+  const Call& call = active.call;
+  if (!core->status().ok()) return core->ErrorDuring(call.text);
+
+  auto impl = std::make_unique<PendingExchange::Impl>();
+  impl->core = core;
+  impl->lane = this;
+  impl->active = &active;
+  impl->finished = true;  // until something is posted
+  impl->envelopes.reset(new Envelope[sends.size() + recvs.size()]);
+  Envelope* envelope = impl->envelopes.get();
+  const auto bytes_of = [](Envelope* e) {
+    return absl::MakeSpan(reinterpret_cast<std::byte*>(e), sizeof(Envelope));
+  };
+
+  std::vector<EngineRecv> engine_recvs;
+  engine_recvs.reserve(2 * recvs.size());
+  for (const RecvOp& op : recvs) {
+    if (op.peer == core->rank) {
+      self_recvs.push_back({call, nullptr, op.data.data(), op.data.size()});
+      impl->self_done.push_back(self_recvs.back().done);
+      continue;
+    }
+    const uint64_t sequence = next_recv[op.peer]++;
+    PendingExchange::Impl::Incoming in{op.peer,
+                                       op.data,
+                                       sequence,
+                                       envelope,
+                                       engine_recvs.size(),
+                                       PendingExchange::Impl::kNone};
+    engine_recvs.push_back(
+        {op.peer,
+         MessageTag(id, sequence, MessagePart::kEnvelope, Envelope::kSize),
+         bytes_of(envelope++)});
+    if (op.data.size() > Envelope::kMaxInline) {
+      in.payload_index = engine_recvs.size();
+      engine_recvs.push_back(
+          {op.peer,
+           MessageTag(id, sequence, MessagePart::kPayload, op.data.size()),
+           op.data});
+    }
+    impl->incoming.push_back(in);
+  }
+
+  std::vector<EngineSend> engine_sends;
+  engine_sends.reserve(2 * sends.size());
+  for (const SendOp& op : sends) {
+    if (op.peer == core->rank) {
+      self_sends.push_back({call, op.data.data(), nullptr, op.data.size()});
+      impl->self_done.push_back(self_sends.back().done);
+      continue;
+    }
+    const uint64_t sequence = next_send[op.peer]++;
+    Envelope& e = *envelope;
+    std::memset(static_cast<void*>(&e), 0, sizeof(e));
+    e.magic = Envelope::kMagic;
+    e.version = Envelope::kVersion;
+    e.call_size = static_cast<uint16_t>(
+        std::min<size_t>(call.text.size(), Envelope::kMaxCall));
+    e.generation = core->generation;
+    e.lane = id;
+    e.sequence = sequence;
+    e.payload_size = op.data.size();
+    e.call_digest = call.digest;
+    std::memcpy(e.call, call.text.data(), e.call_size);
+    engine_sends.push_back(
+        {op.peer,
+         MessageTag(id, sequence, MessagePart::kEnvelope, Envelope::kSize),
+         bytes_of(envelope++)});
+    if (op.data.size() > Envelope::kMaxInline) {
+      engine_sends.push_back(
+          {op.peer,
+           MessageTag(id, sequence, MessagePart::kPayload, op.data.size()),
+           op.data});
+    } else if (!op.data.empty()) {
+      std::memcpy(e.payload, op.data.data(), op.data.size());
+    }
+  }
+
+  DSD_RETURN_IF_ERROR(MatchSelf());
+  if (!engine_recvs.empty() || !engine_sends.empty()) {
+    absl::StatusOr<std::unique_ptr<EngineBatch>> batch =
+        core->engine->Start(engine_sends, engine_recvs);
+    if (!batch.ok()) return core->EngineFailed(batch.status(), call.text);
+    impl->batch = *std::move(batch);
+  }
+  impl->finished = false;
+  return PendingExchange(std::move(impl));
+}
+
+absl::Status Communicator::Lane::Run(absl::Span<const SendOp> sends,
+                                     absl::Span<const RecvOp> recvs,
+                                     const ActiveCall& active) {
+  DSD_ASSIGN_OR_RETURN(PendingExchange pending, Start(sends, recvs, active));
+  return pending.Wait();
+}
+
+// --- Communicator ---
+
+absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
+    const CommunicatorOptions& options) {
+  if (options.world_size < 1 || options.rank < 0 ||
+      options.rank >= options.world_size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("communicator: rank ", options.rank, " is not in [0, ",
+                     options.world_size, ")"));
+  }
+  if (options.env == nullptr) {
+    return absl::InvalidArgumentError("communicator: env is null");
+  }
+  const BackendDescriptor* descriptor = options.descriptor;
+  if (descriptor == nullptr &&
+      (options.world_size > 1 || !options.backend.empty())) {
+    DSD_ASSIGN_OR_RETURN(descriptor, FindBackend(options.backend));
+  }
+
+  auto core = std::make_shared<Core>();
+  core->rank = options.rank;
+  core->size = options.world_size;
+  core->backend = descriptor == nullptr ? "" : std::string(descriptor->name);
+  core->group = options.group;
+  core->generation = options.generation;
+  core->env = options.env;
+  core->store = options.store;
+  auto communicator = absl::WrapUnique(
+      new Communicator(std::make_unique<Lane>(core, "main", /*is_main=*/true)));
+  {
+    absl::MutexLock lock(&core->mu);
+    core->lane_names.insert("main");
+  }
+  if (options.world_size == 1) return communicator;
+
+  if (options.store == nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "communicator: ", options.world_size,
+        " ranks need a store to find each other, but store is null"));
+  }
+  CallOptions call_options;
+  call_options.timeout = options.connect_timeout;
+  const ActiveCall active(core, communicator->lane_->id, Call("connect"),
+                          call_options, /*collective=*/true);
+  MemberOptions member;
+  member.group = absl::StrCat(options.group, "#", options.generation);
+  member.rank = options.rank;
+  member.size = options.world_size;
+  member.facts = absl::StrCat("backend \"", descriptor->name, "\"");
+  Core* const raw = core.get();
+  member.on_failure = [raw](const absl::Status& status) {
+    raw->Fail(status, /*tell=*/false);
+  };
+  member.on_question = [raw](absl::string_view question) {
+    return raw->Answer(question);
+  };
+  absl::StatusOr<std::unique_ptr<Membership>> joined =
+      options.store->Join(member, active.deadline);
+  if (!joined.ok()) {
+    return Annotate(joined.status(), absl::StrCat("connect ", core->Here()));
+  }
+  core->membership = *std::move(joined);
+
+  EngineOptions engine;
+  engine.rank = options.rank;
+  engine.world_size = options.world_size;
+  engine.env = options.env;
+  engine.store = MakePrefixStore(member.group, options.store);
+  engine.bind_address = options.bind_address;
+  absl::StatusOr<std::unique_ptr<Engine>> made = descriptor->create(engine);
+  if (!made.ok()) {
+    core->Fail(Annotate(made.status(), absl::StrCat("connect ", core->Here())),
+               /*tell=*/true);
+    return communicator->status();
+  }
+  core->engine = *std::move(made);
+  {
+    absl::MutexLock lock(&core->mu);
+    core->cancellable = core->engine.get();
+    if (!core->error.ok()) core->engine->Cancel();
+  }
+  if (const absl::Status status = core->engine->Connect(active.deadline);
+      !status.ok()) {
+    return core->EngineFailed(status, "connect");
+  }
+  // Everybody is connected to everybody when it returns, or nobody uses it.
+  DSD_RETURN_IF_ERROR(communicator->lane_->Barrier(active));
+  return communicator;
+}
+
+Communicator::Communicator(std::unique_ptr<Lane> lane)
+    : lane_(std::move(lane)) {}
+
+Communicator::~Communicator() {
+  if (!lane_->is_main) return;
+  Core& core = *lane_->core;
+  {
+    absl::MutexLock lock(&core.mu);
+    if (core.shut_down) return;
+  }
+  core.Fail(absl::UnavailableError(
+                absl::StrCat("rank ", core.rank, " left group ",
+                             Quoted(core.group), " without Shutdown")),
+            /*tell=*/true);
+}
+
+int Communicator::rank() const { return lane_->core->rank; }
+int Communicator::size() const { return lane_->core->size; }
+absl::string_view Communicator::backend() const { return lane_->core->backend; }
+uint64_t Communicator::generation() const { return lane_->core->generation; }
+Env* Communicator::env() const { return lane_->core->env; }
+
+absl::Status Communicator::status() const { return lane_->core->status(); }
+
+absl::StatusOr<PendingExchange> Communicator::StartExchange(
+    absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
+    absl::string_view label, const CallOptions& options) {
+  Core& core = *lane_->core;
+  const auto check = [&](int peer) {
+    if (peer >= 0 && peer < core.size) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("exchange ", Quoted(label), " ", core.Here(), ": peer ",
+                     peer, " is not in [0, ", core.size, ")"));
+  };
+  for (const SendOp& op : sends) DSD_RETURN_IF_ERROR(check(op.peer));
+  for (const RecvOp& op : recvs) DSD_RETURN_IF_ERROR(check(op.peer));
+  DSD_ASSIGN_OR_RETURN(
+      std::unique_ptr<ActiveCall> active,
+      lane_->Begin(Call(absl::StrCat("exchange ", Quoted(label))), options,
+                   /*collective=*/false));
+  DSD_ASSIGN_OR_RETURN(PendingExchange pending,
+                       lane_->Start(sends, recvs, *active));
+  pending.impl_->own = std::move(active);
+  return pending;
+}
+
+absl::Status Communicator::Exchange(absl::Span<const SendOp> sends,
+                                    absl::Span<const RecvOp> recvs,
+                                    absl::string_view label,
+                                    const CallOptions& options) {
+  DSD_ASSIGN_OR_RETURN(PendingExchange pending,
+                       StartExchange(sends, recvs, label, options));
+  return pending.Wait();
+}
+
+void Communicator::Abort(const absl::Status& reason) {
+  Core& core = *lane_->core;
+  core.Fail(absl::AbortedError(absl::StrCat(
+                "rank ", core.rank, " aborted group ", Quoted(core.group), ": ",
+                reason.ToString(absl::StatusToStringMode::kWithNoExtraData))),
+            /*tell=*/true);
+}
+
+}  // namespace dsd

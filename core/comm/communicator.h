@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Ranks that move bytes together. Collective and point-to-point calls with
+// deadlines; the first error poisons the communicator on every rank, and its
+// text names the rank that caused it.
+
+#ifndef DSD_CORE_COMM_COMMUNICATOR_H_
+#define DSD_CORE_COMM_COMMUNICATOR_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "dsd/core/base/call_options.h"
+#include "dsd/core/base/dtype.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/comm/engine.h"
+#include "dsd/core/comm/launch.h"
+#include "dsd/core/comm/store.h"
+
+namespace dsd {
+
+enum class ReduceOp : uint8_t { kSum, kMin, kMax };
+
+struct SendOp {
+  int peer;
+  absl::Span<const std::byte> data;
+};
+struct RecvOp {
+  int peer;
+  absl::Span<std::byte> data;
+};
+
+struct CommunicatorOptions {
+  int rank = 0;
+  int world_size = 1;
+  std::string backend;  // see FindBackend
+  // Used instead of looking `backend` up, if not null. Must outlive the
+  // communicator.
+  const BackendDescriptor* descriptor = nullptr;
+  Env* env = Env::Real();
+  std::shared_ptr<Store> store;  // required for world_size > 1
+  std::string group = "world";
+  // Which incarnation of the group; all ranks must agree. One that has failed
+  // is not used again: the next takes another number.
+  uint64_t generation = 0;
+  // See EngineOptions.
+  std::string bind_address;
+  absl::Duration connect_timeout = absl::Minutes(2);
+};
+
+// Posted messages, see Communicator::StartExchange. The destructor blocks until
+// the memory is no longer used; messages that were not waited for poison the
+// communicator. Used by the thread of its communicator, and destroyed before
+// it.
+class [[nodiscard]] PendingExchange {
+ public:
+  ~PendingExchange();
+  PendingExchange(PendingExchange&&) noexcept;
+  PendingExchange& operator=(PendingExchange&&) noexcept;
+
+  // Blocks until all of it is done. Call once.
+  absl::Status Wait();
+
+ private:
+  friend class Communicator;
+  struct Impl;
+  explicit PendingExchange(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// One rank's membership in a group, on one lane: the one that Create made or
+// one of OpenLane. Thread-compatible; Abort and status() may come from any
+// thread. Different lanes may be used by different threads at once.
+//
+// Collective: all ranks of the group must make the same collective calls in the
+// same order on one lane. Each message carries a checked header (generation,
+// lane, sequence number, operation, size): a rank that makes another call fails
+// all ranks with FailedPrecondition that names both calls.
+//
+// Errors of all calls: InvalidArgument (before any byte moves; harmless);
+// FailedPrecondition (ranks disagree); DeadlineExceeded (names operation and
+// the ranks that did not arrive, where known); Unavailable (a rank died;
+// named); Cancelled; Aborted (someone called Abort; names rank and reason).
+// Except for InvalidArgument the group is poisoned on all ranks and lanes:
+// later calls return the first error at once. Output buffers are then
+// unspecified, and no memory is referenced any more.
+class Communicator {
+ public:
+  // Connects. Collective over world_size ranks. world_size 1 needs no store and
+  // opens no socket, whatever the backend.
+  static absl::StatusOr<std::unique_ptr<Communicator>> Create(
+      const CommunicatorOptions& options);
+
+  // Of Create's: fails the group if Shutdown was not called (Unavailable on the
+  // others); returns within 2 s. Of OpenLane's: nothing.
+  ~Communicator();
+
+  int rank() const;
+  int size() const;
+  absl::string_view backend() const;
+  uint64_t generation() const;
+  Env* env() const;
+
+  // OK, or the first error.
+  absl::Status status() const;
+
+  // The same ranks and connections with sequence numbers of their own.
+  // Collective on this lane. `name` must be the same on all ranks
+  // (FailedPrecondition) and new in this group (AlreadyExists on all ranks,
+  // which poisons nothing).
+  absl::StatusOr<std::unique_ptr<Communicator>> OpenLane(
+      absl::string_view name, const CallOptions& options = {});
+
+  // Posts receives, then sends, and returns. Messages from one rank to another
+  // match in the order in which each side names them, over all calls on this
+  // lane. The two sides must agree on sizes; a rank with no op for a peer is
+  // not involved. Memory must stay until Wait returns. Deadline and
+  // cancellation of `options` hold for the Wait.
+  absl::StatusOr<PendingExchange> StartExchange(
+      absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
+      absl::string_view label, const CallOptions& options = {});
+
+  // StartExchange and Wait.
+  absl::Status Exchange(absl::Span<const SendOp> sends,
+                        absl::Span<const RecvOp> recvs, absl::string_view label,
+                        const CallOptions& options = {});
+
+  // Collective. Returns OK on no rank before all have called.
+  absl::Status Barrier(const CallOptions& options = {});
+
+  // Collective. Rank `root`'s bytes win.
+  absl::Status Broadcast(absl::Span<std::byte> data, int root,
+                         const CallOptions& options = {});
+
+  // Collective. parts[r] receives rank r's `mine`; sizes are known everywhere,
+  // may differ and be 0. parts[rank()] may be `mine` itself, else there is no
+  // overlap.
+  absl::Status AllGather(absl::Span<const std::byte> mine,
+                         absl::Span<const absl::Span<std::byte>> parts,
+                         const CallOptions& options = {});
+
+  // Collective. Byte strings of any size, also per rank. FailedPrecondition on
+  // all ranks if one is longer than `max_bytes_each`, which must be equal on
+  // all.
+  absl::StatusOr<std::vector<std::string>> AllGatherBlobs(
+      absl::string_view mine, int64_t max_bytes_each,
+      const CallOptions& options = {});
+
+  // Collective. `input` is the concatenation of size() parts of `counts[r]`
+  // elements; `output` (counts[rank()] elements) receives the reduction of part
+  // rank() over all ranks. Reduced in rank order, ((r0 + r1) + r2) + ..., for
+  // float16 and bfloat16 in float32 and rounded once: the result depends on
+  // neither backend nor timing. Types: floats, integers; kBool with min, max.
+  // Unimplemented otherwise. `output` may be part rank() of `input` itself.
+  absl::Status ReduceScatter(absl::Span<const std::byte> input,
+                             absl::Span<const int64_t> counts,
+                             absl::Span<std::byte> output, DType dtype,
+                             ReduceOp op, const CallOptions& options = {});
+
+  // Collective. In place, the same order of summation.
+  absl::Status AllReduce(absl::Span<std::byte> data, DType dtype, ReduceOp op,
+                         const CallOptions& options = {});
+
+  // From any thread, idempotent, returns at once: pending and later calls on
+  // every rank end with Aborted and this reason.
+  void Abort(const absl::Status& reason);
+
+  // Collective. Barrier, then an orderly goodbye: peers do not take the closing
+  // connections for a death. The last call on all lanes; a lane of OpenLane
+  // only does the barrier. On a poisoned group only local, and returns its
+  // error.
+  absl::Status Shutdown(const CallOptions& options = {});
+
+ private:
+  friend class PendingExchange;
+  struct Core;
+  struct Lane;
+  class ActiveCall;
+  explicit Communicator(std::unique_ptr<Lane> lane);
+  std::unique_ptr<Lane> lane_;
+};
+
+struct WorldOptions {
+  std::string backend;  // see FindBackend
+  // Used instead of looking `backend` up, if not null.
+  const BackendDescriptor* descriptor = nullptr;
+  Env* env = Env::Real();
+  std::string bind_address;  // see EngineOptions
+  absl::Duration connect_timeout = absl::Minutes(2);
+};
+
+// The communicator of all ranks of a launch; of a world of one without a socket.
+// Rank 0 serves the store at master_addr:master_port, bound to that address only,
+// or, under torchrun's agent store, at a port of its own that it publishes
+// through the agent's. Collective over launch.world_size; a process may call it
+// again after Shutdown. Errors: those of Communicator::Create;
+// FailedPrecondition naming MASTER_PORT if the port is in use, MASTER_ADDR if it
+// is not this host's.
+absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(
+    const LaunchInfo& launch, const WorldOptions& options = {});
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_COMM_COMMUNICATOR_H_

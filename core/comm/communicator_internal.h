@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What communicator.cc and collectives.cc share. Private to this package.
+
+#ifndef DSD_CORE_COMM_COMMUNICATOR_INTERNAL_H_
+#define DSD_CORE_COMM_COMMUNICATOR_INTERNAL_H_
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/comm/communicator.h"
+#include "dsd/core/comm/engine.h"
+#include "dsd/core/comm/membership.h"
+#include "dsd/core/comm/store.h"
+
+namespace dsd {
+
+// A call as it is named in errors and compared between ranks.
+struct Call {
+  // `terms`: what else ranks must agree on, beyond what `text` says.
+  explicit Call(std::string text, absl::Span<const int64_t> terms = {});
+
+  std::string text;
+  uint64_t digest;
+};
+
+// One rank's part of a group, shared by its lanes. Thread-safe.
+struct Communicator::Core {
+  ~Core();
+
+  // OK, or the first error.
+  absl::Status status();
+
+  // That `call` was cancelled by this rank.
+  absl::Status Cancelled(absl::string_view call) const;
+
+  // The first error, with what it stopped: `call`.
+  absl::Status ErrorDuring(absl::string_view call);
+
+  // OK, or the first error for a call that was not started.
+  absl::Status CheckAlive(absl::string_view call);
+
+  // Records `status` as the first error if there is none, tells the other ranks
+  // if it came from this one, and ends all waits.
+  void Fail(const absl::Status& status, bool tell);
+
+  // What to return for an error of the engine during `call`, waiting a moment
+  // for the store's verdict, which knows better who is gone.
+  absl::Status EngineFailed(const absl::Status& status, absl::string_view call);
+
+  // Ends a call whose time is over; asks the others where they are. `peer`:
+  // whose message is missing, or -1.
+  absl::Status TimeIsOver(const ActiveCall& active, int peer);
+
+  // "on rank 1 of group "world"".
+  std::string Here() const;
+
+  // What this rank does on a lane, for the others' error texts.
+  struct Position {
+    std::string call;
+    int64_t collectives = 0;  // started
+    int active = 0;           // calls not finished
+  };
+  std::string Answer(absl::string_view question);
+
+  // Calls are cancelled by a flag that nobody announces, so a thread looks.
+  void WatchCancel(const std::atomic<bool>* cancel, absl::string_view call);
+  void UnwatchCancel(const std::atomic<bool>* cancel);
+  void CancelLoop();
+
+  int rank = 0;
+  int size = 1;
+  std::string backend;
+  std::string group;
+  uint64_t generation = 0;
+  Env* env = nullptr;
+  std::shared_ptr<Store> store;
+  std::unique_ptr<Membership> membership;  // null in a world of one
+  std::unique_ptr<Engine> engine;          // likewise
+
+  absl::Mutex mu;
+  absl::Status error ABSL_GUARDED_BY(mu);
+  bool shut_down ABSL_GUARDED_BY(mu) = false;
+  // `engine`, for Fail, from the moment it may be cancelled.
+  Engine* cancellable ABSL_GUARDED_BY(mu) = nullptr;
+  absl::flat_hash_set<std::string> lane_names ABSL_GUARDED_BY(mu);
+  absl::flat_hash_map<uint64_t, Position> positions ABSL_GUARDED_BY(mu);
+  struct Watched {
+    const std::atomic<bool>* cancel;
+    std::string call;
+  };
+  std::vector<Watched> watched ABSL_GUARDED_BY(mu);
+  bool stopping ABSL_GUARDED_BY(mu) = false;
+  std::unique_ptr<EnvThread> watcher ABSL_GUARDED_BY(mu);
+};
+
+// A call in progress, for the others' error texts, with its limits.
+class Communicator::ActiveCall {
+ public:
+  ActiveCall(std::shared_ptr<Core> core, uint64_t lane, Call call,
+             const CallOptions& options, bool collective);
+  ActiveCall(const ActiveCall&) = delete;
+  ~ActiveCall();
+
+  const std::shared_ptr<Core> core;
+  const uint64_t lane;
+  const Call call;
+  const absl::Duration timeout;
+  const absl::Time deadline;
+  const std::atomic<bool>* const cancel;
+};
+
+struct Communicator::Lane {
+  // A message to this rank itself, waiting for its counterpart.
+  struct SelfMessage {
+    Call call;
+    const std::byte* from = nullptr;
+    std::byte* to = nullptr;
+    size_t size = 0;
+    std::shared_ptr<bool> done = std::make_shared<bool>(false);
+  };
+
+  std::shared_ptr<Core> core;
+  std::string name;
+  uint64_t id = 0;
+  bool is_main = false;
+  std::vector<uint64_t> next_send;  // sequence numbers, by peer
+  std::vector<uint64_t> next_recv;
+  std::deque<SelfMessage> self_sends;
+  std::deque<SelfMessage> self_recvs;
+
+  Lane(std::shared_ptr<Core> core, std::string name, bool is_main);
+
+  // The entry of every public call.
+  absl::StatusOr<std::unique_ptr<ActiveCall>> Begin(Call call,
+                                                    const CallOptions& options,
+                                                    bool collective);
+
+  // An exchange that is part of `active`, which must outlive it.
+  absl::StatusOr<PendingExchange> Start(absl::Span<const SendOp> sends,
+                                        absl::Span<const RecvOp> recvs,
+                                        const ActiveCall& active);
+  absl::Status Run(absl::Span<const SendOp> sends,
+                   absl::Span<const RecvOp> recvs, const ActiveCall& active);
+
+  // Copies messages to this rank itself that have both ends.
+  absl::Status MatchSelf();
+
+  // The mismatch of a message, as an error that both sides understand.
+  absl::Status Mismatch(int from, absl::string_view sent, uint64_t sent_size,
+                        absl::string_view expected, uint64_t expected_size,
+                        uint64_t sequence) const;
+
+  absl::Status Barrier(const ActiveCall& active);
+  // parts[rank] is in place already.
+  absl::Status AllGather(absl::Span<const absl::Span<std::byte>> parts,
+                         const ActiveCall& active);
+};
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_COMM_COMMUNICATOR_INTERNAL_H_

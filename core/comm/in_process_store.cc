@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/comm/group_table.h"
+#include "dsd/core/comm/store.h"
+
+namespace dsd {
+namespace {
+
+class InProcessStore final
+    : public Store,
+      public std::enable_shared_from_this<InProcessStore> {
+ public:
+  explicit InProcessStore(Env* env) : env_(env) {}
+
+  absl::Status Set(absl::string_view key, absl::string_view value,
+                   absl::Time) override {
+    absl::MutexLock lock(&mu_);
+    values_[key] = std::string(value);
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::string> Get(absl::string_view key,
+                                  absl::Time deadline) override {
+    const absl::Time start = env_->Now();
+    absl::MutexLock lock(&mu_);
+    const auto present = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+      return values_.contains(key);
+    };
+    if (!env_->Await(mu_, absl::Condition(&present), deadline)) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("key \"", key, "\" was not set within ",
+                       absl::FormatDuration(deadline - start)));
+    }
+    return values_.at(key);
+  }
+
+  absl::StatusOr<int64_t> Add(absl::string_view key, int64_t delta,
+                              absl::Time) override {
+    absl::MutexLock lock(&mu_);
+    std::string& value = values_[key];
+    int64_t number = 0;
+    if (!value.empty() && !absl::SimpleAtoi(value, &number)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("key \"", key, "\" holds no decimal number"));
+    }
+    number += delta;
+    value = absl::StrCat(number);
+    return number;
+  }
+
+  absl::StatusOr<std::unique_ptr<Membership>> Join(
+      const MemberOptions& options, absl::Time deadline) override;
+
+  std::string server_host() const override { return ""; }
+
+ private:
+  class Handle;
+
+  struct Member {
+    explicit Member(const MemberOptions& o) : options(o) {}
+    MemberOptions options;
+    // Guarded by the store's mu_.
+    std::optional<absl::Status> joined;
+    std::optional<absl::Status> left;
+    // Held while a callback runs; `deaf` when none may run any more.
+    absl::Mutex callback_mu;
+    bool deaf ABSL_GUARDED_BY(callback_mu) = false;
+  };
+  using Failures =
+      std::vector<std::pair<std::shared_ptr<Member>, absl::Status>>;
+
+  // What `events` change here; the failures to report when mu_ is free.
+  Failures Apply(const std::vector<GroupTable::Event>& events)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    Failures failures;
+    for (const GroupTable::Event& event : events) {
+      const auto it = members_.find(event.member);
+      if (it == members_.end()) continue;
+      switch (event.kind) {
+        case GroupTable::EventKind::kJoined:
+          it->second->joined = event.status;
+          break;
+        case GroupTable::EventKind::kLeft:
+          it->second->left = event.status;
+          break;
+        case GroupTable::EventKind::kFailed:
+          failures.emplace_back(it->second, event.status);
+          break;
+      }
+    }
+    return failures;
+  }
+
+  static void Report(const Failures& failures) {
+    for (const auto& [member, status] : failures) {
+      absl::MutexLock lock(&member->callback_mu);
+      if (!member->deaf) member->options.on_failure(status);
+    }
+  }
+
+  Env* const env_;
+  absl::Mutex mu_;
+  absl::flat_hash_map<std::string, std::string> values_ ABSL_GUARDED_BY(mu_);
+  GroupTable groups_ ABSL_GUARDED_BY(mu_);
+  GroupTable::MemberId next_id_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::flat_hash_map<GroupTable::MemberId, std::shared_ptr<Member>> members_
+      ABSL_GUARDED_BY(mu_);
+};
+
+class InProcessStore::Handle final : public Membership {
+ public:
+  Handle(std::shared_ptr<InProcessStore> store, GroupTable::MemberId id,
+         std::shared_ptr<Member> member)
+      : store_(std::move(store)), id_(id), member_(std::move(member)) {}
+
+  ~Handle() override {
+    Failures failures;
+    {
+      absl::MutexLock lock(&store_->mu_);
+      failures = store_->Apply(
+          store_->groups_.Remove(id_, "left the group without Shutdown"));
+      store_->members_.erase(id_);
+    }
+    {
+      absl::MutexLock lock(&member_->callback_mu);
+      member_->deaf = true;
+    }
+    Report(failures);
+  }
+
+  void Fail(const absl::Status& status) override {
+    Failures failures;
+    {
+      absl::MutexLock lock(&store_->mu_);
+      failures = store_->Apply(store_->groups_.Fail(id_, status));
+    }
+    Report(failures);
+  }
+
+  absl::Status Leave(absl::Time deadline) override {
+    absl::MutexLock lock(&store_->mu_);
+    const Failures none = store_->Apply(store_->groups_.Leave(id_));
+    const auto left = [&] { return member_->left.has_value(); };
+    if (!store_->env_->Await(store_->mu_, absl::Condition(&left), deadline)) {
+      return absl::DeadlineExceededError("not all ranks left the group");
+    }
+    return *member_->left;
+  }
+
+  std::vector<std::optional<std::string>> Ask(absl::string_view question,
+                                              absl::Time) override {
+    std::vector<std::shared_ptr<Member>> asked;
+    {
+      absl::MutexLock lock(&store_->mu_);
+      for (const GroupTable::Member& peer : store_->groups_.Peers(id_)) {
+        const auto it = store_->members_.find(peer.id);
+        if (it != store_->members_.end()) asked.push_back(it->second);
+      }
+    }
+    std::vector<std::optional<std::string>> answers(member_->options.size);
+    for (const std::shared_ptr<Member>& member : asked) {
+      absl::MutexLock lock(&member->callback_mu);
+      if (member->deaf || !member->options.on_question) continue;
+      answers[member->options.rank] = member->options.on_question(question);
+    }
+    return answers;
+  }
+
+ private:
+  const std::shared_ptr<InProcessStore> store_;
+  const GroupTable::MemberId id_;
+  const std::shared_ptr<Member> member_;
+};
+
+absl::StatusOr<std::unique_ptr<Membership>> InProcessStore::Join(
+    const MemberOptions& options, absl::Time deadline) {
+  const auto member = std::make_shared<Member>(options);
+  GroupTable::MemberId id;
+  Failures failures;
+  absl::Status joined;
+  {
+    absl::MutexLock lock(&mu_);
+    id = next_id_++;
+    members_[id] = member;
+    const absl::Time now = env_->Now();
+    failures = Apply(groups_.Join(id, options.group, options.rank, options.size,
+                                  options.facts, deadline - now, now));
+    const auto answered = [&] { return member->joined.has_value(); };
+    if (failures.empty() &&
+        !env_->Await(mu_, absl::Condition(&answered), deadline)) {
+      failures = Apply(groups_.Expire(deadline));
+    }
+    joined = *member->joined;
+    if (!joined.ok()) members_.erase(id);
+  }
+  Report(failures);
+  if (!joined.ok()) return joined;
+  return std::make_unique<Handle>(shared_from_this(), id, member);
+}
+
+class PrefixStore final : public Store {
+ public:
+  PrefixStore(absl::string_view prefix, std::shared_ptr<Store> store)
+      : prefix_(absl::StrCat(prefix, "/")), store_(std::move(store)) {}
+
+  absl::Status Set(absl::string_view key, absl::string_view value,
+                   absl::Time deadline) override {
+    return store_->Set(absl::StrCat(prefix_, key), value, deadline);
+  }
+  absl::StatusOr<std::string> Get(absl::string_view key,
+                                  absl::Time deadline) override {
+    return store_->Get(absl::StrCat(prefix_, key), deadline);
+  }
+  absl::StatusOr<int64_t> Add(absl::string_view key, int64_t delta,
+                              absl::Time deadline) override {
+    return store_->Add(absl::StrCat(prefix_, key), delta, deadline);
+  }
+  absl::StatusOr<std::unique_ptr<Membership>> Join(
+      const MemberOptions& options, absl::Time deadline) override {
+    MemberOptions prefixed = options;
+    prefixed.group = absl::StrCat(prefix_, options.group);
+    return store_->Join(prefixed, deadline);
+  }
+  std::string server_host() const override { return store_->server_host(); }
+
+ private:
+  const std::string prefix_;
+  const std::shared_ptr<Store> store_;
+};
+
+}  // namespace
+
+std::shared_ptr<Store> MakeInProcessStore(Env* env) {
+  return std::make_shared<InProcessStore>(env);
+}
+
+std::shared_ptr<Store> MakePrefixStore(absl::string_view prefix,
+                                       std::shared_ptr<Store> store) {
+  return std::make_shared<PrefixStore>(prefix, std::move(store));
+}
+
+}  // namespace dsd

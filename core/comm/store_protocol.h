@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the TCP store and its clients say to each other: frames of 4 bytes length,
+// 1 byte kind, 8 bytes id, then fields; all little-endian. Private to this
+// package.
+//
+// A client says kHello and gets one kReply; then it may ask. Frames that are too
+// long or do not decode end the connection.
+
+#ifndef DSD_CORE_COMM_STORE_PROTOCOL_H_
+#define DSD_CORE_COMM_STORE_PROTOCOL_H_
+
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <type_traits>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+
+namespace dsd {
+
+// "dsds"; the first field of kHello. It and the version come first in every
+// version, and a refusal is a kReply in every version.
+inline constexpr uint32_t kStoreMagic = 0x73647364;
+inline constexpr uint32_t kStoreVersion = 1;
+
+inline constexpr size_t kFrameHeaderBytes = sizeof(uint32_t);
+inline constexpr size_t kMaxHelloBytes = 4096;
+inline constexpr size_t kMaxFrameBytes = size_t{1} << 20;
+// Together they leave room in a frame.
+inline constexpr size_t kMaxKeyBytes = 8192;
+inline constexpr size_t kMaxValueBytes = kMaxFrameBytes / 2;
+
+enum class FrameKind : uint8_t {
+  // From a client. The id is its name for the request.
+  kHello = 1,   // magic, version, credentials (reserved, empty), job
+  kSet = 2,     // key, value                              -> kReply
+  kGet = 3,     // key                                     -> kReply: value
+  kAdd = 4,     // key, delta                              -> kReply: sum
+  kForget = 5,  // the id's kGet needs no answer any more
+  kJoin = 6,    // group, rank, size, facts, patience (ns) -> kReply
+  kLeave = 7,   // member                                  -> kReply
+  kFail = 8,    // member, code, text
+  kGone = 9,    // member
+  kAsk = 10,    // member, question, patience (ns)         -> kReply: answers
+  kAnswer = 11,  // text; the id is the question's
+  // From the server.
+  kReply = 64,     // code, text, value; the id is the request's
+  kFailed = 65,    // member, code, text
+  kQuestion = 66,  // member, question; the id is the question's
+};
+// A member is named by the id of its kJoin.
+
+class FrameWriter {
+ public:
+  FrameWriter(FrameKind kind, uint64_t id) {
+    Put(uint32_t{0});
+    Put(static_cast<uint8_t>(kind));
+    Put(id);
+  }
+
+  template <class T, class = std::enable_if_t<std::is_integral_v<T>>>
+  FrameWriter& Put(T value) {
+    frame_.append(reinterpret_cast<const char*>(&value), sizeof(value));
+    return *this;
+  }
+  FrameWriter& Put(absl::string_view text) {
+    Put(static_cast<uint32_t>(text.size()));
+    frame_.append(text.data(), text.size());
+    return *this;
+  }
+  FrameWriter& Put(const absl::Status& status) {
+    Put(static_cast<uint32_t>(status.code()));
+    // A text is for people; a frame must fit.
+    return Put(status.message().substr(0, kMaxValueBytes / 4));
+  }
+
+  std::string Finish() {
+    const uint32_t size =
+        static_cast<uint32_t>(frame_.size() - kFrameHeaderBytes);
+    std::memcpy(frame_.data(), &size, sizeof(size));
+    return std::move(frame_);
+  }
+
+ private:
+  std::string frame_;
+};
+
+// Reads fields; after the first that is not there all are empty and ok() is
+// false.
+class FrameReader {
+ public:
+  explicit FrameReader(absl::string_view body) : left_(body) {}
+
+  template <class T>
+  T Get() {
+    static_assert(std::is_integral_v<T>);
+    T value = 0;
+    if (left_.size() < sizeof(T)) {
+      ok_ = false;
+      return value;
+    }
+    std::memcpy(&value, left_.data(), sizeof(T));
+    left_.remove_prefix(sizeof(T));
+    return value;
+  }
+  absl::string_view GetText() {
+    const uint32_t size = Get<uint32_t>();
+    if (!ok_ || left_.size() < size) {
+      ok_ = false;
+      return "";
+    }
+    const absl::string_view text = left_.substr(0, size);
+    left_.remove_prefix(size);
+    return text;
+  }
+  absl::Status GetStatus() {
+    const uint32_t code = Get<uint32_t>();
+    const absl::string_view text = GetText();
+    return absl::Status(static_cast<absl::StatusCode>(code), text);
+  }
+
+  bool ok() const { return ok_; }
+
+ private:
+  absl::string_view left_;
+  bool ok_ = true;
+};
+
+// Takes the first whole frame from the front of `buffer` into `body` (without its
+// length). Returns nullopt if the frame is longer than `max_bytes`, else whether
+// there was one.
+inline std::optional<bool> TakeFrame(std::string& buffer, size_t max_bytes,
+                                     std::string& body) {
+  if (buffer.size() < kFrameHeaderBytes) return false;
+  uint32_t size;
+  std::memcpy(&size, buffer.data(), sizeof(size));
+  if (size > max_bytes) return std::nullopt;
+  if (buffer.size() < kFrameHeaderBytes + size) return false;
+  body.assign(buffer, kFrameHeaderBytes, size);
+  buffer.erase(0, kFrameHeaderBytes + size);
+  return true;
+}
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_COMM_STORE_PROTOCOL_H_

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The store of a job whose ranks are processes: rank 0 serves it, all ranks (rank
+// 0 too) are its clients. A client's connection lives as long as the process uses
+// the store; its end without a goodbye is the death of its rank.
+//
+// It trusts its network, as the libraries under it do: whoever can reach the port
+// can take part.
+
+#ifndef DSD_CORE_COMM_TCP_STORE_H_
+#define DSD_CORE_COMM_TCP_STORE_H_
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "dsd/core/comm/store.h"
+
+namespace dsd {
+
+class Env;
+
+struct TcpStoreServerOptions {
+  // A name or number of this host: where it listens, and nowhere else.
+  std::string host = "127.0.0.1";
+  int port = 0;  // 0: any free one, see port()
+  // A listening socket to use instead, or -1. It stays open.
+  int listen_fd = -1;
+  // Clients of another job are refused.
+  std::string job_id;
+  // When this group has dissolved, no new clients are accepted: they mean the
+  // next server at this address. May be empty.
+  std::string last_group;
+};
+
+// Serves from a thread of its own. The destructor delivers what is under way
+// (within a second) and closes all connections.
+class TcpStoreServer {
+ public:
+  // Errors: FailedPrecondition if the port is in use or `host` is another host.
+  static absl::StatusOr<std::unique_ptr<TcpStoreServer>> Start(
+      Env* env, const TcpStoreServerOptions& options);
+  ~TcpStoreServer();
+
+  int port() const;
+
+ private:
+  class Impl;
+  explicit TcpStoreServer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+struct TcpStoreOptions {
+  std::string host = "127.0.0.1";
+  int port = 0;
+  std::string job_id;
+  int rank = 0;  // of the client, for error texts
+};
+
+// Connects, waiting until somebody serves. Errors: DeadlineExceeded;
+// FailedPrecondition if what answers is no store of this version or of another
+// job.
+absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
+    Env* env, const TcpStoreOptions& options, absl::Time deadline);
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_COMM_TCP_STORE_H_

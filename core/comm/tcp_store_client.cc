@@ -1,0 +1,443 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/node_hash_map.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/socket.h"
+#include "dsd/core/comm/store_protocol.h"
+#include "dsd/core/comm/tcp_store.h"
+
+namespace dsd {
+namespace {
+
+constexpr absl::Duration kFlushPatience = absl::Seconds(1);
+constexpr absl::Duration kIdle = absl::Hours(1);
+// For the server's own answer that a deadline has passed, which says more.
+constexpr absl::Duration kGrace = absl::Seconds(1);
+constexpr absl::Duration kRetry = absl::Milliseconds(50);
+constexpr size_t kReadBytes = size_t{256} << 10;
+
+struct Answer {
+  absl::Status status;
+  std::string value;
+};
+
+class TcpStore final : public Store,
+                       public std::enable_shared_from_this<TcpStore> {
+ public:
+  TcpStore(Env* env, TcpStoreOptions options, std::string host, Socket socket,
+           Waker waker)
+      : env_(env),
+        options_(std::move(options)),
+        host_(std::move(host)),
+        socket_(std::move(socket)),
+        waker_(std::move(waker)) {
+    thread_ = env_->StartThread("dsd_store_io", [this] { Run(); });
+  }
+
+  ~TcpStore() override {
+    {
+      absl::MutexLock lock(&mu_);
+      stopping_ = true;
+    }
+    waker_.Wake();
+    thread_.reset();
+  }
+
+  absl::Status Set(absl::string_view key, absl::string_view value,
+                   absl::Time deadline) override {
+    DSD_RETURN_IF_ERROR(CheckKey(key));
+    if (value.size() > kMaxValueBytes) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "store: the value of key \"", key, "\" has ", value.size(),
+          " bytes, expected at most ", kMaxValueBytes));
+    }
+    return Ask(key, deadline, [&](uint64_t id) {
+             return FrameWriter(FrameKind::kSet, id).Put(key).Put(value);
+           }).status;
+  }
+
+  absl::StatusOr<std::string> Get(absl::string_view key,
+                                  absl::Time deadline) override {
+    DSD_RETURN_IF_ERROR(CheckKey(key));
+    Answer answer = Ask(key, deadline, [&](uint64_t id) {
+      return FrameWriter(FrameKind::kGet, id).Put(key);
+    });
+    DSD_RETURN_IF_ERROR(answer.status);
+    return std::move(answer.value);
+  }
+
+  absl::StatusOr<int64_t> Add(absl::string_view key, int64_t delta,
+                              absl::Time deadline) override {
+    DSD_RETURN_IF_ERROR(CheckKey(key));
+    const Answer answer = Ask(key, deadline, [&](uint64_t id) {
+      return FrameWriter(FrameKind::kAdd, id).Put(key).Put(delta);
+    });
+    DSD_RETURN_IF_ERROR(answer.status);
+    int64_t sum;
+    if (!absl::SimpleAtoi(answer.value, &sum)) {
+      return absl::InternalError("store: the answer to Add is no number");
+    }
+    return sum;
+  }
+
+  absl::StatusOr<std::unique_ptr<Membership>> Join(
+      const MemberOptions& options, absl::Time deadline) override;
+
+  std::string server_host() const override { return host_; }
+
+ private:
+  class Handle;
+
+  struct Member {
+    MemberOptions options;
+    // Held while a callback runs; `deaf` when none may run any more.
+    absl::Mutex callback_mu;
+    bool deaf ABSL_GUARDED_BY(callback_mu) = false;
+    bool told ABSL_GUARDED_BY(callback_mu) = false;
+
+    void Tell(const absl::Status& status) {
+      absl::MutexLock lock(&callback_mu);
+      if (deaf || told) return;
+      told = true;
+      options.on_failure(status);
+    }
+  };
+  struct Request {
+    std::optional<Answer> answer;
+  };
+
+  static absl::Status CheckKey(absl::string_view key) {
+    if (key.size() <= kMaxKeyBytes) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("store: a key has ", key.size(), " bytes, expected at most ",
+                     kMaxKeyBytes));
+  }
+
+  std::string Where() const {
+    return absl::StrCat("the store of rank 0 at ",
+                        HostPort(host_, options_.port));
+  }
+
+  // Sends the frame that `make` writes for a new id, and waits for the reply.
+  template <class Make>
+  Answer Ask(absl::string_view what, absl::Time deadline, Make make,
+             uint64_t* id_out = nullptr) {
+    const absl::Time start = env_->Now();
+    absl::MutexLock lock(&mu_);
+    const uint64_t id = next_id_++;
+    if (id_out != nullptr) *id_out = id;
+    if (!lost_.ok()) return {lost_, ""};
+    out_ += make(id).Finish();
+    Request& request = requests_[id];
+    waker_.Wake();
+    const auto answered = [&] { return request.answer.has_value(); };
+    if (!env_->Await(mu_, absl::Condition(&answered), deadline)) {
+      requests_.erase(id);
+      out_ += FrameWriter(FrameKind::kForget, id).Finish();
+      waker_.Wake();
+      return {absl::DeadlineExceededError(absl::StrCat(
+                  Where(), " gave no answer about \"", what, "\" within ",
+                  absl::FormatDuration(deadline - start))),
+              ""};
+    }
+    Answer answer = std::move(*request.answer);
+    requests_.erase(id);
+    return answer;
+  }
+
+  void Post(FrameWriter& writer) {
+    absl::MutexLock lock(&mu_);
+    if (!lost_.ok()) return;
+    out_ += writer.Finish();
+    waker_.Wake();
+  }
+
+  void Run();
+  // Returns false for a frame that is not understood.
+  bool Receive(absl::string_view body);
+  void Lose(const std::string& why);
+  std::shared_ptr<Member> FindMember(uint64_t id) {
+    absl::MutexLock lock(&mu_);
+    const auto it = members_.find(id);
+    return it == members_.end() ? nullptr : it->second;
+  }
+
+  Env* const env_;
+  const TcpStoreOptions options_;
+  const std::string host_;
+  Socket socket_;  // of the thread
+  Waker waker_;
+
+  absl::Mutex mu_;
+  bool stopping_ ABSL_GUARDED_BY(mu_) = false;
+  absl::Status lost_ ABSL_GUARDED_BY(mu_);
+  std::string out_ ABSL_GUARDED_BY(mu_);
+  uint64_t next_id_ ABSL_GUARDED_BY(mu_) = 1;
+  // Node-based, so that a waiting thread may keep a reference.
+  absl::node_hash_map<uint64_t, Request> requests_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<uint64_t, std::shared_ptr<Member>> members_
+      ABSL_GUARDED_BY(mu_);  // by the id of their join
+
+  std::unique_ptr<EnvThread> thread_;
+};
+
+void TcpStore::Run() {
+  std::string in;
+  std::string out;
+  std::optional<absl::Time> end;
+  while (true) {
+    {
+      absl::MutexLock lock(&mu_);
+      out += std::exchange(out_, "");
+      if (stopping_ && !end.has_value()) end = env_->Now() + kFlushPatience;
+    }
+    if (const absl::Status status = socket_.WriteSome(out); !status.ok()) {
+      // What the server said last may still be there to read.
+      out.clear();
+    }
+    if (end.has_value() && (out.empty() || env_->Now() >= *end)) return;
+
+    pollfd polls[] = {
+        {waker_.fd(), POLLIN, 0},
+        {socket_.fd(), static_cast<short>(POLLIN | (out.empty() ? 0 : POLLOUT)),
+         0}};
+    const absl::StatusOr<int> ready = env_->Poll(
+        absl::MakeSpan(polls), end.has_value() ? *end : env_->Now() + kIdle);
+    if (!ready.ok()) continue;
+    waker_.Clear();
+    const absl::StatusOr<bool> open = socket_.ReadSome(in, kReadBytes);
+    std::string body;
+    while (true) {
+      const std::optional<bool> whole = TakeFrame(in, kMaxFrameBytes, body);
+      if (whole.has_value() && !*whole) break;
+      if (!whole.has_value() || !Receive(body)) {
+        return Lose("it sent what is not understood");
+      }
+    }
+    if (!open.ok()) return Lose(std::string(open.status().message()));
+    if (!*open) return Lose("");
+  }
+}
+
+bool TcpStore::Receive(absl::string_view body) {
+  FrameReader reader(body);
+  const auto kind = static_cast<FrameKind>(reader.Get<uint8_t>());
+  const uint64_t id = reader.Get<uint64_t>();
+  switch (kind) {
+    case FrameKind::kReply: {
+      const absl::Status status = reader.GetStatus();
+      const absl::string_view value = reader.GetText();
+      if (!reader.ok()) return false;
+      absl::MutexLock lock(&mu_);
+      const auto it = requests_.find(id);
+      if (it != requests_.end()) {
+        it->second.answer = Answer{status, std::string(value)};
+      }
+      return true;
+    }
+    case FrameKind::kFailed: {
+      const uint64_t member = reader.Get<uint64_t>();
+      const absl::Status status = reader.GetStatus();
+      if (!reader.ok() || status.ok()) return false;
+      const std::shared_ptr<Member> found = FindMember(member);
+      if (found != nullptr) found->Tell(status);
+      return true;
+    }
+    case FrameKind::kQuestion: {
+      const uint64_t member = reader.Get<uint64_t>();
+      const absl::string_view question = reader.GetText();
+      if (!reader.ok()) return false;
+      std::string answer;
+      if (const std::shared_ptr<Member> found = FindMember(member);
+          found != nullptr) {
+        absl::MutexLock lock(&found->callback_mu);
+        if (!found->deaf && found->options.on_question) {
+          answer = found->options.on_question(question);
+        }
+      }
+      Post(FrameWriter(FrameKind::kAnswer, id)
+               .Put(absl::string_view(answer).substr(0, kMaxValueBytes)));
+      return true;
+    }
+    default:
+      return false;
+  }
+}
+
+void TcpStore::Lose(const std::string& why) {
+  const absl::Status lost = absl::UnavailableError(absl::StrCat(
+      "rank 0 died (its connection to rank ", options_.rank, " closed",
+      why.empty() ? "" : absl::StrCat(": ", why), ")"));
+  std::vector<std::shared_ptr<Member>> members;
+  {
+    absl::MutexLock lock(&mu_);
+    lost_ = lost;
+    for (auto& [id, request] : requests_) {
+      if (!request.answer.has_value()) request.answer = Answer{lost, ""};
+    }
+    for (const auto& [id, member] : members_) members.push_back(member);
+  }
+  for (const std::shared_ptr<Member>& member : members) member->Tell(lost);
+  socket_.Close();
+}
+
+class TcpStore::Handle final : public Membership {
+ public:
+  Handle(std::shared_ptr<TcpStore> store, uint64_t id,
+         std::shared_ptr<Member> member)
+      : store_(std::move(store)), id_(id), member_(std::move(member)) {}
+
+  ~Handle() override {
+    {
+      absl::MutexLock lock(&member_->callback_mu);
+      member_->deaf = true;
+    }
+    {
+      absl::MutexLock lock(&store_->mu_);
+      store_->members_.erase(id_);
+    }
+    store_->Post(FrameWriter(FrameKind::kGone, 0).Put(id_));
+  }
+
+  void Fail(const absl::Status& status) override {
+    store_->Post(FrameWriter(FrameKind::kFail, 0).Put(id_).Put(status));
+  }
+
+  absl::Status Leave(absl::Time deadline) override {
+    return store_
+        ->Ask("goodbye", deadline,
+              [&](uint64_t id) {
+                return FrameWriter(FrameKind::kLeave, id).Put(id_);
+              })
+        .status;
+  }
+
+  std::vector<std::optional<std::string>> Ask(absl::string_view question,
+                                              absl::Time deadline) override {
+    std::vector<std::optional<std::string>> answers(member_->options.size);
+    const int64_t patience =
+        absl::ToInt64Nanoseconds(deadline - store_->env_->Now());
+    const Answer answer =
+        store_->Ask("ranks", deadline + kGrace, [&](uint64_t id) {
+          return FrameWriter(FrameKind::kAsk, id)
+              .Put(id_)
+              .Put(question)
+              .Put(patience);
+        });
+    FrameReader reader(answer.value);
+    const size_t count = reader.Get<uint32_t>();
+    for (size_t i = 0; i < std::min(count, answers.size()); ++i) {
+      if (reader.Get<uint8_t>() == 0) continue;
+      const absl::string_view text = reader.GetText();
+      if (reader.ok()) answers[i] = std::string(text);
+    }
+    return answers;
+  }
+
+ private:
+  const std::shared_ptr<TcpStore> store_;
+  const uint64_t id_;
+  const std::shared_ptr<Member> member_;
+};
+
+absl::StatusOr<std::unique_ptr<Membership>> TcpStore::Join(
+    const MemberOptions& options, absl::Time deadline) {
+  const auto member = std::make_shared<Member>();
+  member->options = options;
+  const int64_t patience = absl::ToInt64Nanoseconds(deadline - env_->Now());
+  uint64_t id;
+  const Answer answer = Ask(
+      options.group, deadline + kGrace,
+      [&](uint64_t new_id) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+        members_[new_id] = member;  // before the first event can come
+        return FrameWriter(FrameKind::kJoin, new_id)
+            .Put(options.group)
+            .Put(static_cast<int32_t>(options.rank))
+            .Put(static_cast<int32_t>(options.size))
+            .Put(options.facts)
+            .Put(patience);
+      },
+      &id);
+  if (!answer.status.ok()) {
+    // Takes it out of the group, here and there.
+    const Handle handle(shared_from_this(), id, member);
+    return answer.status;
+  }
+  return std::make_unique<Handle>(shared_from_this(), id, member);
+}
+
+// One attempt; Unavailable if the server went away before it said anything.
+absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
+                                             const TcpStoreOptions& options,
+                                             absl::Time deadline) {
+  DSD_ASSIGN_OR_RETURN(
+      Socket socket, ConnectTo(env, options.host, options.port, deadline));
+  DSD_ASSIGN_OR_RETURN(std::string host, socket.PeerHost());
+  const std::string where = HostPort(host, options.port);
+  DSD_RETURN_IF_ERROR(socket.WriteAll(env,
+                                      FrameWriter(FrameKind::kHello, 0)
+                                          .Put(kStoreMagic)
+                                          .Put(kStoreVersion)
+                                          .Put(absl::string_view())
+                                          .Put(options.job_id)
+                                          .Finish(),
+                                      deadline));
+  absl::StatusOr<std::string> head =
+      socket.ReadExactly(env, kFrameHeaderBytes, deadline);
+  if (absl::IsDeadlineExceeded(head.status())) {
+    return absl::DeadlineExceededError(absl::StrCat(
+        "connected to ", where, ", but no store answers there; is the port of "
+        "another program?"));
+  }
+  DSD_RETURN_IF_ERROR(head);
+  uint32_t size;
+  std::memcpy(&size, head->data(), sizeof(size));
+  const absl::Status foreign = absl::FailedPreconditionError(absl::StrCat(
+      "what answers at ", where, " is no store of dsd; is MASTER_PORT the port "
+      "of another program?"));
+  if (size > kMaxHelloBytes) return foreign;
+  DSD_ASSIGN_OR_RETURN(const std::string body,
+                       socket.ReadExactly(env, size, deadline));
+  FrameReader reader(body);
+  const auto kind = static_cast<FrameKind>(reader.Get<uint8_t>());
+  reader.Get<uint64_t>();
+  const absl::Status verdict = reader.GetStatus();
+  if (!reader.ok() || kind != FrameKind::kReply) return foreign;
+  if (!verdict.ok()) return Annotate(verdict, where);
+  DSD_ASSIGN_OR_RETURN(Waker waker, Waker::Create());
+  return std::make_shared<TcpStore>(env, options, std::move(host),
+                                    std::move(socket), std::move(waker));
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
+    Env* env, const TcpStoreOptions& options, absl::Time deadline) {
+  while (true) {
+    absl::StatusOr<std::shared_ptr<Store>> store =
+        Greet(env, options, deadline);
+    // The server of an earlier job at this address may be just closing.
+    if (store.ok() || !absl::IsUnavailable(store.status())) return store;
+    if (env->Now() + kRetry >= deadline) {
+      return Annotate(store.status(),
+                      absl::StrCat("the store at ",
+                                   HostPort(options.host, options.port)));
+    }
+    env->SleepUntil(env->Now() + kRetry);
+  }
+}
+
+}  // namespace dsd

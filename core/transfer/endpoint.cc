@@ -1,0 +1,248 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/transfer/endpoint.h"
+
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+
+namespace dsd {
+namespace {
+
+// Dimensions from outermost to innermost with those merged that lie back to
+// back in memory, so that walks have long inner runs.
+struct Walk {
+  Dims extents;
+  Dims strides;
+};
+
+Walk MergeDims(const StridedView& view, absl::Span<const int64_t> extents) {
+  Walk walk;
+  for (size_t d = 0; d < extents.size(); ++d) {
+    if (extents[d] == 1) continue;
+    const int64_t stride = view.strides_bytes[d];
+    if (!walk.extents.empty() && walk.strides.back() == stride * extents[d]) {
+      walk.extents.back() *= extents[d];
+      walk.strides.back() = stride;
+    } else {
+      walk.extents.push_back(extents[d]);
+      walk.strides.push_back(stride);
+    }
+  }
+  if (walk.extents.empty()) {
+    walk.extents.push_back(1);
+    walk.strides.push_back(0);
+  }
+  return walk;
+}
+
+// Calls run(pointer, count, stride) for stretches of the innermost dimension
+// that cover elements [begin, end) in row-major order.
+template <class Run>
+void ForEachRun(const StridedView& view, absl::Span<const int64_t> extents,
+                int64_t begin, int64_t end, Run run) {
+  if (begin >= end) return;
+  const Walk walk = MergeDims(view, extents);
+  const int last = static_cast<int>(walk.extents.size()) - 1;
+  Dims at(walk.extents.size(), 0);
+  int64_t rest = begin;
+  std::byte* base = view.base;
+  for (int d = last; d >= 0; --d) {
+    at[d] = rest % walk.extents[d];
+    rest /= walk.extents[d];
+    base += at[d] * walk.strides[d];
+  }
+  for (int64_t left = end - begin; left > 0;) {
+    const int64_t count = std::min(walk.extents[last] - at[last], left);
+    run(base, count, walk.strides[last]);
+    left -= count;
+    base -= at[last] * walk.strides[last];
+    at[last] = 0;
+    for (int d = last - 1; d >= 0; --d) {
+      base += walk.strides[d];
+      if (++at[d] < walk.extents[d]) break;
+      base -= at[d] * walk.strides[d];
+      at[d] = 0;
+    }
+  }
+}
+
+template <int64_t kSize>
+void CopyItems(std::byte* to, int64_t to_stride, const std::byte* from,
+               int64_t from_stride, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    std::memcpy(to, from, kSize);
+    to += to_stride;
+    from += from_stride;
+  }
+}
+
+void CopyRun(std::byte* to, int64_t to_stride, const std::byte* from,
+             int64_t from_stride, int64_t count, int64_t item_size) {
+  if (count == 1 || (to_stride == item_size && from_stride == item_size)) {
+    std::memcpy(to, from, count * item_size);
+    return;
+  }
+  switch (item_size) {
+    case 1:
+      return CopyItems<1>(to, to_stride, from, from_stride, count);
+    case 2:
+      return CopyItems<2>(to, to_stride, from, from_stride, count);
+    case 4:
+      return CopyItems<4>(to, to_stride, from, from_stride, count);
+    case 8:
+      return CopyItems<8>(to, to_stride, from, from_stride, count);
+    default:
+      return CopyItems<16>(to, to_stride, from, from_stride, count);
+  }
+}
+
+}  // namespace
+
+void PackRange(const StridedView& view, absl::Span<const int64_t> extents,
+               int64_t item_size, int64_t begin, int64_t end, std::byte* out) {
+  ForEachRun(view, extents, begin, end,
+             [&](const std::byte* from, int64_t count, int64_t stride) {
+               CopyRun(out, item_size, from, stride, count, item_size);
+               out += count * item_size;
+             });
+}
+
+void UnpackRange(const StridedView& view, absl::Span<const int64_t> extents,
+                 int64_t item_size, int64_t begin, int64_t end,
+                 const std::byte* in) {
+  ForEachRun(view, extents, begin, end,
+             [&](std::byte* to, int64_t count, int64_t stride) {
+               CopyRun(to, stride, in, item_size, count, item_size);
+               in += count * item_size;
+             });
+}
+
+void CopyBox(const StridedView& from, const StridedView& to,
+             absl::Span<const int64_t> extents, int64_t item_size) {
+  int64_t elements = 1;
+  for (int64_t extent : extents) elements *= extent;
+  if (elements <= 0 ||
+      (from.base == to.base && from.strides_bytes == to.strides_bytes)) {
+    return;
+  }
+  // The last dimension runs in one loop; the others are walked over `to` and
+  // followed in `from`.
+  const int ndim = static_cast<int>(extents.size());
+  const int64_t inner = ndim == 0 ? 1 : extents[ndim - 1];
+  const int64_t to_stride = ndim == 0 ? item_size : to.strides_bytes[ndim - 1];
+  const int64_t from_stride =
+      ndim == 0 ? item_size : from.strides_bytes[ndim - 1];
+  Dims at(ndim, 0);
+  std::byte* to_row = to.base;
+  const std::byte* from_row = from.base;
+  for (int64_t row = 0; row < elements / inner; ++row) {
+    CopyRun(to_row, to_stride, from_row, from_stride, inner, item_size);
+    for (int d = ndim - 2; d >= 0; --d) {
+      to_row += to.strides_bytes[d];
+      from_row += from.strides_bytes[d];
+      if (++at[d] < extents[d]) break;
+      to_row -= extents[d] * to.strides_bytes[d];
+      from_row -= extents[d] * from.strides_bytes[d];
+      at[d] = 0;
+    }
+  }
+}
+
+absl::Status MemoryEndpoint::Add(TensorSpec spec, std::vector<Part> parts) {
+  DSD_RETURN_IF_ERROR(catalog_.Add(std::move(spec)));
+  parts_.push_back(std::move(parts));
+  return absl::OkStatus();
+}
+
+absl::Status MemoryEndpoint::AddLocal(TensorSpec spec, Holder holder,
+                                      std::byte* local) {
+  const Layout& layout = spec.layout;
+  const int64_t item_size = ItemSize(spec.dtype);
+  const Dims global_strides = RowMajorStrides(layout.shape());
+  Dims local_strides;
+  if (layout.kind() == Layout::Kind::kMesh) {
+    const std::optional<Dims> shape = layout.LocalShape(holder);
+    if (shape.has_value()) local_strides = RowMajorStrides(*shape);
+  }
+  std::vector<Part> parts;
+  for (const LocalBox& piece : layout.BoxesOf(holder)) {
+    // A box layout packs its boxes one after another, a flat one keeps the
+    // distances of the whole tensor.
+    const Dims strides = layout.kind() == Layout::Kind::kMesh ? local_strides
+                         : layout.kind() == Layout::Kind::kFlat
+                             ? global_strides
+                             : RowMajorStrides(piece.box.extents());
+    int64_t offset = 0;
+    for (size_t d = 0; d < piece.local_lo.size(); ++d) {
+      offset += piece.local_lo[d] *
+                (layout.kind() == Layout::Kind::kFlat ? 1 : strides[d]);
+    }
+    Part part;
+    part.box = piece.box;
+    part.view.base = local + offset * item_size;
+    for (int64_t stride : strides) {
+      part.view.strides_bytes.push_back(stride * item_size);
+    }
+    if (layout.kind() == Layout::Kind::kBoxes) {
+      local += piece.box.num_elements() * item_size;
+    }
+    parts.push_back(std::move(part));
+  }
+  return Add(std::move(spec), std::move(parts));
+}
+
+std::optional<StridedView> MemoryEndpoint::View(size_t tensor, const Box& box) {
+  for (const Part& part : parts_[tensor]) {
+    if (!part.box.Contains(box)) continue;
+    StridedView view = part.view;
+    for (int d = 0; d < box.ndim(); ++d) {
+      view.base += (box.lo[d] - part.box.lo[d]) * view.strides_bytes[d];
+    }
+    return view;
+  }
+  return std::nullopt;
+}
+
+namespace {
+
+absl::Status CheckAccess(const TensorSpec& spec, const Box& box, DType dtype,
+                         bool found) {
+  if (!found) {
+    return absl::InternalError(absl::StrCat("\"", spec.fqn, "\": box ",
+                                            box.ToString(),
+                                            " is not in this rank's memory"));
+  }
+  if (dtype != spec.dtype) {
+    return absl::UnimplementedError(absl::StrCat(
+        "\"", spec.fqn, "\": plain memory cannot be converted between ",
+        DTypeName(spec.dtype), " and ", DTypeName(dtype)));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status MemoryEndpoint::Read(size_t tensor, const Box& box, int64_t begin,
+                                  int64_t end, DType dtype,
+                                  absl::Span<std::byte> out) {
+  const std::optional<StridedView> view = View(tensor, box);
+  DSD_RETURN_IF_ERROR(
+      CheckAccess(catalog_[tensor], box, dtype, view.has_value()));
+  PackRange(*view, box.extents(), ItemSize(dtype), begin, end, out.data());
+  return absl::OkStatus();
+}
+
+absl::Status MemoryEndpoint::Write(size_t tensor, const Box& box, int64_t begin,
+                                   int64_t end, DType dtype,
+                                   absl::Span<const std::byte> in) {
+  const std::optional<StridedView> view = View(tensor, box);
+  DSD_RETURN_IF_ERROR(
+      CheckAccess(catalog_[tensor], box, dtype, view.has_value()));
+  UnpackRange(*view, box.extents(), ItemSize(dtype), begin, end, in.data());
+  return absl::OkStatus();
+}
+
+}  // namespace dsd

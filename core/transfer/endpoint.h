@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One side of a redistribution on one rank: a catalog and the means to touch
+// the bytes of this rank's own boxes.
+
+#ifndef DSD_CORE_TRANSFER_ENDPOINT_H_
+#define DSD_CORE_TRANSFER_ENDPOINT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "dsd/core/base/dtype.h"
+#include "dsd/core/layout/box.h"
+#include "dsd/core/plan/catalog.h"
+
+namespace dsd {
+
+// A box in host memory. Element i of dimension d is strides_bytes[d] after
+// element i-1; any stride, also negative or 0. Does not own.
+struct StridedView {
+  std::byte* base = nullptr;
+  Dims strides_bytes;
+};
+
+// Thread-compatible. Indices are of catalog(). A box passed in lies inside one
+// of this rank's boxes of the tensor (for a tensor on kAnyHolder: anywhere).
+class Endpoint {
+ public:
+  virtual ~Endpoint() = default;
+
+  virtual const Catalog& catalog() const = 0;
+
+  // Copies elements [begin, end) of `box`, counted row-major over the box, as
+  // items of type `dtype` into `out`, which has exactly their size.
+  // Errors: Unimplemented for a conversion that the endpoint lacks; DataLoss
+  // for stored bytes that do not verify; what storage reports.
+  virtual absl::Status Read(size_t tensor, const Box& box, int64_t begin,
+                            int64_t end, DType dtype,
+                            absl::Span<std::byte> out) = 0;
+
+  // The inverse of Read.
+  virtual absl::Status Write(size_t tensor, const Box& box, int64_t begin,
+                             int64_t end, DType dtype,
+                             absl::Span<const std::byte> in) = 0;
+
+  // The box as addressable host memory of the catalog's dtype, or nullopt. A
+  // returned view stays valid until the endpoint is destroyed.
+  virtual std::optional<StridedView> View(size_t /*tensor*/,
+                                          const Box& /*box*/) {
+    return std::nullopt;
+  }
+
+  // Called once when all writes of a transfer have succeeded on this rank.
+  virtual absl::Status Finish() { return absl::OkStatus(); }
+};
+
+// Copies elements [begin, end) of a box of `extents`, counted row-major, from
+// strided memory to packed memory, and back.
+void PackRange(const StridedView& view, absl::Span<const int64_t> extents,
+               int64_t item_size, int64_t begin, int64_t end, std::byte* out);
+void UnpackRange(const StridedView& view, absl::Span<const int64_t> extents,
+                 int64_t item_size, int64_t begin, int64_t end,
+                 const std::byte* in);
+
+// Copies a whole box between two strided views.
+void CopyBox(const StridedView& from, const StridedView& to,
+             absl::Span<const int64_t> extents, int64_t item_size);
+
+// Tensors in host memory: local tensors or whole ones. An Endpoint for tests,
+// examples and code that has plain buffers.
+class MemoryEndpoint : public Endpoint {
+ public:
+  // One box of this rank, at `view`.
+  struct Part {
+    Box box;
+    StridedView view;
+  };
+
+  // Adds a tensor of which this rank has `parts` (none is legal). Buffers are
+  // borrowed. AlreadyExists for a name that is taken.
+  absl::Status Add(TensorSpec spec, std::vector<Part> parts);
+
+  // Adds a tensor whose local tensor (contiguous, as Layout::LocalShape of
+  // `holder`; for box layouts the boxes back to back) is at `local`.
+  absl::Status AddLocal(TensorSpec spec, Holder holder, std::byte* local);
+
+  const Catalog& catalog() const override { return catalog_; }
+  absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
+                    DType dtype, absl::Span<std::byte> out) override;
+  absl::Status Write(size_t tensor, const Box& box, int64_t begin, int64_t end,
+                     DType dtype, absl::Span<const std::byte> in) override;
+  std::optional<StridedView> View(size_t tensor, const Box& box) override;
+
+ private:
+  Catalog catalog_;
+  std::vector<std::vector<Part>> parts_;
+};
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_TRANSFER_ENDPOINT_H_

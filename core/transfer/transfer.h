@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The executor: carries out one rank's plan in bounded memory, over one
+// communicator.
+
+#ifndef DSD_CORE_TRANSFER_TRANSFER_H_
+#define DSD_CORE_TRANSFER_TRANSFER_H_
+
+#include <cstdint>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "dsd/core/base/call_options.h"
+#include "dsd/core/base/digest.h"
+#include "dsd/core/comm/communicator.h"
+#include "dsd/core/plan/plan.h"
+#include "dsd/core/transfer/endpoint.h"
+
+namespace dsd {
+
+// What the executor did, counted where the bytes moved.
+struct TransferStats {
+  int64_t bytes_sent = 0;  // payload, without headers
+  int64_t bytes_received = 0;
+  int64_t bytes_local = 0;
+  int64_t messages_sent = 0;
+  int64_t bytes_staged_peak = 0;  // staging memory at its largest
+};
+
+struct TransferOptions {
+  // Staging memory is at most 2 * 2 * chunk_bytes, whatever is transferred.
+  // Must be equal on all ranks.
+  int64_t chunk_bytes = int64_t{4} << 20;
+  CallOptions call;
+};
+
+// Carries out `plan` of this rank. Collective: all ranks of `comm` must call it
+// with plans of the same catalogs, pairs and bindings; `comm` may be null if
+// the plan has no other rank. Local copies come first, then the exchange, peer
+// by peer in rotated order: one byte stream per ordered pair of ranks, in plan
+// order, cut into chunks. Boxes of a source kAnyHolder are read once, into the
+// target, and relayed from there.
+//
+// Errors: of comm and of the endpoints, annotated with rank and FQN. After an
+// error targets are unspecified, and an error of an endpoint aborts `comm`, so
+// that no rank waits for this one.
+absl::StatusOr<TransferStats> Transfer(const Plan& plan, Endpoint& source,
+                                       Endpoint& target, Communicator* comm,
+                                       const TransferOptions& options = {});
+
+// Agreement: compares `fingerprint` on all ranks before a byte moves.
+// Collective. Every rank gets the same verdict: OK, or FailedPrecondition that
+// lists the ranks that differ and, from `describe` (called only then, at most
+// 64 KiB are used), in what. An error of `local`, on any rank, is everybody's
+// error: pass what was found wrong locally instead of returning early.
+absl::Status Agree(Communicator* comm, absl::string_view what,
+                   const Digest& fingerprint, const absl::Status& local,
+                   absl::FunctionRef<std::string()> describe,
+                   const CallOptions& options = {});
+
+// Plan and transfer of all tensors that have equal names in both, after
+// agreement on both catalogs: the one operation everything is made of.
+// Collective. Bindings: holder r is rank r.
+absl::StatusOr<TransferStats> Redistribute(Endpoint& source, Endpoint& target,
+                                           Communicator* comm,
+                                           const TransferOptions& options = {});
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_TRANSFER_TRANSFER_H_

@@ -1,0 +1,421 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/transfer/transfer.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/layout/element_map.h"
+#include "dsd/core/layout/random_layout.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace dsd {
+namespace {
+
+using ::dsd::test::LayoutSpec;
+using ::dsd::test::Random;
+using ::dsd::test::Uniform;
+using ::testing::HasSubstr;
+
+// Ranks as threads, connected once.
+class Ranks {
+ public:
+  explicit Ranks(int size) : comms_(size) {
+    const auto store = MakeInProcessStore(Env::Real());
+    const std::vector<absl::Status> made =
+        InThreads([&](int rank) -> absl::Status {
+          CommunicatorOptions options;
+          options.rank = rank;
+          options.world_size = static_cast<int>(comms_.size());
+          options.backend = "local";
+          options.store = store;
+          DSD_ASSIGN_OR_RETURN(comms_[rank], Communicator::Create(options));
+          return absl::OkStatus();
+        });
+    for (const absl::Status& status : made) EXPECT_TRUE(status.ok()) << status;
+  }
+
+  ~Ranks() {
+    InThreads([&](int rank) { return comms_[rank]->Shutdown(); });
+  }
+
+  std::vector<absl::Status> Run(
+      const std::function<absl::Status(int, Communicator&)>& body) {
+    return InThreads([&](int rank) { return body(rank, *comms_[rank]); });
+  }
+
+ private:
+  std::vector<absl::Status> InThreads(
+      const std::function<absl::Status(int)>& body) {
+    std::vector<absl::Status> statuses(comms_.size());
+    std::vector<std::unique_ptr<EnvThread>> threads;
+    for (size_t rank = 0; rank < comms_.size(); ++rank) {
+      threads.push_back(Env::Real()->StartThread(
+          absl::StrCat("rank ", rank),
+          [&, rank] { statuses[rank] = body(static_cast<int>(rank)); }));
+    }
+    threads.clear();
+    return statuses;
+  }
+
+  std::vector<std::unique_ptr<Communicator>> comms_;
+};
+
+// The bytes of element `index` of tensor `tensor`.
+void FillElement(size_t tensor, int64_t index, int64_t item_size,
+                 std::byte* out) {
+  for (int64_t b = 0; b < item_size; ++b) {
+    out[b] = static_cast<std::byte>(1 + 31 * tensor + 7 * index + 13 * b +
+                                    (index >> 5));
+  }
+}
+
+struct Tensor {
+  std::string fqn;
+  DType dtype;
+  LayoutSpec from;
+  LayoutSpec to;
+};
+
+// One rank's memory of one side.
+struct Side {
+  MemoryEndpoint endpoint;
+  std::vector<std::vector<std::byte>> buffers;
+};
+
+absl::Status FillSide(const std::vector<Tensor>& tensors, int rank, bool source,
+                      Side& side) {
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const LayoutSpec& spec = source ? tensors[t].from : tensors[t].to;
+    const int64_t item_size = ItemSize(tensors[t].dtype);
+    const std::vector<int64_t> held = test::HoldersOf(spec);
+    std::vector<int64_t> elements;
+    if (std::count(held.begin(), held.end(), rank) > 0) {
+      elements = test::LocalElements(spec, rank);
+    }
+    side.buffers.emplace_back(elements.size() * item_size, std::byte{0xEE});
+    if (source) {
+      for (size_t i = 0; i < elements.size(); ++i) {
+        FillElement(t, elements[i], item_size,
+                    side.buffers.back().data() + i * item_size);
+      }
+    }
+    DSD_ASSIGN_OR_RETURN(Layout layout, test::BuildLayout(spec));
+    DSD_RETURN_IF_ERROR(side.endpoint.AddLocal(
+        {tensors[t].fqn, tensors[t].dtype, std::move(layout)}, rank,
+        side.buffers.back().data()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckSide(const std::vector<Tensor>& tensors, int rank,
+                       const Side& side) {
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const int64_t item_size = ItemSize(tensors[t].dtype);
+    if (side.buffers[t].empty()) continue;
+    const std::vector<int64_t> elements =
+        test::LocalElements(tensors[t].to, rank);
+    std::vector<std::byte> expected(item_size);
+    for (size_t i = 0; i < elements.size(); ++i) {
+      FillElement(t, elements[i], item_size, expected.data());
+      if (std::memcmp(expected.data(), &side.buffers[t][i * item_size],
+                      item_size) != 0) {
+        return absl::InternalError(absl::StrCat(
+            "\"", tensors[t].fqn, "\" element ", elements[i], " on rank ", rank,
+            " is wrong: ", tensors[t].from.ToString(), " -> ",
+            tensors[t].to.ToString()));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+std::vector<int64_t> Iota(int size) {
+  std::vector<int64_t> out(size);
+  for (int i = 0; i < size; ++i) out[i] = i;
+  return out;
+}
+
+std::vector<Tensor> RandomTensors(Random& random, int size) {
+  const DType types[] = {DType::kUInt8, DType::kFloat16, DType::kFloat32,
+                         DType::kInt64, DType::kComplex128};
+  std::vector<Tensor> tensors(Uniform(random, 1, 4));
+  test::RandomLayoutOptions options;
+  options.holders = Iota(size);
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    tensors[t].fqn = absl::StrCat("layer.", t, ".weight");
+    tensors[t].dtype = types[Uniform(random, 0, 4)];
+    const auto shape = test::RandomShape(random, 300);
+    tensors[t].from = test::RandomLayoutSpec(random, shape, options);
+    tensors[t].to = test::RandomLayoutSpec(random, shape, options);
+  }
+  return tensors;
+}
+
+// What rank `rank` must get from others: bytes it needs and does not hold.
+int64_t MissingBytes(const std::vector<Tensor>& tensors, int64_t rank) {
+  int64_t bytes = 0;
+  for (const Tensor& tensor : tensors) {
+    const auto have = test::HoldersByElement(tensor.from);
+    const auto need = test::HoldersByElement(tensor.to);
+    for (size_t i = 0; i < need.size(); ++i) {
+      if (std::count(need[i].begin(), need[i].end(), rank) > 0 &&
+          std::count(have[i].begin(), have[i].end(), rank) == 0) {
+        bytes += ItemSize(tensor.dtype);
+      }
+    }
+  }
+  return bytes;
+}
+
+TEST(TransferTest, RandomPairsMoveTheLowerBoundAndArriveRight) {
+  Random random(test::TestSeed());
+  for (int size = 1; size <= 4; ++size) {
+    Ranks ranks(size);
+    for (int round = 0; round < 150; ++round) {
+      const std::vector<Tensor> tensors = RandomTensors(random, size);
+      TransferOptions options;
+      const int64_t chunks[] = {16, 100, 1000, int64_t{4} << 20};
+      options.chunk_bytes = chunks[Uniform(random, 0, 3)];
+      std::vector<TransferStats> stats(size);
+      const auto statuses =
+          ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+            Side source;
+            Side target;
+            DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+            DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+            DSD_ASSIGN_OR_RETURN(
+                stats[rank],
+                Redistribute(source.endpoint, target.endpoint, &comm, options));
+            return CheckSide(tensors, rank, target);
+          });
+      int64_t sent = 0;
+      int64_t missing = 0;
+      for (int rank = 0; rank < size; ++rank) {
+        ASSERT_TRUE(statuses[rank].ok()) << statuses[rank];
+        EXPECT_EQ(stats[rank].bytes_received, MissingBytes(tensors, rank));
+        EXPECT_LE(stats[rank].bytes_staged_peak, 4 * options.chunk_bytes);
+        sent += stats[rank].bytes_sent;
+        missing += MissingBytes(tensors, rank);
+      }
+      ASSERT_EQ(sent, missing);
+    }
+  }
+}
+
+// Storage that every rank can read; counts what is read.
+class StorageEndpoint : public Endpoint {
+ public:
+  StorageEndpoint(const std::vector<Tensor>& tensors,
+                  std::atomic<int64_t>* bytes_read)
+      : bytes_read_(bytes_read) {
+    for (const Tensor& tensor : tensors) {
+      const Dims shape(tensor.to.shape.begin(), tensor.to.shape.end());
+      EXPECT_TRUE(
+          catalog_.Add({tensor.fqn, tensor.dtype, Layout::Anywhere(shape)})
+              .ok());
+    }
+  }
+  const Catalog& catalog() const override { return catalog_; }
+  absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
+                    DType dtype, absl::Span<std::byte> out) override {
+    const int64_t item_size = ItemSize(dtype);
+    const Dims extents = box.extents();
+    for (int64_t i = begin; i < end; ++i) {
+      Dims at(box.ndim());
+      int64_t rest = i;
+      for (int d = box.ndim() - 1; d >= 0; --d) {
+        at[d] = box.lo[d] + rest % extents[d];
+        rest /= extents[d];
+      }
+      FillElement(tensor, FlatIndex(catalog_[tensor].shape(), at), item_size,
+                  out.data() + (i - begin) * item_size);
+    }
+    *bytes_read_ += (end - begin) * item_size;
+    return absl::OkStatus();
+  }
+  absl::Status Write(size_t, const Box&, int64_t, int64_t, DType,
+                     absl::Span<const std::byte>) override {
+    return absl::UnimplementedError("storage is read only");
+  }
+
+ private:
+  Catalog catalog_;
+  std::atomic<int64_t>* bytes_read_;
+};
+
+TEST(TransferTest, StorageIsReadOnceOverAllRanks) {
+  Random random(test::TestSeed());
+  Ranks ranks(4);
+  for (int round = 0; round < 150; ++round) {
+    const std::vector<Tensor> tensors = RandomTensors(random, 4);
+    std::atomic<int64_t> bytes_read = 0;
+    TransferOptions options;
+    options.chunk_bytes = Uniform(random, 16, 2000);
+    const auto statuses =
+        ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+          StorageEndpoint source(tensors, &bytes_read);
+          Side target;
+          DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+          DSD_RETURN_IF_ERROR(
+              Redistribute(source, target.endpoint, &comm, options).status());
+          return CheckSide(tensors, rank, target);
+        });
+    for (const absl::Status& status : statuses)
+      ASSERT_TRUE(status.ok()) << status;
+    int64_t needed = 0;
+    for (const Tensor& tensor : tensors) {
+      for (const auto& holders : test::HoldersByElement(tensor.to)) {
+        if (!holders.empty()) needed += ItemSize(tensor.dtype);
+      }
+    }
+    ASSERT_EQ(bytes_read, needed);
+  }
+}
+
+// Rows over `size` ranks to columns, big enough for several chunks.
+std::vector<Tensor> RowsToColumns(int size) {
+  Tensor tensor;
+  tensor.fqn = "encoder.weight";
+  tensor.dtype = DType::kFloat32;
+  tensor.from.kind = LayoutSpec::Kind::kPlacements;
+  tensor.from.shape = {64, 64};
+  tensor.from.mesh_shape = {size};
+  tensor.from.mesh_holders = Iota(size);
+  tensor.from.placements = {{'S', 0, 1}};
+  tensor.to = tensor.from;
+  tensor.to.placements = {{'S', 1, 1}};
+  return {tensor};
+}
+
+class FailingEndpoint : public MemoryEndpoint {
+ public:
+  absl::Status Write(size_t tensor, const Box& box, int64_t begin, int64_t end,
+                     DType dtype, absl::Span<const std::byte> in) override {
+    if (--writes_left_ < 0)
+      return absl::ResourceExhaustedError("no space left");
+    return MemoryEndpoint::Write(tensor, box, begin, end, dtype, in);
+  }
+  int writes_left_ = 2;
+};
+
+TEST(TransferTest, AnErrorOfOneEndpointEndsTheTransferOnAllRanks) {
+  Ranks ranks(3);
+  const std::vector<Tensor> tensors = RowsToColumns(3);
+  TransferOptions options;
+  options.chunk_bytes = 256;
+  const auto statuses =
+      ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+        Side source;
+        Side target;
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+        if (rank != 1) {
+          return Redistribute(source.endpoint, target.endpoint, &comm, options)
+              .status();
+        }
+        FailingEndpoint failing;
+        DSD_RETURN_IF_ERROR(failing.AddLocal(target.endpoint.catalog()[0], rank,
+                                             target.buffers[0].data()));
+        return Redistribute(source.endpoint, failing, &comm, options).status();
+      });
+  EXPECT_EQ(statuses[1].code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(statuses[1].message(), HasSubstr("encoder.weight"));
+  EXPECT_THAT(statuses[1].message(), HasSubstr("rank 1"));
+  for (int rank : {0, 2}) {
+    EXPECT_FALSE(statuses[rank].ok());
+    EXPECT_THAT(statuses[rank].message(), HasSubstr("rank 1"));
+    EXPECT_THAT(statuses[rank].message(), HasSubstr("no space left"));
+  }
+}
+
+TEST(TransferTest, ACancelOnOneRankEndsItOnAll) {
+  Ranks ranks(2);
+  const std::vector<Tensor> tensors = RowsToColumns(2);
+  std::atomic<bool> cancel = true;
+  const auto statuses =
+      ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+        Side source;
+        Side target;
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+        TransferOptions options;
+        options.chunk_bytes = 256;
+        if (rank == 0) options.call.cancel = &cancel;
+        return Redistribute(source.endpoint, target.endpoint, &comm, options)
+            .status();
+      });
+  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kCancelled) << statuses[0];
+  EXPECT_EQ(statuses[1].code(), absl::StatusCode::kCancelled) << statuses[1];
+}
+
+TEST(TransferTest, APlanWithOthersNeedsACommunicator) {
+  const std::vector<Tensor> tensors = RowsToColumns(2);
+  Side source;
+  Side target;
+  ASSERT_TRUE(FillSide(tensors, 0, true, source).ok());
+  ASSERT_TRUE(FillSide(tensors, 0, false, target).ok());
+  const Binding binding(2);
+  const auto plan =
+      PlanForRank(0, source.endpoint.catalog(), target.endpoint.catalog(),
+                  {{0, 0}}, binding, binding);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(Transfer(*plan, source.endpoint, target.endpoint, nullptr)
+                .status()
+                .code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST(AgreeTest, EqualRanksAgree) {
+  Ranks ranks(4);
+  for (const absl::Status& status : ranks.Run([](int, Communicator& comm) {
+         return Agree(&comm, "save", DigestBuilder().Add(1).Finish(),
+                      absl::OkStatus(), [] { return std::string("never"); });
+       })) {
+    EXPECT_TRUE(status.ok()) << status;
+  }
+}
+
+TEST(AgreeTest, EveryRankGetsTheSameVerdict) {
+  Ranks ranks(4);
+  std::vector<absl::Status> statuses = ranks.Run([](int rank,
+                                                    Communicator& comm) {
+    return Agree(&comm, "save", DigestBuilder().Add(rank == 2 ? 1 : 0).Finish(),
+                 absl::OkStatus(),
+                 [&] { return absl::StrCat("step ", rank == 2 ? 1 : 0); });
+  });
+  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(statuses[0].message(), HasSubstr("rank 2: step 1"));
+  for (const absl::Status& status : statuses) EXPECT_EQ(status, statuses[0]);
+
+  statuses = ranks.Run([](int rank, Communicator& comm) {
+    return Agree(&comm, "load", Digest(),
+                 rank % 2 == 0 ? absl::OkStatus()
+                               : absl::NotFoundError("no such directory"),
+                 [] { return std::string(); });
+  });
+  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(statuses[0].message(), "load: ranks 1, 3: no such directory");
+  for (const absl::Status& status : statuses) EXPECT_EQ(status, statuses[0]);
+
+  statuses = ranks.Run([](int, Communicator& comm) {
+    return Agree(&comm, "load", Digest(), absl::NotFoundError("nothing there"),
+                 [] { return std::string(); });
+  });
+  EXPECT_EQ(statuses[3].message(), "load: nothing there");
+}
+
+}  // namespace
+}  // namespace dsd

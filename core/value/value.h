@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The tree that a state dict is: dicts, lists and tuples over tensors and plain
+// objects, with Python's meaning. The tensor leaf is a type parameter, so that
+// files and tools can use the tree without LibTorch.
+
+#ifndef DSD_CORE_VALUE_VALUE_H_
+#define DSD_CORE_VALUE_VALUE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/string_view.h"
+
+namespace dsd {
+
+// A dict key or list index on the way to a value: text or integer.
+using PathSegment = std::variant<std::string, int64_t>;
+using Path = std::vector<PathSegment>;
+
+template <class TensorT>
+class BasicValue;
+
+// An ordered map, as Python's dict. Keys are text or integers. Copyable if
+// TensorT is. Lookup is O(1). Thread-compatible.
+template <class TensorT>
+class BasicDict {
+ public:
+  using Value = BasicValue<TensorT>;
+
+  size_t size() const { return keys_.size(); }
+  bool empty() const { return keys_.empty(); }
+  const PathSegment& key(size_t i) const { return keys_[i]; }
+  // The key as text, integers in decimal.
+  std::string key_text(size_t i) const;
+  const Value& value(size_t i) const { return values_[i]; }
+  Value& value(size_t i) { return values_[i]; }
+
+  // Null if absent.
+  const Value* Find(const PathSegment& key) const;
+  Value* Find(const PathSegment& key);
+  const Value* Find(absl::string_view key) const {
+    return Find(PathSegment(std::string(key)));
+  }
+  Value* Find(absl::string_view key) {
+    return Find(PathSegment(std::string(key)));
+  }
+  const Value* Find(const std::string& key) const {
+    return Find(PathSegment(key));
+  }
+  Value* Find(const std::string& key) { return Find(PathSegment(key)); }
+  const Value* Find(const char* key) const {
+    return Find(absl::string_view(key));
+  }
+  Value* Find(const char* key) { return Find(absl::string_view(key)); }
+  bool contains(absl::string_view key) const { return Find(key) != nullptr; }
+
+  // Adds at the end, or replaces the value in its place. Returns the new value.
+  Value& Set(PathSegment key, Value value);
+
+  // Removes the key and keeps the order of the others; O(size). Returns whether
+  // it was there.
+  bool Erase(const PathSegment& key);
+
+  friend bool operator==(const BasicDict& a, const BasicDict& b) {
+    return a.keys_ == b.keys_ && a.values_ == b.values_;
+  }
+
+ private:
+  std::vector<PathSegment> keys_;
+  std::vector<Value> values_;
+  absl::flat_hash_map<PathSegment, size_t> index_;
+};
+
+struct None {
+  friend bool operator==(None, None) { return true; }
+};
+
+struct Bytes {
+  std::string data;
+  friend bool operator==(const Bytes& a, const Bytes& b) {
+    return a.data == b.data;
+  }
+};
+
+// An object of a class that is not known here. Inert: never constructed, never
+// called; kept so that it can be named and copied through.
+struct Opaque {
+  std::string type_name;  // "module.Class"
+  friend bool operator==(const Opaque& a, const Opaque& b) {
+    return a.type_name == b.type_name;
+  }
+};
+
+template <class TensorT>
+class BasicValue {
+ public:
+  using Dict = BasicDict<TensorT>;
+  using List = std::vector<BasicValue>;
+  struct Tuple {
+    std::vector<BasicValue> items;
+    friend bool operator==(const Tuple& a, const Tuple& b) {
+      return a.items == b.items;
+    }
+  };
+
+  BasicValue() = default;                                     // None
+  BasicValue(None) {}                                         // NOLINT
+  BasicValue(bool v) : node_(v) {}                            // NOLINT
+  BasicValue(int v) : node_(static_cast<int64_t>(v)) {}       // NOLINT
+  BasicValue(int64_t v) : node_(v) {}                         // NOLINT
+  BasicValue(double v) : node_(v) {}                          // NOLINT
+  BasicValue(std::string v) : node_(std::move(v)) {}          // NOLINT
+  BasicValue(absl::string_view v) : node_(std::string(v)) {}  // NOLINT
+  BasicValue(const char* v) : node_(std::string(v)) {}        // NOLINT
+  BasicValue(Bytes v) : node_(std::move(v)) {}                // NOLINT
+  BasicValue(Opaque v) : node_(std::move(v)) {}               // NOLINT
+  BasicValue(TensorT v) : node_(std::move(v)) {}              // NOLINT
+  BasicValue(List v) : node_(std::move(v)) {}                 // NOLINT
+  BasicValue(Tuple v) : node_(std::move(v)) {}                // NOLINT
+  BasicValue(Dict v) : node_(std::move(v)) {}                 // NOLINT
+
+  // Null if the value is of another kind. T is one of None, bool, int64_t,
+  // double, std::string, Bytes, Opaque, TensorT, List, Tuple, Dict.
+  template <class T>
+  const T* get_if() const {
+    return std::get_if<T>(&node_);
+  }
+  template <class T>
+  T* get_if() {
+    return std::get_if<T>(&node_);
+  }
+  template <class T>
+  bool is() const {
+    return std::holds_alternative<T>(node_);
+  }
+  bool is_container() const { return is<List>() || is<Tuple>() || is<Dict>(); }
+
+  // "int", "str", "tensor", ...: Python's name of the kind, for messages.
+  absl::string_view kind_name() const;
+
+  friend bool operator==(const BasicValue& a, const BasicValue& b) {
+    return a.node_ == b.node_;
+  }
+  friend bool operator!=(const BasicValue& a, const BasicValue& b) {
+    return !(a == b);
+  }
+
+ private:
+  std::variant<None, bool, int64_t, double, std::string, Bytes, Opaque, TensorT,
+               List, Tuple, Dict>
+      node_;
+};
+
+// A tree without tensors.
+struct NoTensor {
+  friend bool operator==(NoTensor, NoTensor) { return true; }
+};
+using Object = BasicValue<NoTensor>;
+
+}  // namespace dsd
+
+#include "dsd/core/value/value_inl.h"  // IWYU pragma: export
+
+#endif  // DSD_CORE_VALUE_VALUE_H_

@@ -1,0 +1,91 @@
+"""The C++ rules that every package of this project uses.
+
+They add what must be the same everywhere: the include path "dsd/<package>/<file>.h", the warnings, static linking of
+tests. Every header of a target goes into `hdrs`, also one that only the target itself includes: a header in `srcs`
+is not found as "dsd/<package>/<file>.h".
+"""
+
+load("@rules_cc//cc:defs.bzl", "cc_binary", "cc_library", "cc_test")
+
+_WARNINGS = [
+    "-Wall",
+    "-Wextra",
+    "-Wno-sign-compare",
+    # GCC 12 reports these for correct code inlined out of the standard library and LibTorch.
+    "-Wno-maybe-uninitialized",
+    "-Wno-missing-field-initializers",
+]
+
+# Relative to the package of a target in this repository, whichever workspace embeds it.
+_WERROR = "//third_party/bazel:warnings_are_errors"
+
+def _copts(copts):
+    return _WARNINGS + select({
+        _WERROR: ["-Werror"],
+        "//conditions:default": [],
+    }) + copts
+
+def dsd_warning_settings():
+    """Declares the setting that turns the warnings of this project, and of nothing else, into errors."""
+    native.config_setting(
+        name = "warnings_are_errors",
+        define_values = {"dsd_werror": "1"},
+        visibility = ["//visibility:public"],
+    )
+
+def dsd_cc_library(name, copts = [], **kwargs):
+    """A cc_library whose headers are included as "dsd/<package>/<file>.h".
+
+    Args:
+      name: the target's name.
+      copts: added to the project's own.
+      **kwargs: as for cc_library.
+    """
+    package = native.package_name()
+    cc_library(
+        name = name,
+        copts = _copts(copts),
+        include_prefix = "dsd/" + package if package else "dsd",
+        **kwargs
+    )
+
+def dsd_cc_binary(name, copts = [], **kwargs):
+    """A cc_binary with the project's warnings.
+
+    Args:
+      name: the target's name.
+      copts: added to the project's own.
+      **kwargs: as for cc_binary.
+    """
+    cc_binary(name = name, copts = _copts(copts), **kwargs)
+
+def dsd_cc_test(
+        name,
+        copts = [],
+        deps = [],
+        main = "@com_google_googletest//:gtest_main",
+        size = "small",
+        linkstatic = True,
+        **kwargs):
+    """A cc_test on GoogleTest, linked statically.
+
+    By default Bazel makes a shared library of each target that a test needs, and then a library that registers itself
+    does so in the test even where it would be dropped from a program.
+
+    Args:
+      name: the target's name.
+      copts: added to the project's own.
+      deps: libraries; `main` is added.
+      main: the library with the main function and GoogleTest; None where the test has its own main.
+      size: as for cc_test; a size that says how long the test runs is also its time limit.
+      linkstatic: as for cc_test.
+      **kwargs: as for cc_test.
+    """
+    cc_test(
+        name = name,
+        copts = _copts(copts),
+        linkstatic = linkstatic,
+        size = size,
+        deps = deps + ([main] if main else []),
+        **kwargs
+    )
