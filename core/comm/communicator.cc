@@ -41,6 +41,45 @@ std::string Rounded(absl::Duration duration) {
 
 }  // namespace
 
+// What an engine sees of the store: its own keys, and waits that end when the
+// group fails, since a rank that has died sets no key.
+class Communicator::EngineStore final : public Store {
+ public:
+  EngineStore(Core* core, absl::string_view prefix,
+              const std::shared_ptr<Store>& store)
+      : core_(core), store_(MakePrefixStore(prefix, store)) {}
+
+  absl::Status Set(absl::string_view key, absl::string_view value,
+                   absl::Time deadline) override {
+    return store_->Set(key, value, deadline);
+  }
+  absl::StatusOr<std::string> Get(absl::string_view key,
+                                  absl::Time deadline) override {
+    while (true) {
+      const absl::Time until =
+          std::min(deadline, core_->env->Now() + kCancelPeriod);
+      absl::StatusOr<std::string> value = store_->Get(key, until);
+      if (!absl::IsDeadlineExceeded(value.status()) || until == deadline) {
+        return value;
+      }
+      if (!core_->status().ok()) return absl::AbortedError("cancelled");
+    }
+  }
+  absl::StatusOr<int64_t> Add(absl::string_view key, int64_t delta,
+                              absl::Time deadline) override {
+    return store_->Add(key, delta, deadline);
+  }
+  absl::StatusOr<std::unique_ptr<Membership>> Join(
+      const MemberOptions& options, absl::Time deadline) override {
+    return store_->Join(options, deadline);
+  }
+  std::string server_host() const override { return store_->server_host(); }
+
+ private:
+  Core* const core_;  // owns the engine that has this store
+  const std::shared_ptr<Store> store_;
+};
+
 Call::Call(std::string t, absl::Span<const int64_t> terms)
     : text(std::move(t)),
       digest(XXH3_64bits_withSeed(terms.data(), terms.size() * sizeof(int64_t),
@@ -634,7 +673,8 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
   engine.rank = options.rank;
   engine.world_size = options.world_size;
   engine.env = options.env;
-  engine.store = MakePrefixStore(member.group, options.store);
+  engine.store =
+      std::make_shared<EngineStore>(raw, member.group, options.store);
   engine.bind_address = options.bind_address;
   absl::StatusOr<std::unique_ptr<Engine>> made = descriptor->create(engine);
   if (!made.ok()) {

@@ -184,6 +184,7 @@ class Communicator {
   struct Core;
   struct Lane;
   class ActiveCall;
+  class EngineStore;
   explicit Communicator(std::unique_ptr<Lane> lane);
   std::unique_ptr<Lane> lane_;
 };

@@ -142,9 +142,12 @@ absl::Time TcpStoreServer::Impl::NextEvent() const {
 
 void TcpStoreServer::Impl::Run() {
   std::optional<absl::Time> end;
+  bool last_look = false;  // at what clients said before the end
   while (true) {
-    if (!end.has_value() && Stopping()) end = env_->Now() + kFlushPatience;
-    if (end.has_value()) {
+    if (!end.has_value() && Stopping()) {
+      end = env_->Now() + kFlushPatience;
+      last_look = true;
+    } else if (end.has_value()) {
       const bool unsent = std::any_of(
           connections_.begin(), connections_.end(),
           [](const auto& entry) { return !entry.second.out.empty(); });
@@ -167,7 +170,10 @@ void TcpStoreServer::Impl::Run() {
       ids.push_back(id);
     }
     const absl::StatusOr<int> ready =
-        env_->Poll(absl::MakeSpan(polls), end.has_value() ? *end : NextEvent());
+        env_->Poll(absl::MakeSpan(polls), std::exchange(last_look, false)
+                                              ? env_->Now()
+                                          : end.has_value() ? *end
+                                                            : NextEvent());
     if (!ready.ok()) continue;
     waker_.Clear();
     if (first == 2 && polls[1].revents != 0) Accept();

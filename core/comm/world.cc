@@ -10,6 +10,7 @@
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/c10d_store_client.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/core/comm/registry.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/tcp_store.h"
 
@@ -150,6 +151,10 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(
   comm.group = kGroup;
   comm.bind_address = options.bind_address;
   if (launch.world_size > 1) {
+    // Before the others are kept waiting.
+    if (comm.descriptor == nullptr) {
+      DSD_ASSIGN_OR_RETURN(comm.descriptor, FindBackend(comm.backend));
+    }
     const absl::Time deadline = options.env->Now() + options.connect_timeout;
     absl::StatusOr<std::shared_ptr<Store>> store =
         FindStore(launch, options.env, deadline);

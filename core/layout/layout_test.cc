@@ -417,6 +417,21 @@ TEST(LayoutTest, ColumnsOfAFlatLayoutJumpOverCells) {
   EXPECT_EQ(operations, 2);
 }
 
+TEST(LayoutTest, AFlatCellBetweenTwoRowsOfTheQueryIsNotVisited) {
+  // The query is element (500, 3, 7) and (501, 3, 7) of [1000, 10, 10].
+  const auto layout = Layout::FromFlatIntervals(
+      {1000, 10, 10}, {{0, 0, 50038}, {1, 50038, 50100}, {2, 50100, 100000}});
+  ASSERT_TRUE(layout.ok()) << layout.status();
+  int64_t operations = 0;
+  std::vector<Holder> holders;
+  layout->ForEachCell(
+      {{500, 3, 7}, {502, 4, 8}},
+      [&](const Cell& cell) { holders.push_back(cell.holders.At(0)); },
+      &operations);
+  EXPECT_EQ(holders, (std::vector<Holder>{0, 2}));
+  EXPECT_EQ(operations, 2);
+}
+
 TEST(LayoutTest, FlatIntervals) {
   const auto layout = Layout::FromFlatIntervals(
       {4, 5}, {{2, 10, 20}, {0, 0, 7}, {1, 7, 12}, {5, 3, 3}});

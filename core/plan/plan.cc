@@ -108,23 +108,24 @@ class Planner {
   using JointVisitor =
       absl::FunctionRef<void(const Box&, const HolderSet&, const HolderSet&)>;
 
-  using SetPredicate = absl::FunctionRef<bool(const HolderSet&)>;
-  static bool NoSet(const HolderSet&) { return false; }
+  using CellFilter = absl::FunctionRef<bool(const HolderSet&)>;
+  static bool EveryCell(const HolderSet&) { return true; }
 
-  // Calls `visit` once for each joint cell of `own` and `other` that one of
-  // `holders` has in `own`, leaving out cells of `own` whose set is to be
-  // skipped. Returns how many elements of the other cells of `own` were in none
-  // of them.
+  // Calls `enter` for each cell of `own` that one of `holders` has, and, if
+  // that returns true, `visit` for its joint cells with `other`. Each cell
+  // comes once. Returns how many elements of the entered cells were in no joint
+  // cell.
   int64_t ForEachJointCell(const Layout& own, absl::Span<const Holder> holders,
-                           const Layout& other, SetPredicate skip,
+                           const Layout& other, CellFilter enter,
                            JointVisitor visit) {
     int64_t missing = 0;
     for (size_t k = 0; k < holders.size(); ++k) {
-      const auto is_done = [&](const HolderSet& set) {
+      const auto leave_out = [&](const HolderSet& set) {
         ++operations_;
-        return skip(set) ||
-               std::any_of(holders.begin(), holders.begin() + k,
-                           [&](Holder h) { return set.Contains(h); });
+        const bool is_earlier =
+            std::any_of(holders.begin(), holders.begin() + k,
+                        [&](Holder h) { return set.Contains(h); });
+        return is_earlier || !enter(set);
       };
       if (own.kind() == Layout::Kind::kFlat) {
         const std::optional<FlatInterval> interval = own.IntervalOf(holders[k]);
@@ -132,7 +133,7 @@ class Planner {
         own.ForEachFlatCell(
             interval->begin, interval->end,
             [&](int64_t begin, int64_t end, const HolderSet& set) {
-              if (is_done(set)) return;
+              if (leave_out(set)) return;
               missing += end - begin;
               if (other.kind() == Layout::Kind::kFlat) {
                 missing -= JoinFlat(other, begin, end, set, visit);
@@ -150,7 +151,7 @@ class Planner {
         own.ForEachCell(
             part.box,
             [&](const Cell& cell) {
-              if (is_done(cell.holders)) return;
+              if (leave_out(cell.holders)) return;
               missing += cell.box.num_elements() -
                          Join(other, cell.box, cell.holders, visit);
             },
@@ -194,7 +195,7 @@ class Planner {
   absl::Status PlanAsReader() {
     int64_t unserved = 0;
     const int64_t missing = ForEachJointCell(
-        *target_, target_holders_, *source_, NoSet,
+        *target_, target_holders_, *source_, EveryCell,
         [&](const Box& box, const HolderSet& to, const HolderSet& from) {
           ChooseWireDtype(from);
           const RankSet readers(to, target_binding_);
@@ -261,30 +262,36 @@ class Planner {
   }
 
   void PlanAsProvider() {
-    // Where all holders of the target have the cell, nobody asks for it: a
-    // whole state dict on every rank is not compared with every shard.
     const auto target_bounds = target_->HolderBounds();
-    const bool shortcut = target_bounds.has_value() &&
-                          !target_->HasAnyHolder() &&
-                          source_binding_ == target_binding_;
-    const auto is_everywhere = [&](const HolderSet& from) {
-      return shortcut &&
-             from.IsKnownToHave(target_bounds->first, target_bounds->second);
-    };
+    const bool same_holders = target_bounds.has_value() &&
+                              !target_->HasAnyHolder() &&
+                              source_binding_ == target_binding_;
+    std::optional<RankSet> providers;  // of the own cell
+    int64_t position = 0;              // of this rank among them
     ForEachJointCell(
-        *source_, source_holders_, *target_, is_everywhere,
-        [&](const Box& box, const HolderSet& from, const HolderSet& to) {
+        *source_, source_holders_, *target_,
+        [&](const HolderSet& from) {
+          // Where all holders of the target have the cell, nobody asks for it:
+          // a whole state dict on every rank is not compared with every shard.
+          if (same_holders &&
+              from.IsKnownToHave(target_bounds->first, target_bounds->second)) {
+            return false;
+          }
           ChooseWireDtype(from);
-          const RankSet providers(from, source_binding_);
+          providers.emplace(from, source_binding_);
+          position = *providers->PositionOf(rank_);
+          return true;
+        },
+        [&](const Box& box, const HolderSet&, const HolderSet& to) {
           if (to.IsAny()) {
-            Take(box, providers.size(), *providers.PositionOf(rank_));
+            Take(box, providers->size(), position);
             return;
           }
           const RankSet readers(to, target_binding_);
           ++operations_;
-          if (readers.IsKnownSubsetOf(providers)) return;
-          ServeHost(box, providers, readers);
-          ServeOthers(box, providers, readers);
+          if (readers.IsKnownSubsetOf(*providers)) return;
+          ServeHost(box, *providers, readers);
+          ServeOthers(box, *providers, position, readers);
         });
   }
 
@@ -324,10 +331,9 @@ class Planner {
 
   // The inverse of Fetch for readers on hosts where nobody has the cell; on one
   // host, for all readers.
-  void ServeOthers(const Box& box, const RankSet& providers,
+  void ServeOthers(const Box& box, const RankSet& providers, int64_t position,
                    const RankSet& readers) {
     const int64_t candidates = providers.size();
-    const int64_t position = *providers.PositionOf(rank_);
     const int64_t parts = NumParts(Bytes(box), candidates);
     const int64_t index = PartOf(position, Turn(box, candidates), candidates);
     if (parts > 1) {
@@ -416,7 +422,7 @@ class Planner {
     const std::vector<Holder> any = {kAnyHolder};
     int64_t unserved = 0;
     const int64_t missing = ForEachJointCell(
-        *target_, any, *source_, NoSet,
+        *target_, any, *source_, EveryCell,
         [&](const Box& box, const HolderSet&, const HolderSet& from) {
           if (from.IsAny()) {
             ChooseWireDtype(from);

@@ -55,11 +55,17 @@ bool MustFail(const std::vector<ElementMap>& maps, int rank) {
   return false;
 }
 
+// Of what sort the cases were.
 struct Checked {
-  int64_t pairs = 0;    // of layouts, planned
-  int64_t refused = 0;  // cases with an element that is nowhere
-  int64_t split = 0;    // cells in several parts
-  int64_t bytes = 0;    // over the network
+  int64_t pairs = 0;         // of layouts, planned
+  int64_t refused = 0;       // cases with an element that is nowhere
+  int64_t bytes = 0;         // over the network
+  int64_t moves = 0;         // likewise
+  int64_t large_moves = 0;   // of a size that only dividing a cell gives
+  int64_t across_hosts = 0;  // moves
+  int64_t from_any = 0;      // elements read from kAnyHolder
+  int64_t to_any = 0;        // elements taken for kAnyHolder
+  int64_t shared_ranks = 0;  // cases with several holders on a rank
 };
 
 // What a move is to both of its ends.
@@ -183,11 +189,25 @@ void CheckPlans(const PlanCase& plan_case, const std::vector<ElementMap>& maps,
         ASSERT_EQ(reads[t][e], element.needed() ? 1 : 0);
       }
       lower_bound += element.wire_bytes;
+      checked.from_any += element.source_any && element.needed();
+      checked.to_any += element.target_any;
     }
   }
   EXPECT_EQ(bytes_sent, lower_bound);
   EXPECT_EQ(bytes_received, lower_bound);
   checked.bytes += bytes_sent;
+  for (const auto& [pair, moves] : sent) {
+    checked.moves += moves.size();
+    if (!plan_case.host_of_rank.empty() &&
+        plan_case.host_of_rank[pair.first] !=
+            plan_case.host_of_rank[pair.second]) {
+      checked.across_hosts += moves.size();
+    }
+    for (const Move& move : moves) {
+      checked.large_moves += move.wire_bytes() > kSplitBytes / 2 &&
+                             move.wire_bytes() <= kSplitBytes;
+    }
+  }
 }
 
 void CheckCase(uint64_t seed, Checked& checked) {
@@ -222,12 +242,8 @@ void CheckCase(uint64_t seed, Checked& checked) {
   }
   checked.pairs += plan_case.tensors.size();
   ASSERT_NO_FATAL_FAILURE(CheckPlans(plan_case, maps, *inputs, plans, checked));
-  for (const Plan& plan : plans) {
-    for (const Move& move : plan.moves) {
-      // A part ends where neither side has a boundary, so look at sizes only.
-      checked.split += move.wire_bytes() > kSplitBytes / 2;
-    }
-  }
+  checked.shared_ranks +=
+      !inputs->source_binding.OneToOne() || !inputs->target_binding.OneToOne();
   // Words for any plan.
   EXPECT_FALSE(Explain(inputs->source, inputs->target, plans).empty());
 }
@@ -239,10 +255,15 @@ TEST(PlanPropertyTest, RandomPairsOfLayouts) {
     ASSERT_NO_FATAL_FAILURE(CheckCase(seed + i, checked));
     if (HasFailure()) return;
   }
-  // The cases are of all sorts.
+  // The cases were of all sorts.
   EXPECT_GT(checked.refused, 20);
-  EXPECT_GT(checked.split, 20);
   EXPECT_GT(checked.bytes, 100000);
+  EXPECT_GT(checked.moves, 1000);
+  EXPECT_GT(checked.large_moves, 5);
+  EXPECT_GT(checked.across_hosts, 100);
+  EXPECT_GT(checked.from_any, 1000);
+  EXPECT_GT(checked.to_any, 1000);
+  EXPECT_GT(checked.shared_ranks, 100);
 }
 
 }  // namespace

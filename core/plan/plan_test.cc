@@ -109,6 +109,19 @@ TEST(PlanTest, LargeCellsAreDividedAmongReplicas) {
   EXPECT_EQ(few[8].moves.size(), 3);
 }
 
+TEST(PlanTest, LargeCellsOfTheSameReplicasHaveTheirOwnReaders) {
+  const Box upper{{0, 0}, {128, 1024}};
+  const Box lower{{128, 0}, {256, 1024}};
+  const auto target =
+      Layout::FromBoxes({256, 1024}, {{2, upper}, {3, lower}, {4, lower}});
+  ASSERT_TRUE(target.ok()) << target.status();
+  const auto bytes = Traffic(
+      PlanAll(One(Layout::Replicated({256, 1024}, {0, 1})), One(*target), 5));
+  for (int from : {0, 1}) {
+    for (int to : {2, 3, 4}) EXPECT_EQ(bytes[from][to], 256 << 10);
+  }
+}
+
 TEST(PlanTest, SmallCellsRotate) {
   // 256 small tensors on 4 replicas, for 2 new ranks: everybody provides some.
   Catalog source;

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/comm/tcp_store.h"
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/communicator.h"
+#include "dsd/core/comm/socket.h"
+#include "dsd/core/comm/store_protocol.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace dsd {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+Env* const env = Env::Real();
+
+absl::Time In(absl::Duration duration) { return env->Now() + duration; }
+absl::Time Soon() { return In(absl::Seconds(30)); }
+
+std::string TextOf(const absl::Status& status) {
+  return std::string(status.message());
+}
+
+class TcpStoreTest : public ::testing::Test {
+ protected:
+  TcpStoreTest() {
+    TcpStoreServerOptions options;
+    options.job_id = "job";
+    options.last_group = "last";
+    absl::StatusOr<std::unique_ptr<TcpStoreServer>> started =
+        TcpStoreServer::Start(env, options);
+    EXPECT_TRUE(started.ok()) << started.status();
+    server_ = *std::move(started);
+    port_ = server_->port();
+  }
+
+  std::shared_ptr<Store> Connect(int rank = 0) {
+    TcpStoreOptions options;
+    options.port = port_;
+    options.job_id = "job";
+    options.rank = rank;
+    absl::StatusOr<std::shared_ptr<Store>> store =
+        ConnectTcpStore(env, options, Soon());
+    EXPECT_TRUE(store.ok()) << store.status();
+    return *std::move(store);
+  }
+
+  // A connection that says what it likes.
+  Socket Raw() {
+    absl::StatusOr<Socket> socket =
+        ConnectTo(env, "127.0.0.1", port_, Soon());
+    EXPECT_TRUE(socket.ok()) << socket.status();
+    return *std::move(socket);
+  }
+
+  std::unique_ptr<TcpStoreServer> server_;
+  int port_ = 0;
+};
+
+MemberOptions Member(int rank, int size, absl::string_view group = "g") {
+  MemberOptions options;
+  options.group = std::string(group);
+  options.rank = rank;
+  options.size = size;
+  options.on_failure = [](const absl::Status&) {};
+  return options;
+}
+
+TEST_F(TcpStoreTest, KeysAndCounters) {
+  const auto a = Connect();
+  const auto b = Connect();
+  EXPECT_EQ(a->server_host(), "127.0.0.1");
+  EXPECT_EQ(a->Set("key", std::string("a\0b", 3), Soon()), absl::OkStatus());
+  EXPECT_EQ(*b->Get("key", Soon()), std::string("a\0b", 3));
+  EXPECT_EQ(a->Set("key", "", Soon()), absl::OkStatus());
+  EXPECT_EQ(*b->Get("key", Soon()), "");
+  EXPECT_EQ(*a->Add("n", 5, Soon()), 5);
+  EXPECT_EQ(*b->Add("n", -7, Soon()), -2);
+  EXPECT_EQ(*b->Get("n", Soon()), "-2");
+  EXPECT_EQ(a->Set("n", "word", Soon()), absl::OkStatus());
+  EXPECT_EQ(a->Add("n", 1, Soon()).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(a->Set("big", std::string(kMaxValueBytes, 'x'), Soon()),
+            absl::OkStatus());
+  EXPECT_EQ(b->Get("big", Soon())->size(), kMaxValueBytes);
+  EXPECT_EQ(a->Set("big", std::string(kMaxValueBytes + 1, 'x'), Soon()).code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(a->Set(std::string(kMaxKeyBytes + 1, 'k'), "", Soon()).code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(TcpStoreTest, AWaitEndsWhenTheKeyComes) {
+  const auto a = Connect();
+  const auto b = Connect();
+  std::thread waiter([&] { EXPECT_EQ(*b->Get("late", Soon()), "value"); });
+  EXPECT_EQ(a->Set("late", "value", Soon()), absl::OkStatus());
+  waiter.join();
+}
+
+TEST_F(TcpStoreTest, AWaitEndsAtItsDeadlineAndHarmsNothing) {
+  const auto a = Connect();
+  const absl::Status status =
+      a->Get("never", In(absl::Milliseconds(20))).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_THAT(TextOf(status), AllOf(HasSubstr("\"never\""),
+                                    HasSubstr(absl::StrCat(port_))));
+  // The late value answers nobody.
+  EXPECT_EQ(a->Set("never", "x", Soon()), absl::OkStatus());
+  EXPECT_EQ(*a->Get("never", Soon()), "x");
+}
+
+TEST_F(TcpStoreTest, MembersHearOfADeath) {
+  const auto a = Connect(0);
+  auto b = Connect(1);
+  absl::Notification heard;
+  absl::Status verdict;
+  MemberOptions options = Member(0, 2);
+  options.on_failure = [&](const absl::Status& status) {
+    verdict = status;
+    heard.Notify();
+  };
+  std::unique_ptr<Membership> mine;
+  std::thread joining([&] { mine = *a->Join(options, Soon()); });
+  auto other = *b->Join(Member(1, 2), Soon());
+  joining.join();
+  // The process of rank 1 is gone without a word: its connection just closes.
+  const std::shared_ptr<Store> keep = b;
+  other.reset();
+  heard.WaitForNotification();
+  EXPECT_EQ(verdict.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(TextOf(verdict), HasSubstr("rank 1 left the group"));
+}
+
+TEST_F(TcpStoreTest, MembersHearOfTheServersEnd) {
+  const auto a = Connect(3);
+  absl::Notification heard;
+  absl::Status verdict;
+  MemberOptions options = Member(0, 1);
+  options.on_failure = [&](const absl::Status& status) {
+    verdict = status;
+    heard.Notify();
+  };
+  const auto mine = *a->Join(options, Soon());
+  server_.reset();
+  heard.WaitForNotification();
+  EXPECT_EQ(verdict, absl::UnavailableError(
+                         "rank 0 died (its connection to rank 3 closed)"));
+  EXPECT_EQ(a->Get("key", Soon()).status(), verdict);
+  EXPECT_EQ(a->Set("key", "", Soon()), verdict);
+}
+
+TEST_F(TcpStoreTest, QuestionsAreAnsweredByThoseWhoCan) {
+  const auto a = Connect(0);
+  const auto b = Connect(1);
+  MemberOptions first = Member(0, 2);
+  first.on_question = [](absl::string_view question) {
+    return absl::StrCat(question, "?");
+  };
+  std::unique_ptr<Membership> mine;
+  std::thread joining([&] { mine = *a->Join(first, Soon()); });
+  MemberOptions second = Member(1, 2);
+  absl::Notification release;
+  second.on_question = [&](absl::string_view) {
+    release.WaitForNotification();
+    return std::string();
+  };
+  const auto other = *b->Join(second, Soon());
+  joining.join();
+  const auto answers = mine->Ask("where", In(absl::Milliseconds(100)));
+  release.Notify();
+  ASSERT_EQ(answers.size(), 2);
+  EXPECT_EQ(answers[0], "where?");
+  EXPECT_EQ(answers[1], std::nullopt);
+  EXPECT_EQ(*mine->Ask("again", Soon())[1], "");
+}
+
+TEST_F(TcpStoreTest, WhenTheLastGroupHasGoneNobodyIsLetIn) {
+  auto a = Connect();
+  const auto mine = *a->Join(Member(0, 1, "last"), Soon());
+  EXPECT_EQ(mine->Leave(Soon()), absl::OkStatus());
+  EXPECT_EQ(ConnectTo(env, "127.0.0.1", port_, In(absl::Milliseconds(50)))
+                .status()
+                .code(),
+            absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(a->Set("still", "there", Soon()), absl::OkStatus());
+}
+
+TEST_F(TcpStoreTest, ClientsOfAnotherJobAreRefused) {
+  TcpStoreOptions options;
+  options.port = port_;
+  options.job_id = "other";
+  const absl::Status status = ConnectTcpStore(env, options, Soon()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(TextOf(status), AllOf(HasSubstr("\"job\""), HasSubstr("\"other\""),
+                                    HasSubstr("MASTER_PORT")));
+}
+
+TEST_F(TcpStoreTest, ClientsOfAnotherVersionAreRefusedByName) {
+  Socket socket = Raw();
+  ASSERT_EQ(socket.WriteAll(env,
+                            FrameWriter(FrameKind::kHello, 0)
+                                .Put(kStoreMagic)
+                                .Put(kStoreVersion + 41)
+                                .Put(absl::string_view("what comes then"))
+                                .Finish(),
+                            Soon()),
+            absl::OkStatus());
+  const std::string head = *socket.ReadExactly(env, 4, Soon());
+  uint32_t size;
+  std::memcpy(&size, head.data(), 4);
+  const std::string body = *socket.ReadExactly(env, size, Soon());
+  EXPECT_THAT(body, AllOf(HasSubstr("version 1"), HasSubstr("version 42")));
+  EXPECT_FALSE(socket.ReadExactly(env, 1, Soon()).ok());
+}
+
+// Whatever comes in, the connection is closed and the store serves on.
+TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
+  const auto client = Connect();
+  std::string hello = FrameWriter(FrameKind::kHello, 0)
+                          .Put(kStoreMagic)
+                          .Put(kStoreVersion)
+                          .Put(absl::string_view())
+                          .Put(absl::string_view("job"))
+                          .Finish();
+  const auto after_hello = [&](std::string frame) { return hello + frame; };
+  const std::string cases[] = {
+      "GET / HTTP/1.1\r\n\r\n",
+      std::string(100, '\xff'),
+      std::string(4, '\0'),
+      // A length of 4 GiB, and one just too long for a hello.
+      std::string("\xff\xff\xff\xff\x01", 5),
+      std::string("\x01\x10\x00\x00\x01", 5),
+      // No hello first.
+      FrameWriter(FrameKind::kSet, 1)
+          .Put(absl::string_view("k"))
+          .Put(absl::string_view("v"))
+          .Finish(),
+      FrameWriter(FrameKind::kHello, 0).Put(uint32_t{1}).Finish(),
+      after_hello(hello),
+      after_hello(FrameWriter(static_cast<FrameKind>(99), 1).Finish()),
+      after_hello(FrameWriter(FrameKind::kSet, 1).Finish()),
+      // A text that says it is longer than the frame.
+      after_hello(FrameWriter(FrameKind::kGet, 1).Put(uint32_t{1000}).Finish()),
+      after_hello(
+          FrameWriter(FrameKind::kJoin, 1).Put(absl::string_view("g")).Finish()),
+      after_hello(FrameWriter(FrameKind::kAnswer, 7).Finish()),
+  };
+  for (const std::string& bytes : cases) {
+    Socket socket = Raw();
+    ASSERT_EQ(socket.WriteAll(env, bytes, Soon()), absl::OkStatus());
+    std::string in;
+    absl::StatusOr<bool> open = true;
+    while (open.ok() && *open) {  // until the server hangs up
+      pollfd poll = {socket.fd(), POLLIN, 0};
+      ASSERT_EQ(*env->Poll(absl::MakeSpan(&poll, 1), Soon()), 1);
+      open = socket.ReadSome(in, 1 << 20);
+    }
+  }
+  // Names of things that are not there are no garbage.
+  Socket socket = Raw();
+  ASSERT_EQ(socket.WriteAll(
+                env,
+                after_hello(
+                    FrameWriter(FrameKind::kGone, 1).Put(uint64_t{5}).Finish() +
+                    FrameWriter(FrameKind::kForget, 9).Finish() +
+                    FrameWriter(FrameKind::kLeave, 2).Put(uint64_t{5}).Finish()),
+                Soon()),
+            absl::OkStatus());
+  EXPECT_TRUE(socket.ReadExactly(env, 10, Soon()).ok());
+  EXPECT_EQ(client->Set("k", "v", Soon()), absl::OkStatus());
+}
+
+TEST_F(TcpStoreTest, APortInUseIsNamed) {
+  TcpStoreServerOptions options;
+  options.port = port_;
+  const absl::Status status = TcpStoreServer::Start(env, options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(TextOf(status), HasSubstr(absl::StrCat("127.0.0.1:", port_,
+                                                     ": the port is in use")));
+  // In the words of the environment, for those who set it.
+  LaunchInfo launch;
+  launch.world_size = 2;
+  launch.master_port = port_;
+  WorldOptions world;
+  const BackendDescriptor none = {"none", kEngineApiVersion, true, false, false,
+                                  nullptr};
+  world.descriptor = &none;
+  const absl::Status connected = ConnectWorld(launch, world).status();
+  EXPECT_EQ(connected.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(TextOf(connected),
+              AllOf(HasSubstr("rank 0 of 2"), HasSubstr("MASTER_ADDR 127.0.0.1"),
+                    HasSubstr(absl::StrCat("MASTER_PORT ", port_)),
+                    HasSubstr("in use")));
+}
+
+TEST_F(TcpStoreTest, AnAddressOfAnotherHostIsNamed) {
+  TcpStoreServerOptions options;
+  options.host = "192.0.2.1";  // for documentation; nobody's
+  const absl::Status status = TcpStoreServer::Start(env, options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(TextOf(status), HasSubstr("does not have that address"));
+}
+
+TEST(TcpStoreConnectTest, NobodyAnswers) {
+  absl::StatusOr<Socket> listener = ListenAt("127.0.0.1", 0);
+  ASSERT_TRUE(listener.ok());
+  TcpStoreOptions options;
+  options.port = *listener->LocalPort();
+  {
+    // Somebody listens, and never says a word.
+    const absl::Status status =
+        ConnectTcpStore(env, options, In(absl::Milliseconds(50))).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
+    EXPECT_THAT(TextOf(status), HasSubstr("no store answers there"));
+  }
+  listener->Close();
+  const absl::Status status =
+      ConnectTcpStore(env, options, In(absl::Milliseconds(50))).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_THAT(TextOf(status), HasSubstr("nobody answers at 127.0.0.1:"));
+}
+
+// The server comes later than its clients.
+TEST(TcpStoreConnectTest, ClientsWaitForTheServer) {
+  absl::StatusOr<Socket> listener = ListenAt("127.0.0.1", 0);
+  ASSERT_TRUE(listener.ok());
+  TcpStoreOptions options;
+  options.port = *listener->LocalPort();
+  std::thread client([&] {
+    const auto store = ConnectTcpStore(env, options, Soon());
+    ASSERT_TRUE(store.ok()) << store.status();
+    EXPECT_EQ((*store)->Set("k", "v", Soon()), absl::OkStatus());
+  });
+  TcpStoreServerOptions server_options;
+  server_options.listen_fd = listener->fd();
+  const auto server = TcpStoreServer::Start(env, server_options);
+  ASSERT_TRUE(server.ok()) << server.status();
+  EXPECT_EQ((*server)->port(), options.port);
+  client.join();
+}
+
+}  // namespace
+}  // namespace dsd

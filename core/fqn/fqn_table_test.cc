@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/fqn/fqn_table.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/status_matchers.h"
+#include "dsd/core/fqn/module_wrapper.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace dsd {
+namespace {
+
+using ::absl_testing::StatusIs;
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+// Each call gives another tensor.
+TensorIdentity NewTensor() {
+  static int storages[1000];
+  static int next = 0;
+  TensorIdentity id;
+  id.storage = &storages[next++];
+  id.sizes = {2, 3};
+  id.strides = {3, 1};
+  return id;
+}
+
+ModuleNode Leaf(std::string name, std::vector<std::string> tensors) {
+  ModuleNode node;
+  node.name = std::move(name);
+  for (std::string& tensor : tensors) {
+    node.tensors.push_back(
+        {std::move(tensor), TensorKind::kParameter, NewTensor(), 0});
+  }
+  return node;
+}
+
+ModuleNode Wrap(std::string name, absl::string_view segment, ModuleNode inner) {
+  ModuleNode node;
+  node.name = std::move(name);
+  node.wrapped_child = std::string(segment);
+  inner.name = std::string(segment);
+  node.children.push_back(std::move(inner));
+  return node;
+}
+
+std::vector<std::string> Fqns(const FqnTable& table) {
+  std::vector<std::string> out;
+  for (const FqnTable::Entry& entry : table.entries()) out.push_back(entry.fqn);
+  return out;
+}
+
+FqnTable BuildOk(const ModuleNode& root) {
+  absl::StatusOr<FqnTable> table = FqnTable::Build(root);
+  EXPECT_TRUE(table.ok()) << table.status();
+  return table.ok() ? *std::move(table) : FqnTable();
+}
+
+TEST(FqnTableTest, KeysAreInModuleOrder) {
+  ModuleNode root = Leaf("", {"scale"});
+  root.tensors.push_back({"running", TensorKind::kBuffer, NewTensor(), 7});
+  root.children.push_back(Leaf("b", {"weight", "bias"}));
+  root.children.push_back(Leaf("a", {"weight"}));
+  root.children[0].children.push_back(Leaf("deep", {"w"}));
+  const FqnTable table = BuildOk(root);
+  EXPECT_THAT(Fqns(table), ElementsAre("scale", "running", "b.weight", "b.bias",
+                                       "b.deep.w", "a.weight"));
+  EXPECT_EQ(table.entries()[1].kind, TensorKind::kBuffer);
+  EXPECT_EQ(table.entries()[1].slot, 7);
+  EXPECT_EQ(table.Find("b.deep.w"), 4);
+  EXPECT_EQ(table.Find("b.deep"), std::nullopt);
+}
+
+TEST(FqnTableTest, WrapperSegmentsAreLeftOut) {
+  ModuleNode net;
+  net.children.push_back(
+      Wrap("block", kCheckpointSegment,
+           Wrap("", kCompileSegment, Leaf("", {"weight", "bias"}))));
+  net.children.push_back(Wrap("head", kFsdpSegment, Leaf("", {"weight"})));
+  const FqnTable table =
+      BuildOk(Wrap("", kDdpSegment, Wrap("", kFsdpSegment, std::move(net))));
+  EXPECT_THAT(Fqns(table),
+              ElementsAre("block.weight", "block.bias", "head.weight"));
+  EXPECT_EQ(table.entries()[0].raw_path,
+            "module._fsdp_wrapped_module.block._checkpoint_wrapped_module."
+            "_orig_mod.weight");
+}
+
+TEST(FqnTableTest, ChildThatIsOnlyCalledLikeAWrapperSegmentStays) {
+  ModuleNode root;
+  root.children.push_back(Leaf("module", {"weight"}));
+  root.children.push_back(Leaf("_orig_mod", {"weight"}));
+  root.children.push_back(Wrap("inner", kDdpSegment, [] {
+    ModuleNode wrapped;
+    wrapped.children.push_back(Leaf("module", {"weight"}));
+    return wrapped;
+  }()));
+  EXPECT_THAT(
+      Fqns(BuildOk(root)),
+      ElementsAre("module.weight", "_orig_mod.weight", "inner.module.weight"));
+}
+
+TEST(FqnTableTest, WrapperKeepsItsOtherChildrenAndTensors) {
+  ModuleNode root = Wrap("", kFsdpSegment, Leaf("", {"weight"}));
+  root.tensors.push_back({"scale", TensorKind::kBuffer, NewTensor(), 0});
+  root.children.push_back(Leaf("adapter", {"weight"}));
+  EXPECT_THAT(Fqns(BuildOk(root)),
+              ElementsAre("scale", "weight", "adapter.weight"));
+}
+
+TEST(FqnTableTest, TiedTensorsAreOneGroupNamedByTheFirst) {
+  ModuleNode root;
+  root.children.push_back(Leaf("embedding", {"weight"}));
+  root.children.push_back(Leaf("middle", {"weight"}));
+  root.children.push_back(Leaf("head", {"weight"}));
+  root.children[2].tensors[0].identity = root.children[0].tensors[0].identity;
+  const FqnTable table = BuildOk(root);
+  ASSERT_EQ(table.groups().size(), 2);
+  EXPECT_THAT(table.groups()[0], ElementsAre(0, 2));
+  EXPECT_THAT(table.groups()[1], ElementsAre(1));
+  EXPECT_EQ(table.canonical(table.entries()[2].group).fqn, "embedding.weight");
+}
+
+TEST(FqnTableTest, OtherViewOfTheStorageIsAnotherTensor) {
+  ModuleNode root = Leaf("", {"w", "slice"});
+  root.tensors[1].identity = root.tensors[0].identity;
+  root.tensors[1].identity.offset = 3;
+  EXPECT_EQ(BuildOk(root).groups().size(), 2);
+}
+
+TEST(FqnTableTest, EqualFqnsAreAnErrorThatNamesBothPaths) {
+  ModuleNode root = Wrap("", kFsdpSegment, Leaf("", {"weight"}));
+  root.tensors.push_back({"weight", TensorKind::kParameter, NewTensor(), 0});
+  EXPECT_THAT(FqnTable::Build(root).status(),
+              StatusIs(absl::StatusCode::kAlreadyExists,
+                       AllOf(HasSubstr("\"weight\""),
+                             HasSubstr("_fsdp_wrapped_module.weight"))));
+}
+
+TEST(FqnTableTest, WrapperWithoutItsChildIsAnError) {
+  ModuleNode root;
+  root.children.push_back(Leaf("net", {"weight"}));
+  root.children[0].wrapped_child = "module";
+  EXPECT_THAT(FqnTable::Build(root).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       AllOf(HasSubstr("\"net\""), HasSubstr("\"module\""))));
+}
+
+TEST(FqnTableTest, DeepTreesDoNotExhaustTheStack) {
+  ModuleNode root = Leaf("l", {"w"});
+  for (int i = 0; i < 2000; ++i) {
+    ModuleNode parent;
+    parent.name = "l";
+    parent.children.push_back(std::move(root));
+    root = std::move(parent);
+  }
+  EXPECT_EQ(BuildOk(root).entries()[0].fqn.size(), 2 * 2000 + 1);
+}
+
+TEST(FqnTableTest, EmptyModelIsAnEmptyTable) {
+  EXPECT_TRUE(BuildOk(ModuleNode()).entries().empty());
+}
+
+}  // namespace
+}  // namespace dsd

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/state_dict/live_model.h"
+
+#include <cstddef>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "ATen/core/Tensor.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/tensor/sharding_table.h"
+#include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/tensor/torch_types.h"
+
+namespace dsd {
+
+TensorIdentity IdentityOf(const at::Tensor& tensor) {
+  TensorIdentity id;
+  id.sizes.assign(tensor.sizes().begin(), tensor.sizes().end());
+  // Without a storage (sparse) the tensor is only the same as itself.
+  if (!tensor.has_storage()) {
+    id.storage = tensor.unsafeGetTensorImpl();
+    return id;
+  }
+  id.storage = tensor.storage().unsafeGetStorageImpl();
+  id.offset = tensor.storage_offset();
+  id.strides.assign(tensor.strides().begin(), tensor.strides().end());
+  return id;
+}
+
+bool LiveModel::IsUnchanged(const std::vector<at::Tensor>& tensors) const {
+  if (tables_built_ == 0 || tensors.size() != tensors_.size()) return false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (!tensors[i].is_same(tensors_[i]) ||
+        !(IdentityOf(tensors[i]) == identities_[i])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+absl::Status LiveModel::Refresh(Mover& mover) {
+  DSD_ASSIGN_OR_RETURN(std::vector<at::Tensor> tensors, source_->Tensors());
+  if (!IsUnchanged(tensors)) {
+    DSD_ASSIGN_OR_RETURN(const ModuleNode tree, source_->Describe());
+    DSD_ASSIGN_OR_RETURN(table_, FqnTable::Build(tree));
+    ++tables_built_;
+    tensors_ = std::move(tensors);
+    identities_.clear();
+    for (const at::Tensor& tensor : tensors_) {
+      identities_.push_back(IdentityOf(tensor));
+    }
+    group_of_.clear();
+    group_of_identity_.clear();
+    for (const FqnTable::Entry& entry : table_.entries()) {
+      group_of_.emplace(tensors_[entry.slot].unsafeGetTensorImpl(),
+                        entry.group);
+      group_of_identity_.emplace(identities_[entry.slot], entry.group);
+    }
+  }
+
+  values_.clear();
+  values_.reserve(table_.groups().size());
+  std::optional<Holder> self;
+  if (mover.comm() != nullptr) self = mover.rank();
+  for (size_t group = 0; group < table_.groups().size(); ++group) {
+    DSD_ASSIGN_OR_RETURN(at::Tensor alias,
+                         TorchToStatus([&] { return tensor(group).detach(); }));
+    std::optional<Sharding> sharding =
+        ShardingTable::Global().Find(tensor(group));
+    if (!sharding.has_value()) {
+      values_.push_back(TensorValue(std::move(alias)));
+      continue;
+    }
+    if (!self.has_value()) self = sharding->holder;
+    if (sharding->holder != *self) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "\"", fqn(group), "\" is the shard of holder ", sharding->holder,
+          ", but this is ",
+          mover.comm() != nullptr
+              ? absl::StrCat("rank ", *self, " of the communicator")
+              : absl::StrCat("holder ", *self, " by the other shards"),
+          "; use the communicator whose ranks the model was sharded over"));
+    }
+    absl::StatusOr<TensorValue> value =
+        TensorValue::Sharded(*std::move(sharding), std::move(alias));
+    if (!value.ok()) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "\"", fqn(group), "\" is not a shard at the moment (",
+          value.status().message(),
+          "); get and set between steps, not between forward and backward"));
+    }
+    values_.push_back(*std::move(value));
+  }
+  mover.set_self(self.value_or(0));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<size_t> LiveModel::GroupOf(const at::Tensor& tensor) const {
+  const auto it = group_of_.find(tensor.unsafeGetTensorImpl());
+  if (it != group_of_.end()) return it->second;
+  if (tensor.defined()) {
+    const auto same = group_of_identity_.find(IdentityOf(tensor));
+    if (same != group_of_identity_.end()) return same->second;
+  }
+  return absl::NotFoundError(absl::StrCat(
+      "a tensor ",
+      tensor.defined()
+          ? absl::StrCat("of shape ", DimsToString(ToDims(tensor.sizes())))
+          : "that is undefined",
+      " is not a parameter of the model; give the model that owns it, or make "
+      "the optimizer anew after parameters were replaced"));
+}
+
+}  // namespace dsd

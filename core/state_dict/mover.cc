@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/state_dict/mover.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <string>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+
+namespace dsd {
+namespace {
+
+// A session alternates between a few operations: get, set, and a set from each
+// of some kinds of dicts.
+constexpr size_t kPlansKept = 8;
+
+std::string DescribeCatalog(const Catalog& catalog) {
+  constexpr size_t kShown = 8;
+  std::string text = absl::StrCat(catalog.size(), " tensors (digest ",
+                                  catalog.Fingerprint().Hex().substr(0, 8));
+  for (size_t i = 0; i < std::min(catalog.size(), kShown); ++i) {
+    absl::StrAppend(&text, ", \"", catalog[i].fqn, "\" ",
+                    DTypeName(catalog[i].dtype), " ",
+                    catalog[i].layout.ToString());
+  }
+  if (catalog.size() > kShown) {
+    absl::StrAppend(&text, ", and ", catalog.size() - kShown, " more");
+  }
+  return absl::StrCat(text, ")");
+}
+
+}  // namespace
+
+Mover::Mover(Communicator* comm)
+    : comm_(comm),
+      self_(rank()),
+      replicas_(DeviceMesh::Iota({world_size()})),
+      binding_(world_size()) {}
+
+void Mover::set_self(Holder self) {
+  if (comm_ != nullptr || self == self_) return;
+  self_ = self;
+  replicas_ = DeviceMesh::Iota({1}, self);
+  binding_ = *Binding::Create(1, {{self, 0}});
+  plans_.clear();
+}
+
+absl::StatusOr<const Plan*> Mover::PlanFor(const Catalog& source,
+                                           const Digest& source_digest,
+                                           const Catalog& target,
+                                           const Digest& target_digest) {
+  const auto found =
+      std::find_if(plans_.begin(), plans_.end(), [&](const CachedPlan& cached) {
+        return cached.source == source_digest && cached.target == target_digest;
+      });
+  if (found != plans_.end()) {
+    std::rotate(plans_.begin(), found, found + 1);
+    return &plans_.front().plan;
+  }
+  DSD_ASSIGN_OR_RETURN(
+      Plan plan, PlanForRank(rank(), source, target,
+                             MatchByName(source, target), binding_, binding_));
+  ++plans_made_;
+  plans_.push_front({source_digest, target_digest, std::move(plan)});
+  if (plans_.size() > kPlansKept) plans_.pop_back();
+  return &plans_.front().plan;
+}
+
+absl::Status Mover::Move(absl::string_view what, TensorEndpoint& source,
+                         TensorEndpoint& target, const Digest& parameters,
+                         const absl::Status& local, const CallClock& clock,
+                         bool* changed) {
+  const Digest source_digest = source.catalog().Fingerprint();
+  const Digest target_digest = target.catalog().Fingerprint();
+  const absl::StatusOr<const Plan*> plan =
+      local.ok() ? PlanFor(source.catalog(), source_digest, target.catalog(),
+                           target_digest)
+                 : local;
+  DSD_RETURN_IF_ERROR(Agree(
+      comm_, what,
+      DigestBuilder()
+          .Add(parameters)
+          .Add(source_digest)
+          .Add(target_digest)
+          .Finish(),
+      plan.status(),
+      [&] {
+        return absl::StrCat("options ", parameters.Hex().substr(0, 8),
+                            ", from ", DescribeCatalog(source.catalog()),
+                            " to ", DescribeCatalog(target.catalog()));
+      },
+      clock.Left()));
+  *changed = true;
+  TransferOptions options;
+  options.call = clock.Left();
+  DSD_ASSIGN_OR_RETURN(last_transfer_,
+                       Transfer(**plan, source, target, comm_, options));
+  return absl::OkStatus();
+}
+
+absl::Status Mover::MoveLocally(TensorEndpoint& source, TensorEndpoint& target,
+                                const CallClock& clock) {
+  DSD_ASSIGN_OR_RETURN(
+      const Plan plan,
+      PlanForRank(rank(), source.catalog(), target.catalog(),
+                  MatchByName(source.catalog(), target.catalog()), binding_,
+                  binding_));
+  TransferOptions options;
+  options.call = clock.Left();
+  DSD_ASSIGN_OR_RETURN(last_transfer_, Transfer(plan, source, target,
+                                                /*comm=*/nullptr, options));
+  return absl::OkStatus();
+}
+
+}  // namespace dsd

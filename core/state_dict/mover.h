@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The one way in which a session's tensors move: agreement, plan, transfer.
+
+#ifndef DSD_CORE_STATE_DICT_MOVER_H_
+#define DSD_CORE_STATE_DICT_MOVER_H_
+
+#include <cstdint>
+#include <deque>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "dsd/core/base/call_options.h"
+#include "dsd/core/base/digest.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/comm/communicator.h"
+#include "dsd/core/layout/mesh.h"
+#include "dsd/core/plan/plan.h"
+#include "dsd/core/tensor/tensor_endpoint.h"
+#include "dsd/core/transfer/transfer.h"
+
+namespace dsd {
+
+// CallOptions whose timeout was started at the entry of the outermost call.
+class CallClock {
+ public:
+  CallClock(Env* env, CallOptions options)
+      : env_(env),
+        options_(std::move(options)),
+        deadline_(env->Now() + options_.timeout) {}
+
+  // The options with what is left of the timeout.
+  CallOptions Left() const {
+    CallOptions left = options_;
+    left.timeout = deadline_ - env_->Now();
+    return left;
+  }
+
+ private:
+  Env* env_;
+  CallOptions options_;
+  absl::Time deadline_;
+};
+
+// One rank's place among the ranks, and the plans it has made.
+// Thread-compatible.
+class Mover {
+ public:
+  // `comm` may be null: a world of one. It is borrowed.
+  explicit Mover(Communicator* comm);
+
+  Communicator* comm() const { return comm_; }
+  int rank() const { return comm_ == nullptr ? 0 : comm_->rank(); }
+  int world_size() const { return comm_ == nullptr ? 1 : comm_->size(); }
+  Env* env() const { return comm_ == nullptr ? Env::Real() : comm_->env(); }
+
+  // This rank's name in layouts. Without a communicator it is whatever the live
+  // shards say: then each of them is moved locally or not at all.
+  Holder self() const { return self_; }
+  void set_self(Holder self);
+
+  // All ranks that move together, as holders.
+  const DeviceMesh& replicas() const { return replicas_; }
+
+  TensorEndpoint NewEndpoint() const { return {replicas_, self_}; }
+
+  // Moves all tensors of equal names from `source` to `target`, after all ranks
+  // agree on both catalogs and on `parameters` and none brings an error in
+  // `local`. Collective. A plan is made once for a pair of catalogs.
+  // Errors: of Agree, PlanForRank and Transfer. *changed is set to true when
+  // the agreement is done and target memory may have been written.
+  absl::Status Move(absl::string_view what, TensorEndpoint& source,
+                    TensorEndpoint& target, const Digest& parameters,
+                    const absl::Status& local, const CallClock& clock,
+                    bool* changed);
+
+  // The same between memory of this rank only; no message.
+  absl::Status MoveLocally(TensorEndpoint& source, TensorEndpoint& target,
+                           const CallClock& clock);
+
+  const TransferStats& last_transfer() const { return last_transfer_; }
+  int64_t plans_made() const { return plans_made_; }
+
+ private:
+  struct CachedPlan {
+    Digest source;
+    Digest target;
+    Plan plan;
+  };
+
+  // The plan for the pair; valid until the next call.
+  absl::StatusOr<const Plan*> PlanFor(const Catalog& source,
+                                      const Digest& source_digest,
+                                      const Catalog& target,
+                                      const Digest& target_digest);
+
+  Communicator* comm_;
+  Holder self_;
+  DeviceMesh replicas_;
+  Binding binding_;
+  std::deque<CachedPlan> plans_;  // newest first
+  int64_t plans_made_ = 0;
+  TransferStats last_transfer_;
+};
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_STATE_DICT_MOVER_H_

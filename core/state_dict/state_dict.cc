@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/state_dict/state_dict.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/core/Tensor.h"
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "c10/core/ScalarType.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/layout/box.h"
+#include "dsd/core/tensor/torch_boundary.h"
+
+namespace dsd {
+namespace {
+
+std::string Join(const std::string& prefix, absl::string_view segment) {
+  return prefix.empty() ? std::string(segment)
+                        : absl::StrCat(prefix, ".", segment);
+}
+
+// Rebuilds a tree with another tensor type; `leaf` makes the node of a tensor.
+template <class From, class To, class Leaf>
+absl::StatusOr<BasicValue<To>> Convert(const BasicValue<From>& from,
+                                       const Leaf& leaf) {
+  using In = BasicValue<From>;
+  using Out = BasicValue<To>;
+  const auto convert_items = [&](const std::vector<In>& items,
+                                 std::vector<Out>& out) -> absl::Status {
+    out.reserve(items.size());
+    for (const In& item : items) {
+      absl::StatusOr<Out> converted = Convert<From, To>(item, leaf);
+      DSD_RETURN_IF_ERROR(converted);
+      out.push_back(*std::move(converted));
+    }
+    return absl::OkStatus();
+  };
+  if (const auto* v = from.template get_if<bool>()) return Out(*v);
+  if (const auto* v = from.template get_if<int64_t>()) return Out(*v);
+  if (const auto* v = from.template get_if<double>()) return Out(*v);
+  if (const auto* v = from.template get_if<std::string>()) return Out(*v);
+  if (const auto* v = from.template get_if<Bytes>()) return Out(*v);
+  if (const auto* v = from.template get_if<Opaque>()) return Out(*v);
+  if (const auto* v = from.template get_if<From>()) return leaf(*v);
+  if (const auto* v = from.template get_if<typename In::List>()) {
+    typename Out::List list;
+    DSD_RETURN_IF_ERROR(convert_items(*v, list));
+    return Out(std::move(list));
+  }
+  if (const auto* v = from.template get_if<typename In::Tuple>()) {
+    typename Out::Tuple tuple;
+    DSD_RETURN_IF_ERROR(convert_items(v->items, tuple.items));
+    return Out(std::move(tuple));
+  }
+  if (const auto* v = from.template get_if<typename In::Dict>()) {
+    typename Out::Dict dict;
+    for (size_t i = 0; i < v->size(); ++i) {
+      absl::StatusOr<Out> converted = Convert<From, To>(v->value(i), leaf);
+      DSD_RETURN_IF_ERROR(converted) << "key \"" << v->key_text(i) << "\"";
+      dict.Set(v->key(i), *std::move(converted));
+    }
+    return Out(std::move(dict));
+  }
+  return Out();
+}
+
+absl::StatusOr<Object> ScalarToObject(const TensorValue& value) {
+  if (!value.is_plain() || !value.defined() ||
+      Box::Whole(value.shape()).num_elements() != 1) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "expected a number or a tensor of one element, found a tensor ",
+        value.defined() ? absl::StrCat("of shape ", DimsToString(value.shape()))
+                        : "that is undefined"));
+  }
+  return TorchToStatus([&]() -> absl::StatusOr<Object> {
+    const at::Tensor& tensor = value.locals()[0];
+    const c10::ScalarType type = tensor.scalar_type();
+    if (c10::isComplexType(type)) {
+      return absl::InvalidArgumentError(
+          "expected a real number, found a complex one");
+    }
+    if (type == c10::ScalarType::Bool) return Object(tensor.item().toBool());
+    if (c10::isIntegralType(type, /*includeBool=*/false)) {
+      return Object(tensor.item().toLong());
+    }
+    return Object(tensor.item().toDouble());
+  });
+}
+
+}  // namespace
+
+void ForEachTensor(
+    Value& value, const std::string& name,
+    absl::FunctionRef<void(const std::string&, TensorValue&)> visit) {
+  if (auto* tensor = value.get_if<TensorValue>()) {
+    visit(name, *tensor);
+  } else if (auto* dict = value.get_if<StateDict>()) {
+    ForEachTensor(*dict, name, visit);
+  } else {
+    std::vector<Value>* items = value.get_if<Value::List>();
+    if (auto* tuple = value.get_if<Value::Tuple>()) items = &tuple->items;
+    for (size_t i = 0; items != nullptr && i < items->size(); ++i) {
+      if ((*items)[i].is<TensorValue>() || (*items)[i].is_container()) {
+        ForEachTensor((*items)[i], Join(name, absl::StrCat(i)), visit);
+      }
+    }
+  }
+}
+
+void ForEachTensor(
+    StateDict& dict, const std::string& name,
+    absl::FunctionRef<void(const std::string&, TensorValue&)> visit) {
+  for (size_t i = 0; i < dict.size(); ++i) {
+    if (dict.value(i).is<TensorValue>() || dict.value(i).is_container()) {
+      ForEachTensor(dict.value(i), Join(name, dict.key_text(i)), visit);
+    }
+  }
+}
+
+absl::StatusOr<Object> ToObject(const Value& value) {
+  return Convert<TensorValue, NoTensor>(value, ScalarToObject);
+}
+
+Value FromObject(const Object& object) {
+  // An Object has no tensor leaf in practice; None stands for it.
+  return *Convert<NoTensor, TensorValue>(
+      object, [](NoTensor) -> absl::StatusOr<Value> { return Value(); });
+}
+
+}  // namespace dsd

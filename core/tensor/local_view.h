@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Where a box of a layout lies in the local tensors that hold it.
+
+#ifndef DSD_CORE_TENSOR_LOCAL_VIEW_H_
+#define DSD_CORE_TENSOR_LOCAL_VIEW_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "ATen/core/Tensor.h"
+#include "absl/types/span.h"
+#include "dsd/core/layout/box.h"
+#include "dsd/core/layout/layout.h"
+
+namespace dsd {
+
+// A box as a strided part of a local tensor's storage. Elements.
+struct LocalView {
+  size_t local;    // index among the local tensors
+  int64_t offset;  // from the local tensor's first element
+  Dims strides;    // of the box's dimensions
+};
+
+// `boxes` are the holder's boxes of `layout` and `locals` its tensors: one per
+// box for box layouts, else one. `box` lies inside boxes[index].
+LocalView LocateBox(const Layout& layout, absl::Span<const at::Tensor> locals,
+                    absl::Span<const LocalBox> boxes, size_t index,
+                    const Box& box);
+
+// The same as a tensor that shares the memory. May throw c10::Error.
+at::Tensor ViewOfBox(const Layout& layout, absl::Span<const at::Tensor> locals,
+                     absl::Span<const LocalBox> boxes, size_t index,
+                     const Box& box);
+
+// The index of the box that contains `box`; nullopt if none does.
+std::optional<size_t> FindBox(absl::Span<const LocalBox> boxes, const Box& box);
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_TENSOR_LOCAL_VIEW_H_

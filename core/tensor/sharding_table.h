@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Which plain at::Tensor is a shard, and of what. LibTorch has no DTensor: code
+// that shards parameters (frontends/parallel, or your own) says so here, and
+// get, set, save and load then know.
+
+#ifndef DSD_CORE_TENSOR_SHARDING_TABLE_H_
+#define DSD_CORE_TENSOR_SHARDING_TABLE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "ATen/core/Tensor.h"
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "dsd/core/layout/box.h"
+#include "dsd/core/layout/layout.h"
+
+namespace dsd {
+
+// The tensor holds the part that `layout` gives to `holder`: contiguous or not,
+// of shape layout.LocalShape(holder).
+struct Sharding {
+  Layout layout;
+  Holder holder;
+};
+
+// The shape of the one tensor that holds the part of sharding.holder.
+// InvalidArgument if the holder has no part, or has several boxes of a box
+// layout.
+absl::StatusOr<Dims> LocalTensorShape(const Sharding& sharding);
+
+// Weak: an entry dies with its TensorImpl; a new tensor at the same address is
+// not mistaken for it. Entries survive Tensor::set_data. Thread-safe.
+class ShardingTable {
+ public:
+  // The table that the frontends use.
+  static ShardingTable& Global();
+
+  // Replaces an older entry. InvalidArgument if the tensor's shape is not that
+  // of the holder's part (both shown), or if the tensor is undefined.
+  absl::Status Set(const at::Tensor& tensor, Layout layout, Holder holder);
+
+  // nullopt: a plain tensor.
+  std::optional<Sharding> Find(const at::Tensor& tensor) const;
+
+  void Erase(const at::Tensor& tensor);
+
+  // Grows with every Set and Erase: an equal number means an unchanged table.
+  uint64_t version() const;
+
+ private:
+  struct Entry {
+    c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> impl;
+    Sharding sharding;
+  };
+  mutable absl::Mutex mu_;
+  absl::flat_hash_map<const c10::TensorImpl*, Entry> entries_
+      ABSL_GUARDED_BY(mu_);
+  uint64_t version_ ABSL_GUARDED_BY(mu_) = 0;
+  size_t sweep_at_ ABSL_GUARDED_BY(mu_) = 64;  // drop dead entries at this size
+};
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_TENSOR_SHARDING_TABLE_H_

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/tensor/tensor_endpoint.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/core/Tensor.h"
+#include "ATen/core/grad_mode.h"
+#include "ATen/ops/from_blob.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/layout/placement.h"
+#include "dsd/core/tensor/local_view.h"
+#include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/tensor/torch_types.h"
+
+namespace dsd {
+namespace {
+
+// What is wrong with `tensor` as something with addressable elements.
+absl::Status CheckHasElements(const at::Tensor& tensor) {
+  if (!tensor.defined()) {
+    return absl::InvalidArgumentError("the tensor is undefined");
+  }
+  if (tensor.is_meta()) {
+    return absl::InvalidArgumentError(
+        "the tensor is on the meta device and has no values; allocate it first "
+        "(to_empty)");
+  }
+  if (tensor.layout() != c10::Layout::Strided) {
+    return absl::InvalidArgumentError(
+        "the tensor is not dense (sparse layouts are not supported); convert "
+        "it "
+        "with to_dense()");
+  }
+  return ToDevice(tensor.device()).status();
+}
+
+// The whole of `box` counted row-major from 0: elements [begin, end) as boxes.
+std::vector<Box> SubBoxes(const Box& box, int64_t begin, int64_t end) {
+  if (begin == 0 && end == box.num_elements()) return {box};
+  std::vector<Box> sub_boxes = LowerFlatInterval(box.extents(), begin, end);
+  for (Box& sub : sub_boxes) {
+    for (int d = 0; d < box.ndim(); ++d) {
+      sub.lo[d] += box.lo[d];
+      sub.hi[d] += box.lo[d];
+    }
+  }
+  return sub_boxes;
+}
+
+}  // namespace
+
+absl::Status TensorEndpoint::Add(std::string fqn, const TensorValue& value) {
+  if (!value.defined()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("\"", fqn, "\": the tensor is undefined"));
+  }
+  const absl::StatusOr<DType> dtype = ToDType(value.scalar_type());
+  if (!dtype.ok()) {
+    return Annotate(dtype.status(), absl::StrCat("\"", fqn, "\""));
+  }
+  std::vector<at::Tensor> locals(value.locals().begin(), value.locals().end());
+  if (!value.is_plain()) {
+    return Add(TensorSpec{std::move(fqn), *dtype, value.layout()},
+               value.holder(), std::move(locals));
+  }
+  DSD_ASSIGN_OR_RETURN(
+      Layout layout,
+      Layout::FromPlacements(value.shape(), replicas_, {Replicate()}));
+  return Add(TensorSpec{std::move(fqn), *dtype, std::move(layout)}, self_,
+             std::move(locals));
+}
+
+absl::Status TensorEndpoint::Add(TensorSpec spec, Holder holder,
+                                 std::vector<at::Tensor> locals) {
+  for (at::Tensor& local : locals) {
+    DSD_RETURN_IF_ERROR(CheckHasElements(local)) << "\"" << spec.fqn << "\"";
+    DSD_ASSIGN_OR_RETURN(local, TorchToStatus([&] { return local.detach(); }));
+  }
+  DSD_RETURN_IF_ERROR(catalog_.Add(std::move(spec)));
+  entries_.push_back({holder, std::move(locals), std::nullopt});
+  return absl::OkStatus();
+}
+
+absl::Span<const LocalBox> TensorEndpoint::BoxesOf(size_t tensor) {
+  Entry& entry = entries_[tensor];
+  if (!entry.boxes.has_value()) {
+    entry.boxes = entry.locals.empty()
+                      ? std::vector<LocalBox>()
+                      : catalog_[tensor].layout.BoxesOf(entry.holder);
+  }
+  return *entry.boxes;
+}
+
+template <class Fn>
+absl::Status TensorEndpoint::ForEachView(size_t tensor, const Box& box,
+                                         int64_t begin, int64_t end, Fn&& fn) {
+  const absl::Span<const LocalBox> boxes = BoxesOf(tensor);
+  const std::optional<size_t> index = FindBox(boxes, box);
+  if (!index.has_value()) {
+    return absl::InternalError(absl::StrCat("box ", box.ToString(), " of \"",
+                                            catalog_[tensor].fqn,
+                                            "\" is not on this rank"));
+  }
+  return TorchToStatus([&] {
+    const at::NoGradGuard no_grad;
+    for (const Box& sub : SubBoxes(box, begin, end)) {
+      fn(ViewOfBox(catalog_[tensor].layout, entries_[tensor].locals, boxes,
+                   *index, sub));
+    }
+  });
+}
+
+absl::Status TensorEndpoint::Read(size_t tensor, const Box& box, int64_t begin,
+                                  int64_t end, DType dtype,
+                                  absl::Span<std::byte> out) {
+  if (dtype == catalog_[tensor].dtype) {
+    if (const std::optional<StridedView> view = View(tensor, box)) {
+      PackRange(*view, box.extents(), ItemSize(dtype), begin, end, out.data());
+      return absl::OkStatus();
+    }
+  }
+  std::byte* at = out.data();
+  return ForEachView(tensor, box, begin, end, [&](const at::Tensor& view) {
+    at::from_blob(at, view.sizes(), c10::TensorOptions(ToScalarType(dtype)))
+        .copy_(view);
+    at += view.numel() * ItemSize(dtype);
+  });
+}
+
+absl::Status TensorEndpoint::Write(size_t tensor, const Box& box, int64_t begin,
+                                   int64_t end, DType dtype,
+                                   absl::Span<const std::byte> in) {
+  if (dtype == catalog_[tensor].dtype) {
+    if (const std::optional<StridedView> view = View(tensor, box)) {
+      UnpackRange(*view, box.extents(), ItemSize(dtype), begin, end, in.data());
+      return absl::OkStatus();
+    }
+  }
+  // from_blob takes no const memory; nothing writes through it here.
+  std::byte* at = const_cast<std::byte*>(in.data());
+  return ForEachView(tensor, box, begin, end, [&](const at::Tensor& view) {
+    view.copy_(at::from_blob(at, view.sizes(),
+                             c10::TensorOptions(ToScalarType(dtype))));
+    at += view.numel() * ItemSize(dtype);
+  });
+}
+
+std::optional<StridedView> TensorEndpoint::View(size_t tensor, const Box& box) {
+  const absl::Span<const LocalBox> boxes = BoxesOf(tensor);
+  const std::optional<size_t> index = FindBox(boxes, box);
+  if (!index.has_value()) return std::nullopt;
+  const absl::Span<const at::Tensor> locals = entries_[tensor].locals;
+  const LocalView local =
+      LocateBox(catalog_[tensor].layout, locals, boxes, *index, box);
+  const at::Tensor& holder = locals[local.local];
+  // Lazily conjugated or negated tensors have other values than their memory.
+  if (!holder.device().is_cpu() || holder.is_conj() || holder.is_neg()) {
+    return std::nullopt;
+  }
+  StridedView view;
+  const int64_t item_size = holder.element_size();
+  view.base =
+      static_cast<std::byte*>(holder.data_ptr()) + local.offset * item_size;
+  for (const int64_t stride : local.strides) {
+    view.strides_bytes.push_back(stride * item_size);
+  }
+  return view;
+}
+
+absl::Status TensorEndpoint::Finish() {
+  return TorchToStatus([&] {
+    for (const Entry& entry : entries_) {
+      for (const at::Tensor& local : entry.locals) {
+        if (!local.is_inference()) local.unsafeGetTensorImpl()->bump_version();
+      }
+    }
+  });
+}
+
+}  // namespace dsd

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Live tensors as one side of a redistribution.
+
+#ifndef DSD_CORE_TENSOR_TENSOR_ENDPOINT_H_
+#define DSD_CORE_TENSOR_TENSOR_ENDPOINT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/core/Tensor.h"
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "dsd/core/base/dtype.h"
+#include "dsd/core/layout/box.h"
+#include "dsd/core/layout/layout.h"
+#include "dsd/core/layout/mesh.h"
+#include "dsd/core/plan/catalog.h"
+#include "dsd/core/tensor/tensor_value.h"
+#include "dsd/core/transfer/endpoint.h"
+
+namespace dsd {
+
+// Reads and writes the memory of at::Tensors of any strides, on any device;
+// conversions are those of Tensor::copy_. Holds references to the tensors.
+// Autograd is not involved; Finish() tells it (version counters) that the
+// tensors were written. Thread-compatible.
+class TensorEndpoint : public Endpoint {
+ public:
+  // Plain tensors are taken to be replicated over the holders of `replicas`, of
+  // which this rank is `self`.
+  TensorEndpoint(DeviceMesh replicas, Holder self)
+      : replicas_(std::move(replicas)), self_(self) {}
+
+  // Adds a tensor under a name.
+  // Errors: AlreadyExists (name taken); InvalidArgument (undefined, sparse or
+  // meta tensor); Unimplemented (element type).
+  absl::Status Add(std::string fqn, const TensorValue& value);
+
+  // Adds a tensor with a layout given by the caller, of which this rank has the
+  // part of `holder` in `locals` (see TensorValue::locals); none if it has
+  // none.
+  absl::Status Add(TensorSpec spec, Holder holder,
+                   std::vector<at::Tensor> locals);
+
+  const Catalog& catalog() const override { return catalog_; }
+  absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
+                    DType dtype, absl::Span<std::byte> out) override;
+  absl::Status Write(size_t tensor, const Box& box, int64_t begin, int64_t end,
+                     DType dtype, absl::Span<const std::byte> in) override;
+  std::optional<StridedView> View(size_t tensor, const Box& box) override;
+  absl::Status Finish() override;
+
+ private:
+  struct Entry {
+    Holder holder;
+    std::vector<at::Tensor> locals;
+    // Of `holder`; filled when first asked for.
+    std::optional<std::vector<LocalBox>> boxes;
+  };
+
+  absl::Span<const LocalBox> BoxesOf(size_t tensor);
+  // Calls `fn` with the views, within the local tensors, of elements [begin,
+  // end) of `box`, in order.
+  template <class Fn>
+  absl::Status ForEachView(size_t tensor, const Box& box, int64_t begin,
+                           int64_t end, Fn&& fn);
+
+  DeviceMesh replicas_;
+  Holder self_;
+  Catalog catalog_;
+  std::vector<Entry> entries_;
+};
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_TENSOR_TENSOR_ENDPOINT_H_

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A launcher for one machine: starts this program again, once per rank, with
+// the environment that torchrun would give it.
+
+#ifndef DSD_EXAMPLES_SPAWN_RANKS_H_
+#define DSD_EXAMPLES_SPAWN_RANKS_H_
+
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+
+namespace dsd_examples {
+
+// Runs `world_size` processes of this program (fork and exec) with `arguments`
+// (argv without argv[0]) and waits for all of them. Their standard error is
+// passed on; they die with this process. OK if all of them ended with exit code
+// 0. After the first that did not, the others have 30 s to end by themselves.
+//
+// Errors: Aborted naming each failed rank, in the order in which they ended,
+// with signal or exit code and its last words; what the system reports.
+absl::Status RunRanks(int world_size,
+                      const std::vector<std::string>& arguments);
+
+}  // namespace dsd_examples
+
+#endif  // DSD_EXAMPLES_SPAWN_RANKS_H_

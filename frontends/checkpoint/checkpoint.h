@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Checkpoints in the format of torch.distributed.checkpoint (DCP): a directory
+// that Python's `dcp.load` opens, and the reading of those that Python wrote.
+//
+// What lies in the directory:
+//   .metadata                       the index; its presence is the commit
+//   __<rank>_<n>_<id>.distcp        data, new names for every save
+//   .dsd_digests_<id>               content digests; Python ignores it
+// <id> is the first 16 digits of the save id that .metadata records, so an
+// index and digests of different saves never meet.
+
+#ifndef DSD_FRONTENDS_CHECKPOINT_CHECKPOINT_H_
+#define DSD_FRONTENDS_CHECKPOINT_CHECKPOINT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "dsd/core/base/call_options.h"
+#include "dsd/core/base/digest.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/comm/communicator.h"
+#include "dsd/core/plan/catalog.h"
+#include "dsd/core/transfer/endpoint.h"
+#include "dsd/core/value/value.h"
+
+namespace dsd::checkpoint {
+
+// A value that is not a tensor. Its key is JoinPath(path).
+struct ObjectEntry {
+  Path path;
+  Object value;
+};
+
+// One side of a save or load: what a job has, by key. Keys are unique over
+// tensors and objects.
+struct State {
+  // This rank's part of the tensors; its catalog is the same on all ranks, the
+  // names in it are the keys. Not owned; null: no tensors.
+  Endpoint* tensors = nullptr;
+
+  // Where each tensor of the catalog lies in the nested state dict, so that
+  // Python rebuilds the nesting. JoinPath(tensor_paths[i]) is the name of
+  // tensor i. Empty: each name is one path segment.
+  std::vector<Path> tensor_paths;
+
+  std::vector<ObjectEntry> objects;
+};
+
+struct SaveOptions {
+  CallOptions call;
+  // Whether a checkpoint that is in the directory may be replaced.
+  bool overwrite = true;
+  // Null: the communicator's, or Env::Real() without one.
+  Env* env = nullptr;
+};
+
+struct SaveReport {
+  std::string save_id;
+  int64_t tensors = 0;
+  int64_t objects = 0;
+  int64_t chunks = 0;             // stored boxes, over all ranks
+  int64_t payload_bytes = 0;      // tensor bytes written by this rank
+  int64_t payload_bytes_all = 0;  // ... by all ranks
+  int64_t file_bytes_all = 0;     // length of all data files
+  // Files of earlier saves that could not be removed. Harmless.
+  std::vector<std::string> leftovers;
+};
+
+// Writes `state` to `directory`, which is made if missing. Each tensor element
+// and each object is written once, by one rank that has it. Collective: all
+// ranks of `comm` must call it with the same directory, catalog, paths and
+// options; null `comm`: a world of one. Objects of one key must be equal on all
+// ranks that have it; ranks may lack it (per-rank objects have keys of their
+// own).
+//
+// Absent or complete: data first, then the index by an atomic rename,
+// everything synced to stable storage. On an error before that, on any rank,
+// all ranks get an error and remove what they wrote, and a checkpoint that was
+// there before stays as it was. If a rank dies between, survivors leave their
+// new files: the next save removes them. After the commit, files of earlier
+// saves are removed.
+//
+// Errors: InvalidArgument (bad keys or paths, an object of unknown class);
+// AlreadyExists (a checkpoint is there and overwrite is off);
+// FailedPrecondition (ranks disagree; an element has no holder; rank 0 does not
+// see a file that another rank wrote); ResourceExhausted (disk full); what
+// files and `comm` report. The text names rank, file and key.
+absl::StatusOr<SaveReport> Save(const std::string& directory,
+                                const State& state,
+                                Communicator* comm = nullptr,
+                                const SaveOptions& options = {});
+
+struct LoadOptions {
+  CallOptions call;
+  // Keys of the target that the checkpoint lacks: an error, or left as they
+  // are.
+  bool allow_missing = false;
+  // Keys of the checkpoint that the target lacks: an error, or ignored.
+  bool allow_unexpected = false;
+  // Whether what is read is compared with the digests that dsd stores beside
+  // the data. Checkpoints written by Python have none and load unverified.
+  bool verify = true;
+  Env* env = nullptr;  // as in SaveOptions
+};
+
+struct LoadReport {
+  std::string save_id;
+  // Tensor bytes read from storage, by this rank and by all. Each stored byte
+  // is read by one rank, unless a rank needs very short pieces of many rows
+  // (under 512 bytes each): those are read with what lies between.
+  int64_t payload_bytes = 0;
+  int64_t payload_bytes_all = 0;
+  int64_t bytes_sent = 0;  // to other ranks, by this one
+  int64_t bytes_sent_all = 0;
+  bool verified = false;  // all of it was compared with stored digests
+  std::vector<std::string> missing;     // sorted; only if allowed
+  std::vector<std::string> unexpected;  // sorted; only if allowed
+};
+
+// Fills the tensors of `target` and replaces the values of target.objects from
+// the checkpoint in `directory`, whatever the number of ranks that wrote it.
+// Each stored byte is read once and sent to the ranks that need it. Collective,
+// as Save.
+//
+// Missing and unexpected keys, differing shapes, dtypes and kinds are found and
+// all listed before anything live changes. After a later error (a file that
+// cannot be read, a digest that differs) the tensors are unspecified; the text
+// says so. Objects change only on success. Every rank gets the same verdict.
+//
+// Errors: NotFound (no checkpoint, or not complete: says which); DataLoss
+// (bytes that do not decode or verify: names key and file); FailedPrecondition
+// (mismatch of keys, shapes or dtypes; ranks see different checkpoints);
+// Unimplemented (transformed or quantized items); what files and `comm` report.
+absl::StatusOr<LoadReport> Load(const std::string& directory, State& target,
+                                Communicator* comm = nullptr,
+                                const LoadOptions& options = {});
+
+struct OpenOptions {
+  bool verify = true;      // as in LoadOptions
+  Env* env = Env::Real();  // must outlive the Checkpoint
+};
+
+// What storage was asked for. Thread-compatible.
+struct ReadStats {
+  int64_t payload_bytes = 0;   // tensor elements
+  int64_t overhead_bytes = 0;  // archive headers, directories, objects
+};
+
+// A box of a tensor in a file.
+struct StoredChunk {
+  Box box;
+  std::string file;
+  int64_t offset_bytes = 0;  // of the archive in the file
+  int64_t length_bytes = 0;
+};
+
+struct StoredObject {
+  std::string key;
+  Path path;
+  std::string file;
+  int64_t offset_bytes = 0;
+  int64_t length_bytes = 0;
+};
+
+// The elements of stored tensors, all on kAnyHolder; Write is Unimplemented.
+// With verification on it keeps, of each tensor, the digest of the elements
+// that were read, so that ranks that read parts can check the whole together.
+// Each element is to be read once for that.
+class CheckpointEndpoint : public Endpoint {
+ public:
+  virtual ReadStats stats() const = 0;
+
+  // What this endpoint knows of tensors that it read in part, to be given to
+  // Merge of endpoints of the same keys on other ranks.
+  virtual std::string Partials() const = 0;
+  virtual absl::Status Merge(absl::string_view partials) = 0;
+
+  // Compares the tensors that were read as a whole, here or together with what
+  // was merged. DataLoss names keys and files. Returns how many were compared.
+  virtual absl::StatusOr<int64_t> Verify() = 0;
+};
+
+// An open checkpoint: its index, decoded. Pickle is never executed: known
+// classes become plain data, others are inert. Immutable; thread-safe.
+class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
+ public:
+  struct Impl;  // of this package
+
+  // Errors: as Load.
+  static absl::StatusOr<std::shared_ptr<const Checkpoint>> Open(
+      const std::string& directory, const OpenOptions& options = {});
+  ~Checkpoint();
+
+  const std::string& directory() const;
+  const std::string& save_id() const;  // "" if not recorded
+  const Digest& fingerprint() const;   // covers the bytes of the index
+
+  // All tensors of a dtype known here, in the order of the index. Layouts have
+  // one box per chunk, on kAnyHolder.
+  const Catalog& catalog() const;
+  const Path& tensor_path(size_t tensor) const;
+  std::vector<StoredChunk> Chunks(size_t tensor) const;
+
+  // Tensors of other dtypes (quantized, sub-byte): key and Python's name of the
+  // dtype. They are listed, and cannot be read.
+  const std::vector<std::pair<std::string, std::string>>& unreadable() const;
+
+  const std::vector<StoredObject>& objects() const;
+
+  // Reads and decodes one object; classes that are not plain data give Opaque.
+  absl::StatusOr<Object> ReadObject(size_t object) const;
+
+  // Whether dsd wrote it and its digests are used.
+  bool has_digests() const;
+  // The stored content digest of a key; nullopt if there is none.
+  std::optional<uint64_t> StoredDigest(absl::string_view key) const;
+
+  // An endpoint over the tensors named, in the order given; all of the catalog
+  // without names. Keeps the checkpoint. NotFound for a key that is not there.
+  absl::StatusOr<std::unique_ptr<CheckpointEndpoint>> MakeEndpoint() const;
+  absl::StatusOr<std::unique_ptr<CheckpointEndpoint>> MakeEndpoint(
+      absl::Span<const std::string> keys) const;
+
+ private:
+  friend class CheckpointInternals;
+  explicit Checkpoint(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// A problem found in a checkpoint.
+struct Problem {
+  std::string key;   // "" if it concerns a file
+  std::string file;  // "" if it concerns the index
+  absl::Status status;
+};
+
+struct VerifyReport {
+  int64_t tensors = 0;
+  int64_t objects = 0;
+  int64_t chunks = 0;
+  int64_t bytes = 0;     // read
+  int64_t compared = 0;  // keys whose stored digest was compared
+  std::vector<Problem> problems;
+  // Data files that the index does not name. Harmless.
+  std::vector<std::string> unreferenced;
+};
+
+// Reads every slice of every file and checks archive, CRCs, pickles, agreement
+// of dtype and shape with the index, coverage and digests. Goes on after a
+// problem.
+VerifyReport Verify(const Checkpoint& checkpoint);
+
+// Content digests of what is stored: the same for equal values, whatever the
+// layout, the number of files and the program that wrote them.
+struct KeyDigest {
+  std::string key;
+  uint64_t digest = 0;
+};
+struct CheckpointDigests {
+  std::vector<KeyDigest> keys;  // sorted by key
+  uint64_t whole = 0;           // over all keys and their digests
+};
+absl::StatusOr<CheckpointDigests> ComputeDigests(const Checkpoint& checkpoint);
+
+// The content digests of the tensors of a live State and of its objects.
+// Collective, as Save; equal to what ComputeDigests gives for the saved state.
+absl::StatusOr<CheckpointDigests> ComputeDigests(
+    const State& state, Communicator* comm = nullptr,
+    const CallOptions& options = {});
+
+}  // namespace dsd::checkpoint
+
+#endif  // DSD_FRONTENDS_CHECKPOINT_CHECKPOINT_H_

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What is left of a save that fails or dies at any operation: the checkpoint
+// that was there or the new one, whole.
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/fake_env.h"
+#include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/checkpoint/test_state.h"
+#include "dsd/testing/harness/rank_threads.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace dsd::checkpoint {
+namespace {
+
+using ::testing::AnyOf;
+using ::testing::Each;
+using ::testing::Not;
+
+constexpr char kDir[] = "/parent/job";
+constexpr uint64_t kOld = 1;
+constexpr uint64_t kNew = 2;
+
+std::vector<TestTensor> Tensors(int ranks) {
+  const DeviceMesh mesh = DeviceMesh::Iota({ranks});
+  return {{{std::string("w")},
+           DType::kFloat32,
+           *Layout::FromPlacements({64, 8}, mesh, {Shard(0)})},
+          {{std::string("b")},
+           DType::kBFloat16,
+           *Layout::FromPlacements({6}, mesh, {Replicate()})}};
+}
+
+std::vector<ObjectEntry> Objects(uint64_t seed) {
+  return {{{std::string("step")}, Object(static_cast<int64_t>(seed))}};
+}
+
+std::vector<absl::Status> SaveOn(int ranks, FakeEnv& env, uint64_t seed) {
+  return StatusOfRanks(ranks, [&](Communicator& comm) {
+    TestState state =
+        TestState::Filled(Tensors(ranks), comm.rank(), seed, Objects(seed));
+    SaveOptions options;
+    options.env = &env;
+    return Save(kDir, state.state(), &comm, options).status();
+  });
+}
+
+// Which save the directory holds: 0 for none. Fails for anything in between.
+uint64_t Holds(FakeEnv& env) {
+  TestState state = TestState::Blank(Tensors(1), 0, Objects(0));
+  LoadOptions options;
+  options.env = &env;
+  const auto report = Load(kDir, state.state(), nullptr, options);
+  if (absl::IsNotFound(report.status())) return 0;
+  EXPECT_TRUE(report.ok()) << report.status();
+  if (!report.ok()) return 99;
+  EXPECT_TRUE(report->verified);
+  for (const uint64_t seed : {kOld, kNew}) {
+    if (state.Difference(seed).empty()) {
+      EXPECT_TRUE(state.state().objects[0].value ==
+                  Object(static_cast<int64_t>(seed)));
+      return seed;
+    }
+  }
+  ADD_FAILURE() << "a mixture";
+  return 99;
+}
+
+class CommitTest : public testing::TestWithParam<bool> {
+ protected:
+  bool overwrite() const { return GetParam(); }
+  uint64_t before() const { return overwrite() ? kOld : 0; }
+
+  void Prepare(FakeEnv& env, int ranks) {
+    if (!overwrite()) return;
+    ASSERT_THAT(SaveOn(ranks, env, kOld), AllOk());
+    ASSERT_EQ(Holds(env), kOld);
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(FreshAndOver, CommitTest, testing::Bool(),
+                         [](const testing::TestParamInfo<bool>& info) {
+                           return info.param ? "Overwrite" : "Fresh";
+                         });
+
+// One operation fails, on whatever rank makes it; the machine lives on.
+TEST_P(CommitTest, AnErrorAtAnyOperation) {
+  for (const int ranks : {1, 2}) {
+    for (int64_t at = 0;; ++at) {
+      FakeEnv env;
+      Prepare(env, ranks);
+      const int64_t start = env.fake_files().num_operations();
+      std::atomic<bool> hit = false;
+      std::atomic<bool> in_removal = false;
+      env.fake_files().SetFault([&](const FileOperation& operation) {
+        if (operation.index != start + at) return absl::OkStatus();
+        hit = true;
+        in_removal = operation.kind == FileOperation::Kind::kRemove;
+        return absl::UnavailableError("I/O error");
+      });
+      const std::vector<absl::Status> statuses = SaveOn(ranks, env, kNew);
+      env.fake_files().SetFault(nullptr);
+      if (!hit) {
+        EXPECT_THAT(statuses, AllOk());
+        EXPECT_EQ(Holds(env), kNew);
+        EXPECT_GT(at, 10);
+        break;
+      }
+      const uint64_t holds = Holds(env);
+      if (in_removal) {
+        // Of the old files, after the commit.
+        EXPECT_THAT(statuses, AllOk()) << ranks << " ranks, operation " << at;
+        EXPECT_EQ(holds, kNew);
+      } else {
+        EXPECT_THAT(statuses,
+                    Each(IsStatus(absl::StatusCode::kUnavailable, "I/O error")))
+            << ranks << " ranks, operation " << at;
+        EXPECT_THAT(holds, AnyOf(before(), kNew));
+        if (holds == before()) {
+          // Own files are gone.
+          const auto names = env.files().List(kDir);
+          EXPECT_EQ(names.ok() ? names->size() : 0,
+                    overwrite() ? 2u + ranks : 0u)
+              << ranks << " ranks, operation " << at;
+        }
+      }
+      // And the next save is not in the way of anything.
+      EXPECT_THAT(SaveOn(ranks, env, kNew), AllOk());
+      EXPECT_EQ(Holds(env), kNew);
+      EXPECT_EQ(env.files().List(kDir)->size(), 2u + ranks);
+    }
+  }
+}
+
+// The machine dies in the operation; what was not synced is lost or kept.
+TEST_P(CommitTest, ACrashAtAnyOperation) {
+  for (const int ranks : {1, 2}) {
+    bool done = false;
+    for (int64_t at = 0; !done; ++at) {
+      for (uint64_t seed = 0; seed < 20; ++seed) {
+        FakeEnv env;
+        Prepare(env, ranks);
+        env.fake_files().CrashAt(env.fake_files().num_operations() + at);
+        const std::vector<absl::Status> statuses = SaveOn(ranks, env, kNew);
+        const bool succeeded = statuses[0].ok();
+        env.fake_files().CrashAt(env.fake_files().num_operations());
+        env.fake_files().Recover(seed);
+        const uint64_t holds = Holds(env);
+        if (succeeded) {
+          EXPECT_EQ(holds, kNew) << ranks << " ranks, operation " << at;
+        } else {
+          EXPECT_THAT(holds, AnyOf(before(), kNew))
+              << ranks << " ranks, operation " << at << ", seed " << seed;
+        }
+        EXPECT_THAT(SaveOn(ranks, env, kNew), AllOk());
+        EXPECT_EQ(Holds(env), kNew);
+        EXPECT_EQ(env.files().List(kDir)->size(), 2u + ranks);
+        // Crashes in the removals at the end do not matter any more.
+        done = succeeded && at > 40;
+      }
+    }
+  }
+}
+
+TEST_P(CommitTest, AFullDiskAtAnyByte) {
+  constexpr int kRanks = 2;
+  bool fits = false;
+  int64_t used = 0;
+  {
+    FakeEnv env;
+    Prepare(env, kRanks);
+    const auto names = env.files().List(kDir);
+    for (const std::string& name : names.value_or(std::vector<std::string>())) {
+      used += env.files().Stat(absl::StrCat(kDir, "/", name))->size_bytes;
+    }
+  }
+  for (int64_t room = 0; !fits; room += 97) {
+    FakeEnv env;
+    Prepare(env, kRanks);
+    env.fake_files().SetCapacity(used + room);
+    const std::vector<absl::Status> statuses = SaveOn(kRanks, env, kNew);
+    env.fake_files().SetCapacity(-1);
+    fits = statuses[0].ok();
+    if (fits) {
+      EXPECT_EQ(Holds(env), kNew);
+      EXPECT_GT(room, 5000);
+    } else {
+      EXPECT_THAT(statuses, Each(IsStatus(absl::StatusCode::kResourceExhausted,
+                                          "no space left")));
+      EXPECT_THAT(
+          statuses,
+          Each(Not(IsStatus(absl::StatusCode::kResourceExhausted, "#"))));
+      EXPECT_EQ(Holds(env), before());
+      const auto names = env.files().List(kDir);
+      EXPECT_EQ(names.ok() ? names->size() : 0, overwrite() ? 4u : 0u);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dsd::checkpoint

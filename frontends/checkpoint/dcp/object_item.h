@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One stored object that is not a tensor: the archive that torch.save(object)
+// writes.
+
+#ifndef DSD_FRONTENDS_CHECKPOINT_DCP_OBJECT_ITEM_H_
+#define DSD_FRONTENDS_CHECKPOINT_DCP_OBJECT_ITEM_H_
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "dsd/core/value/value.h"
+#include "dsd/frontends/checkpoint/dcp/zip_reader.h"
+
+namespace dsd::dcp {
+
+inline constexpr int64_t kMaxObjectBytes = int64_t{1} << 30;
+inline constexpr int kMaxObjectDepth = 200;
+
+// A decoded object and the digest of its value. Objects of classes that are not
+// plain data become Opaque, each alone: a list with one in it is a list.
+struct ObjectItem {
+  Object value;
+  uint64_t digest = 0;
+};
+
+// Errors: DataLoss (damaged, or nested too deeply); ResourceExhausted (more
+// than kMaxObjectBytes, or more values than bytes through sharing);
+// Unimplemented (compressed).
+absl::StatusOr<ObjectItem> DecodeObjectPickle(absl::string_view pickle);
+
+// The pickle in a stored object's archive, by the same limits.
+absl::StatusOr<std::string> ReadObjectPickle(FileSlice* slice);
+
+// The pickle of a value: the same bytes for equal values.
+// Errors: InvalidArgument for an Opaque, text that is not UTF-8, nesting over
+// kMaxObjectDepth.
+absl::StatusOr<std::string> EncodeObjectPickle(const Object& value);
+
+// The archive around a pickle.
+std::string ObjectArchive(absl::string_view pickle);
+
+// The digest of a value, by its pickle.
+uint64_t ObjectDigest(absl::string_view pickle);
+
+}  // namespace dsd::dcp
+
+#endif  // DSD_FRONTENDS_CHECKPOINT_DCP_OBJECT_ITEM_H_

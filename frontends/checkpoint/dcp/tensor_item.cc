@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/frontends/checkpoint/dcp/tensor_item.h"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "dsd/core/base/checked_int.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/frontends/checkpoint/dcp/little_endian.h"
+#include "dsd/frontends/checkpoint/dcp/pickle_reader.h"
+#include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
+#include "dsd/frontends/checkpoint/dcp/zip_writer.h"
+
+namespace dsd::dcp {
+namespace {
+
+using Kind = PickleValue::Kind;
+
+constexpr int64_t kMaxPickleBytes = 64 << 10;
+constexpr int64_t kMaxRecords = 16;
+constexpr size_t kMaxDims = 64;
+// Read in one go with the directory's neighbourhood.
+constexpr int64_t kMaxHeadBytes = 64 << 10;
+
+absl::Status NotATensor(absl::string_view what) {
+  return absl::DataLossError(absl::StrCat("stored tensor: ", what));
+}
+
+struct StorageRef {
+  std::optional<DType> dtype;  // of a typed storage
+  std::string key;
+  int64_t count = 0;  // elements; bytes if untyped
+};
+
+absl::StatusOr<StorageRef> ReadStorage(PickleValue value) {
+  StorageRef out;
+  if (value.kind() != Kind::kPersistentId) {
+    return NotATensor("no storage in its pickle");
+  }
+  const auto id = value.callee().AsTuple(8);
+  if (!id.has_value() || id->size() < 5 || (*id)[0].AsString() != "storage") {
+    return NotATensor("its storage has no persistent id");
+  }
+  const PickleValue type = (*id)[1];
+  const auto key = (*id)[2].AsString();
+  const auto count = (*id)[4].AsInt();
+  if (!key.has_value() || !count.has_value() || *count < 0) {
+    return NotATensor("its storage has no key and count");
+  }
+  out.key = std::string(*key);
+  out.count = *count;
+  if (type.IsGlobal("torch.storage", "UntypedStorage") ||
+      type.IsGlobal("torch", "UntypedStorage")) {
+    return out;
+  }
+  for (int i = 0; i < kNumDTypes; ++i) {
+    const DType dtype = static_cast<DType>(i);
+    const absl::string_view name = StorageClass(dtype);
+    if (!name.empty() && type.IsGlobal("torch", name)) {
+      out.dtype = dtype;
+      return out;
+    }
+  }
+  return absl::UnimplementedError(
+      absl::StrCat("stored tensor: storage class \"",
+                   absl::CHexEscape(type.name()), "\" is not supported"));
+}
+
+absl::StatusOr<Dims> ReadDims(PickleValue value, absl::string_view what) {
+  Dims dims;
+  bool good = value.kind() == Kind::kTuple;
+  if (value.kind() == Kind::kCall && value.callee().IsGlobal("torch", "Size")) {
+    const auto args = value.args().AsTuple(1);
+    if (args.has_value() && args->size() == 1)
+      return ReadDims((*args)[0], what);
+  }
+  if (good) {
+    value.ForEachItem([&](PickleValue item) {
+      const auto number = item.AsInt();
+      good = number.has_value() && *number >= 0 && dims.size() < kMaxDims;
+      if (good) dims.push_back(*number);
+      return good;
+    });
+  }
+  if (!good) {
+    return NotATensor(
+        absl::StrCat("its ", what, " is no tuple of numbers >= 0"));
+  }
+  return dims;
+}
+
+// The arguments of the call that rebuilds a plain tensor, below what wraps it.
+struct Rebuild {
+  int version;
+  std::vector<PickleValue> args;
+};
+
+absl::StatusOr<Rebuild> FindRebuild(PickleValue root) {
+  constexpr size_t kMaxArgs = 16;
+  constexpr int kMaxWrappers = 4;
+  std::string name;
+  for (int depth = 0; depth < kMaxWrappers; ++depth) {
+    if (root.kind() != Kind::kCall) return NotATensor("its pickle is no call");
+    PickleValue function = root.callee();
+    auto args = root.args().AsTuple(kMaxArgs);
+    if (!args.has_value()) return NotATensor("its pickle has no arguments");
+    if (function.IsGlobal("torch._utils", "_rebuild_parameter") &&
+        !args->empty()) {
+      root = (*args)[0];
+      continue;
+    }
+    if (function.IsGlobal("torch._tensor", "_rebuild_from_type_v2") &&
+        args->size() == 4) {
+      function = (*args)[0];
+      args = (*args)[2].AsTuple(kMaxArgs);
+      if (!args.has_value()) return NotATensor("its pickle has no arguments");
+    }
+    if (function.IsGlobal("torch._utils", "_rebuild_tensor_v2") &&
+        args->size() >= 6) {
+      return Rebuild{2, *std::move(args)};
+    }
+    if (function.IsGlobal("torch._utils", "_rebuild_tensor_v3") &&
+        args->size() >= 7) {
+      return Rebuild{3, *std::move(args)};
+    }
+    return absl::UnimplementedError(absl::StrCat(
+        "stored tensor: it is rebuilt by \"",
+        absl::CHexEscape(absl::StrCat(function.module(), ".", function.name())),
+        "\", which is not supported"));
+  }
+  return NotATensor("wrapped too deeply");
+}
+
+std::string TensorPickle(DType dtype, absl::Span<const int64_t> shape) {
+  std::string out;
+  PickleWriter pickle(2, &out);
+  const absl::string_view storage_class = StorageClass(dtype);
+  const bool typed = !storage_class.empty();
+  int64_t elements = 1;
+  for (int64_t extent : shape) elements *= extent;
+  const auto numbers = [&](absl::Span<const int64_t> values) {
+    if (values.size() > 3) pickle.Mark();
+    for (int64_t value : values) pickle.Int(value);
+    pickle.Tuple(static_cast<int64_t>(values.size()));
+  };
+  pickle.Global("torch._utils",
+                typed ? "_rebuild_tensor_v2" : "_rebuild_tensor_v3");
+  pickle.Mark();
+  pickle.Mark();
+  pickle.Text("storage");
+  if (typed) {
+    pickle.Global("torch", storage_class);
+  } else {
+    pickle.Global("torch.storage", "UntypedStorage");
+  }
+  pickle.Text("0");
+  pickle.Text("cpu");
+  pickle.Int(typed ? elements : elements * ItemSize(dtype));
+  pickle.Tuple(5);
+  pickle.PersistentId();
+  pickle.Int(0);  // storage offset
+  numbers(shape);
+  // As torch has them: an empty dimension counts as one.
+  Dims strides(shape.size());
+  int64_t stride = 1;
+  for (int d = static_cast<int>(shape.size()) - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(shape[d], 1);
+  }
+  numbers(strides);
+  pickle.Bool(false);  // requires_grad
+  pickle.Global("collections", "OrderedDict");
+  pickle.Tuple(0);
+  pickle.Reduce();
+  if (!typed) pickle.Global("torch", DTypeName(dtype));
+  pickle.Tuple(typed ? 6 : 7);
+  pickle.Reduce();
+  pickle.Stop();
+  return out;
+}
+
+}  // namespace
+
+absl::string_view StorageClass(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return "DoubleStorage";
+    case DType::kFloat32:
+      return "FloatStorage";
+    case DType::kFloat16:
+      return "HalfStorage";
+    case DType::kBFloat16:
+      return "BFloat16Storage";
+    case DType::kInt64:
+      return "LongStorage";
+    case DType::kInt32:
+      return "IntStorage";
+    case DType::kInt16:
+      return "ShortStorage";
+    case DType::kInt8:
+      return "CharStorage";
+    case DType::kUInt8:
+      return "ByteStorage";
+    case DType::kBool:
+      return "BoolStorage";
+    case DType::kComplex64:
+      return "ComplexFloatStorage";
+    case DType::kComplex128:
+      return "ComplexDoubleStorage";
+    default:
+      return "";
+  }
+}
+
+absl::StatusOr<TensorItem> ReadTensorItem(FileSlice* slice) {
+  DSD_ASSIGN_OR_RETURN(const ZipReader zip,
+                       ZipReader::Open(slice, kMaxRecords));
+  const ZipReader::Record* const data_pkl = zip.Find("data.pkl");
+  if (data_pkl == nullptr) return NotATensor("no record data.pkl");
+  // Everything up to the elements in one read, when they come last.
+  int64_t head_end = 0;
+  for (const ZipReader::Record& record : zip.records()) {
+    if (record.name.rfind("data/", 0) != 0) continue;
+    head_end = record.header_at + 30 + 64;
+    break;
+  }
+  if (head_end > 0 && head_end <= kMaxHeadBytes &&
+      head_end <= slice->length()) {
+    DSD_RETURN_IF_ERROR(slice->Fetch(0, head_end).status());
+  }
+  DSD_ASSIGN_OR_RETURN(const absl::string_view bytes,
+                       zip.Content(*data_pkl, kMaxPickleBytes));
+  PickleLimits limits;
+  limits.allow_persistent_ids = true;
+  DSD_ASSIGN_OR_RETURN(const Pickle pickle, Pickle::Parse(bytes, limits));
+  DSD_ASSIGN_OR_RETURN(const Rebuild rebuild, FindRebuild(pickle.root()));
+  const std::vector<PickleValue>& args = rebuild.args;
+  DSD_ASSIGN_OR_RETURN(const StorageRef storage, ReadStorage(args[0]));
+
+  TensorItem item;
+  const size_t extra_at = rebuild.version == 2 ? 6 : 7;
+  if (rebuild.version == 2) {
+    if (!storage.dtype.has_value()) {
+      return NotATensor("its storage has no dtype");
+    }
+    item.dtype = *storage.dtype;
+  } else {
+    const PickleValue dtype = args[6];
+    const auto parsed =
+        dtype.module() == "torch" ? ParseDType(dtype.name()) : std::nullopt;
+    if (!parsed.has_value()) {
+      return absl::UnimplementedError(
+          absl::StrCat("stored tensor: dtype \"",
+                       absl::CHexEscape(dtype.name()), "\" is not supported"));
+    }
+    item.dtype = *parsed;
+  }
+  if (args.size() > extra_at) {
+    // {"conj": bool, "neg": bool}: bits that say how to read the values.
+    for (const absl::string_view bit : {"conj", "neg"}) {
+      const auto value = args[extra_at].Find(bit);
+      if (value.has_value() && value->AsBool() == true) {
+        return absl::UnimplementedError(absl::StrCat(
+            "stored tensor: the ", bit, " bit is set, which is not supported"));
+      }
+    }
+  }
+  DSD_ASSIGN_OR_RETURN(item.shape, ReadDims(args[2], "size"));
+  DSD_ASSIGN_OR_RETURN(item.strides, ReadDims(args[3], "stride"));
+  const auto offset = args[1].AsInt();
+  if (item.shape.size() != item.strides.size() || !offset.has_value() ||
+      *offset < 0) {
+    return NotATensor("its size, stride and offset do not fit together");
+  }
+
+  const ZipReader::Record* const record =
+      zip.Find(absl::StrCat("data/", storage.key));
+  if (record == nullptr) {
+    return NotATensor(
+        absl::StrCat("no record \"data/", absl::CHexEscape(storage.key), "\""));
+  }
+  const int64_t item_size = ItemSize(item.dtype);
+  const auto storage_bytes = CheckedMul(
+      storage.count, storage.dtype.has_value() ? ItemSize(*storage.dtype) : 1);
+  if (!storage_bytes.has_value() || *storage_bytes > record->size_bytes) {
+    return NotATensor(absl::StrCat("its record has ", record->size_bytes,
+                                   " bytes, less than the storage"));
+  }
+  const auto elements = CheckedProduct(item.shape);
+  if (!elements.has_value()) return NotATensor("its shape overflows");
+  if (*elements > 0) {
+    // The last element that the strides reach.
+    std::optional<int64_t> last = *offset;
+    for (size_t d = 0; d < item.shape.size() && last.has_value(); ++d) {
+      const auto reach = CheckedMul(item.shape[d] - 1, item.strides[d]);
+      last = reach.has_value() ? CheckedAdd(*last, *reach) : std::nullopt;
+    }
+    if (!last.has_value() || *last >= *storage_bytes / item_size) {
+      return NotATensor(absl::StrCat(
+          "shape ", DimsToString(item.shape), " and strides ",
+          DimsToString(item.strides), " reach outside its storage of ",
+          *storage_bytes, " bytes"));
+    }
+  }
+  DSD_ASSIGN_OR_RETURN(item.record_at, zip.ContentOffset(*record));
+  item.record_bytes = record->size_bytes;
+  item.record_crc = record->crc;
+  item.data_at = item.record_at + (*elements > 0 ? *offset * item_size : 0);
+
+  if (const ZipReader::Record* order = zip.Find("byteorder")) {
+    DSD_ASSIGN_OR_RETURN(const absl::string_view text, zip.Content(*order, 16));
+    if (text == "big") {
+      const bool is_complex = item.dtype == DType::kComplex32 ||
+                              item.dtype == DType::kComplex64 ||
+                              item.dtype == DType::kComplex128;
+      const int64_t unit = is_complex ? item_size / 2 : item_size;
+      item.swap_unit_bytes = unit > 1 ? unit : 0;
+    } else if (text != "little") {
+      return NotATensor(absl::StrCat("byte order \"", absl::CHexEscape(text),
+                                     "\", expected little or big"));
+    }
+  }
+  return item;
+}
+
+TensorArchive::TensorArchive(DType dtype, absl::Span<const int64_t> shape)
+    : pickle_(TensorPickle(dtype, shape)), payload_bytes_(ItemSize(dtype)) {
+  for (int64_t extent : shape) payload_bytes_ *= extent;
+  ZipWriter zip(&head_);
+  zip.AddRecord("data.pkl", pickle_);
+  zip.AddRecord(".format_version", "1");
+  zip.AddRecord(".storage_alignment", "64");
+  zip.AddRecord("byteorder", "little");
+  zip.StartRecord("data/0", payload_bytes_);
+  tail_bytes_ = static_cast<int64_t>(Tail(0).size());
+}
+
+std::string TensorArchive::Tail(uint32_t crc) const {
+  std::string out;
+  ZipWriter zip(&out);
+  zip.AddRecord("data.pkl", pickle_);
+  zip.AddRecord(".format_version", "1");
+  zip.AddRecord(".storage_alignment", "64");
+  zip.AddRecord("byteorder", "little");
+  zip.StartRecord("data/0", payload_bytes_);
+  out.clear();
+  zip.FinishRecord(payload_bytes_ == 0 ? 0 : crc);
+  zip.AddRecord("version", "3\n");
+  zip.Finish();
+  return out;
+}
+
+std::optional<uint32_t> TensorArchive::CrcOfTail(absl::string_view tail) const {
+  uint32_t crc = 0;
+  if (payload_bytes_ > 0) {
+    // The descriptor: a signature, then the CRC.
+    if (tail.size() < 8) return std::nullopt;
+    crc = LoadLittleEndian<uint32_t>(tail.data() + 4);
+  }
+  if (tail != Tail(crc)) return std::nullopt;
+  return crc;
+}
+
+}  // namespace dsd::dcp

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One stored tensor: the archive that torch.save(tensor) writes.
+
+#ifndef DSD_FRONTENDS_CHECKPOINT_DCP_TENSOR_ITEM_H_
+#define DSD_FRONTENDS_CHECKPOINT_DCP_TENSOR_ITEM_H_
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "dsd/core/base/dtype.h"
+#include "dsd/core/layout/box.h"
+#include "dsd/frontends/checkpoint/dcp/zip_reader.h"
+
+namespace dsd::dcp {
+
+// Where the elements of a stored tensor lie in its slice.
+struct TensorItem {
+  DType dtype = DType::kFloat32;
+  Dims shape;
+  Dims strides;         // in elements, >= 0
+  int64_t data_at = 0;  // of element [0, ..., 0]; all elements are in the slice
+
+  // The record that has them, and its CRC (0: not computed).
+  int64_t record_at = 0;
+  int64_t record_bytes = 0;
+  uint32_t record_crc = 0;
+
+  // Big-endian: reverse each unit of so many bytes; 0: little-endian.
+  int64_t swap_unit_bytes = 0;
+};
+
+// Reads archive and pickle; not the elements.
+// Errors: DataLoss (damaged, or not a tensor); Unimplemented (quantized,
+// sparse, conjugated, of an unknown dtype).
+absl::StatusOr<TensorItem> ReadTensorItem(FileSlice* slice);
+
+// What surrounds the elements of a contiguous tensor in an archive written
+// here. The elements start at a multiple of 64 from the start of the archive.
+class TensorArchive {
+ public:
+  TensorArchive(DType dtype, absl::Span<const int64_t> shape);
+
+  const std::string& head() const { return head_; }
+  int64_t payload_bytes() const { return payload_bytes_; }
+  int64_t tail_bytes() const { return tail_bytes_; }
+  int64_t total_bytes() const {
+    return static_cast<int64_t>(head_.size()) + payload_bytes_ + tail_bytes_;
+  }
+
+  // What follows a payload with this CRC-32.
+  std::string Tail(uint32_t crc) const;
+
+  // The CRC in a tail; nullopt if it is not one that Tail makes.
+  std::optional<uint32_t> CrcOfTail(absl::string_view tail) const;
+
+ private:
+  std::string pickle_;
+  std::string head_;
+  int64_t payload_bytes_;
+  int64_t tail_bytes_;
+};
+
+// Whether torch.save has a form for the dtype that TensorArchive writes: all.
+// The name of its typed storage class ("FloatStorage"), or "" for those that
+// are stored untyped.
+absl::string_view StorageClass(DType dtype);
+
+}  // namespace dsd::dcp
+
+#endif  // DSD_FRONTENDS_CHECKPOINT_DCP_TENSOR_ITEM_H_

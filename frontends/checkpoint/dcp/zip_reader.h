@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Reads a zip archive that is a slice of a file, such as one item of a .distcp
+// file. Only stored records; every offset is checked against the slice.
+
+#ifndef DSD_FRONTENDS_CHECKPOINT_DCP_ZIP_READER_H_
+#define DSD_FRONTENDS_CHECKPOINT_DCP_ZIP_READER_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "dsd/core/base/env.h"
+
+namespace dsd::dcp {
+
+// A part of a file. Keeps what was fetched. Thread-compatible.
+class FileSlice {
+ public:
+  // Borrows `file`. OutOfRange if the slice is not inside the file.
+  static absl::StatusOr<FileSlice> Create(ReadableFile* file, int64_t offset,
+                                          int64_t length);
+
+  int64_t length() const { return length_; }
+
+  // Bytes [begin, begin + count) of the slice; valid while it lives. Reads the
+  // file unless they were fetched as a whole before. DataLoss if they are not
+  // in the slice.
+  absl::StatusOr<absl::string_view> Fetch(int64_t begin, int64_t count);
+
+  // The same, copied out and not kept.
+  absl::Status Read(int64_t begin, absl::Span<std::byte> out);
+
+  // Read from the file so far.
+  int64_t bytes_read() const { return bytes_read_; }
+
+ private:
+  struct Piece {
+    int64_t begin;
+    std::string bytes;
+  };
+  FileSlice(ReadableFile* file, int64_t offset, int64_t length)
+      : file_(file), offset_(offset), length_(length) {}
+  absl::Status CheckRange(int64_t begin, int64_t count) const;
+  const std::string* FindPiece(int64_t begin, int64_t count, int64_t* at) const;
+
+  ReadableFile* file_;
+  int64_t offset_;
+  int64_t length_;
+  int64_t bytes_read_ = 0;
+  std::vector<std::unique_ptr<Piece>> pieces_;
+};
+
+class ZipReader {
+ public:
+  struct Record {
+    std::string name;  // without the top directory
+    int64_t header_at = 0;
+    int64_t size_bytes = 0;
+    uint32_t crc = 0;  // 0: not computed by the writer, or really 0
+  };
+
+  // Reads the directory at the end of `slice`, which is borrowed.
+  // Errors: DataLoss (not a zip archive, or damaged: says where);
+  // Unimplemented (compressed, encrypted); ResourceExhausted over
+  // `max_records`.
+  static absl::StatusOr<ZipReader> Open(FileSlice* slice, int64_t max_records);
+
+  const std::vector<Record>& records() const { return records_; }
+  const Record* Find(absl::string_view name) const;
+
+  // Where the content starts in the slice. Reads and checks the local header.
+  absl::StatusOr<int64_t> ContentOffset(const Record& record) const;
+
+  // The content; checks the CRC, if there is one. ResourceExhausted over
+  // `max_bytes`.
+  absl::StatusOr<absl::string_view> Content(const Record& record,
+                                            int64_t max_bytes) const;
+
+ private:
+  explicit ZipReader(FileSlice* slice) : slice_(slice) {}
+
+  FileSlice* slice_;
+  std::string top_;  // "archive/"
+  int64_t directory_at_ = 0;
+  std::vector<Record> records_;
+};
+
+}  // namespace dsd::dcp
+
+#endif  // DSD_FRONTENDS_CHECKPOINT_DCP_ZIP_READER_H_

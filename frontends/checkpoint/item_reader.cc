@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/frontends/checkpoint/item_reader.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/transfer/endpoint.h"
+#include "dsd/frontends/checkpoint/dcp/zip_writer.h"
+#include "dsd/frontends/checkpoint/file_names.h"
+
+namespace dsd::checkpoint {
+namespace {
+
+// Descriptors are a shared good.
+constexpr size_t kMaxOpenFiles = 64;
+constexpr size_t kMaxOpenChunks = 1024;
+// Archives up to this size are read in one call when all of them is wanted.
+constexpr int64_t kSmallArchiveBytes = 64 << 10;
+// Pieces shorter than this, if there are many, are read with what is between.
+constexpr int64_t kShortRunBytes = 512;
+constexpr int64_t kManyRuns = 1024;
+constexpr int64_t kSpanBytes = 1 << 20;
+
+void SwapUnits(absl::Span<std::byte> bytes, int64_t unit) {
+  for (size_t at = 0; at + unit <= bytes.size(); at += unit) {
+    std::reverse(bytes.begin() + at, bytes.begin() + at + unit);
+  }
+}
+
+absl::Status Foreign(absl::string_view what) {
+  return absl::DataLossError(
+      absl::StrCat(what, " differ from what was written: the file is damaged"));
+}
+
+}  // namespace
+
+absl::StatusOr<ReadableFile*> ItemReader::OpenFile(uint32_t file) {
+  const auto found = files_.find(file);
+  if (found != files_.end()) return found->second.get();
+  // All at once: chunks that are open refer to files.
+  if (files_.size() >= kMaxOpenFiles) {
+    chunks_.clear();
+    files_.clear();
+  }
+  const std::string path = JoinFile(impl_.directory, impl_.index.files[file]);
+  absl::StatusOr<std::unique_ptr<ReadableFile>> opened =
+      impl_.env->files().OpenReadable(path);
+  if (absl::IsNotFound(opened.status())) {
+    return absl::NotFoundError(absl::StrCat("the index names \"",
+                                            absl::CHexEscape(path),
+                                            "\", which is not there"));
+  }
+  DSD_RETURN_IF_ERROR(opened.status());
+  if (impl_.has_digests && (*opened)->size_bytes() != impl_.file_bytes[file]) {
+    return absl::DataLossError(
+        absl::StrCat("\"", path, "\" has ", (*opened)->size_bytes(),
+                     " bytes, expected ", impl_.file_bytes[file]));
+  }
+  return (files_[file] = *std::move(opened)).get();
+}
+
+absl::Status ItemReader::CheckGap(uint32_t file, int64_t begin, int64_t end) {
+  if (begin >= end) return absl::OkStatus();
+  DSD_ASSIGN_OR_RETURN(ReadableFile * readable, OpenFile(file));
+  std::string bytes(end - begin, '\0');
+  stats_.overhead_bytes += end - begin;
+  DSD_RETURN_IF_ERROR(readable->ReadAt(
+      begin, absl::MakeSpan(reinterpret_cast<std::byte*>(bytes.data()),
+                            bytes.size())));
+  if (bytes.find_first_not_of('\0') != std::string::npos) {
+    return Foreign("the bytes before it");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ItemReader::OpenOwn(Chunk& chunk, DType dtype, const Dims& shape) {
+  const dcp::TensorArchive archive(dtype, shape);
+  if (chunk.slice.length() != archive.total_bytes()) {
+    return Foreign("its length and shape");
+  }
+  const int64_t head_bytes = static_cast<int64_t>(archive.head().size());
+  DSD_ASSIGN_OR_RETURN(const absl::string_view head,
+                       chunk.slice.Fetch(0, head_bytes));
+  if (head != archive.head()) return Foreign("the bytes before its elements");
+  DSD_ASSIGN_OR_RETURN(const absl::string_view tail,
+                       chunk.slice.Fetch(head_bytes + archive.payload_bytes(),
+                                         archive.tail_bytes()));
+  const std::optional<uint32_t> crc = archive.CrcOfTail(tail);
+  if (!crc.has_value()) return Foreign("the bytes after its elements");
+  dcp::TensorItem& item = chunk.item;
+  item.dtype = dtype;
+  item.shape = shape;
+  item.strides = RowMajorStrides(shape);
+  item.data_at = item.record_at = head_bytes;
+  item.record_bytes = archive.payload_bytes();
+  item.record_crc = *crc;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
+                                                         size_t index,
+                                                         bool all) {
+  const dcp::TensorEntry& tensor = impl_.index.tensors[entry];
+  const size_t id = tensor.first_chunk + index;
+  const auto found = chunks_.find(id);
+  if (found != chunks_.end()) return found->second.get();
+  if (chunks_.size() >= kMaxOpenChunks) chunks_.clear();
+
+  const dcp::ItemLocation& location = impl_.index.locations[id];
+  const Box box = impl_.index.ChunkBox(tensor, index);
+  const std::string where = absl::StrCat(
+      "\"", absl::CHexEscape(tensor.key), "\" ", box.ToString(), " in \"",
+      absl::CHexEscape(
+          JoinFile(impl_.directory, impl_.index.files[location.file])),
+      "\" at byte ", location.offset_bytes);
+  const auto transform = impl_.index.chunk_transforms.find(id);
+  if (transform != impl_.index.chunk_transforms.end()) {
+    return absl::UnimplementedError(absl::StrCat(
+        where, ": stored through \"", absl::CHexEscape(transform->second),
+        "\", which is not supported"));
+  }
+  absl::StatusOr<ReadableFile*> file = OpenFile(location.file);
+  DSD_RETURN_IF_ERROR(file.status()) << where;
+  absl::StatusOr<dcp::FileSlice> slice = dcp::FileSlice::Create(
+      *file, location.offset_bytes, location.length_bytes);
+  DSD_RETURN_IF_ERROR(slice.status()) << where;
+  auto chunk = std::make_unique<Chunk>(*std::move(slice));
+  chunk->where = where;
+  if (all && location.length_bytes <= kSmallArchiveBytes) {
+    DSD_RETURN_IF_ERROR(chunk->slice.Fetch(0, location.length_bytes).status())
+        << where;
+  }
+  const Dims shape = box.extents();
+  if (impl_.has_digests) {
+    DSD_RETURN_IF_ERROR(
+        CheckGap(location.file, impl_.chunk_gap[id], location.offset_bytes))
+        << where;
+    DSD_RETURN_IF_ERROR(OpenOwn(*chunk, *tensor.dtype, shape)) << where;
+  } else {
+    absl::StatusOr<dcp::TensorItem> item = dcp::ReadTensorItem(&chunk->slice);
+    DSD_RETURN_IF_ERROR(item.status()) << where;
+    chunk->item = *std::move(item);
+    if (chunk->item.shape != shape || chunk->item.dtype != *tensor.dtype) {
+      return absl::DataLossError(absl::StrCat(
+          where, ": the index says ", tensor.dtype_name, " ",
+          DimsToString(shape), ", the file has ", DTypeName(chunk->item.dtype),
+          " ", DimsToString(chunk->item.shape)));
+    }
+    // The stride of an extent of 1 is not used.
+    const Dims expected = RowMajorStrides(shape);
+    for (size_t d = 0; d < shape.size(); ++d) {
+      chunk->row_major &=
+          shape[d] == 1 || chunk->item.strides[d] == expected[d];
+    }
+  }
+  // Elements of an archive that was read as a whole are counted when they are
+  // asked for.
+  const int64_t read = chunk->slice.bytes_read();
+  const bool has_payload = read == location.length_bytes;
+  stats_.overhead_bytes += read - (has_payload ? chunk->item.record_bytes : 0);
+  return (chunks_[id] = std::move(chunk)).get();
+}
+
+absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
+                              const Box& box, int64_t begin, int64_t end,
+                              absl::Span<std::byte> out) {
+  const int64_t item_size = ItemSize(chunk.item.dtype);
+  if (begin >= end) return absl::OkStatus();
+  if (chunk.row_major) {
+    DSD_RETURN_IF_ERROR(ReadRuns(chunk, chunk_box, box, begin, end, out))
+        << chunk.where;
+  } else {
+    // Strided elements: the record is read whole, once.
+    if (chunk.record.empty()) {
+      chunk.record.resize(chunk.item.record_bytes);
+      stats_.payload_bytes += chunk.item.record_bytes;
+      DSD_RETURN_IF_ERROR(chunk.slice.Read(
+          chunk.item.record_at,
+          absl::MakeSpan(reinterpret_cast<std::byte*>(chunk.record.data()),
+                         chunk.record.size())))
+          << chunk.where;
+    }
+    StridedView view;
+    view.base = reinterpret_cast<std::byte*>(chunk.record.data()) +
+                (chunk.item.data_at - chunk.item.record_at);
+    for (int d = 0; d < box.ndim(); ++d) {
+      const int64_t stride = chunk.item.strides[d] * item_size;
+      view.strides_bytes.push_back(stride);
+      view.base += (box.lo[d] - chunk_box.lo[d]) * stride;
+    }
+    PackRange(view, box.extents(), item_size, begin, end, out.data());
+  }
+  if (chunk.item.swap_unit_bytes > 0) {
+    SwapUnits(out, chunk.item.swap_unit_bytes);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ItemReader::ReadRuns(Chunk& chunk, const Box& chunk_box,
+                                  const Box& box, int64_t begin, int64_t end,
+                                  absl::Span<std::byte> out) {
+  const int64_t item_size = ItemSize(chunk.item.dtype);
+  const Dims shape = chunk_box.extents();
+  const Dims strides = RowMajorStrides(shape);
+  const Dims extents = box.extents();
+  // Dimensions that the box fills in the chunk continue the run.
+  int outer = box.ndim();
+  int64_t run = 1;
+  while (outer > 0) {
+    --outer;
+    run *= extents[outer];
+    if (extents[outer] != shape[outer]) break;
+  }
+  Dims at(box.ndim(), 0);
+  int64_t flat = 0;  // of the current run's first element, in the chunk
+  int64_t row = begin / run;
+  for (int d = box.ndim() - 1; d >= 0; --d) {
+    flat += (box.lo[d] - chunk_box.lo[d]) * strides[d];
+    if (d >= outer) continue;
+    at[d] = row % extents[d];
+    row /= extents[d];
+    flat += at[d] * strides[d];
+  }
+  const auto next_run = [&] {
+    for (int d = outer - 1; d >= 0; --d) {
+      flat += strides[d];
+      if (++at[d] < extents[d]) return;
+      flat -= at[d] * strides[d];
+      at[d] = 0;
+    }
+  };
+
+  const bool in_spans =
+      run * item_size < kShortRunBytes && (end - begin) / run > kManyRuns;
+  std::string span;
+  int64_t span_at = 0;
+  const int64_t data_end =
+      chunk.item.data_at + chunk_box.num_elements() * item_size;
+  int64_t in_run = begin % run;
+  std::byte* to = out.data();
+  for (int64_t left = end - begin; left > 0;) {
+    const int64_t count = std::min(left, run - in_run);
+    const int64_t bytes = count * item_size;
+    const int64_t from = chunk.item.data_at + (flat + in_run) * item_size;
+    if (!in_spans) {
+      stats_.payload_bytes += bytes;
+      DSD_RETURN_IF_ERROR(chunk.slice.Read(from, absl::MakeSpan(to, bytes)));
+    } else {
+      if (from + bytes > span_at + static_cast<int64_t>(span.size())) {
+        span_at = from;
+        span.resize(std::min(std::max(kSpanBytes, bytes), data_end - from));
+        stats_.payload_bytes += static_cast<int64_t>(span.size());
+        DSD_RETURN_IF_ERROR(chunk.slice.Read(
+            from, absl::MakeSpan(reinterpret_cast<std::byte*>(span.data()),
+                                 span.size())));
+      }
+      std::memcpy(to, span.data() + (from - span_at), bytes);
+    }
+    to += bytes;
+    left -= count;
+    in_run = 0;
+    next_run();
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<uint32_t> ItemReader::RecordCrc(Chunk& chunk) {
+  constexpr int64_t kPieceBytes = 1 << 20;
+  std::string piece(std::min(kPieceBytes, chunk.item.record_bytes), '\0');
+  uint32_t crc = 0;
+  for (int64_t at = 0; at < chunk.item.record_bytes;) {
+    piece.resize(std::min(kPieceBytes, chunk.item.record_bytes - at));
+    stats_.payload_bytes += static_cast<int64_t>(piece.size());
+    DSD_RETURN_IF_ERROR(chunk.slice.Read(
+        chunk.item.record_at + at,
+        absl::MakeSpan(reinterpret_cast<std::byte*>(piece.data()),
+                       piece.size())))
+        << chunk.where;
+    crc = dcp::Crc32(crc, piece);
+    at += static_cast<int64_t>(piece.size());
+  }
+  return crc;
+}
+
+absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
+  const dcp::ObjectEntryInfo& info = impl_.index.objects[object];
+  const std::string where =
+      absl::StrCat("\"", absl::CHexEscape(info.key), "\" in \"",
+                   absl::CHexEscape(JoinFile(
+                       impl_.directory, impl_.index.files[info.location.file])),
+                   "\" at byte ", info.location.offset_bytes);
+  const auto transform = impl_.index.object_transforms.find(object);
+  if (transform != impl_.index.object_transforms.end()) {
+    return absl::UnimplementedError(absl::StrCat(
+        where, ": stored through \"", absl::CHexEscape(transform->second),
+        "\", which is not supported"));
+  }
+  absl::StatusOr<ReadableFile*> file = OpenFile(info.location.file);
+  DSD_RETURN_IF_ERROR(file.status()) << where;
+  absl::StatusOr<dcp::FileSlice> slice = dcp::FileSlice::Create(
+      *file, info.location.offset_bytes, info.location.length_bytes);
+  DSD_RETURN_IF_ERROR(slice.status()) << where;
+  absl::StatusOr<std::string> pickle = dcp::ReadObjectPickle(&*slice);
+  stats_.overhead_bytes += slice->bytes_read();
+  DSD_RETURN_IF_ERROR(pickle.status()) << where;
+  if (!impl_.has_digests) return pickle;
+
+  DSD_RETURN_IF_ERROR(CheckGap(info.location.file, impl_.object_gap[object],
+                               info.location.offset_bytes))
+      << where;
+  DSD_ASSIGN_OR_RETURN(const absl::string_view bytes,
+                       slice->Fetch(0, slice->length()));
+  const auto digest = impl_.digests.objects.find(info.key);
+  if (bytes != dcp::ObjectArchive(*pickle) ||
+      digest == impl_.digests.objects.end() ||
+      digest->second != dcp::ObjectDigest(*pickle)) {
+    return Annotate(Foreign("its bytes"), where);
+  }
+  return pickle;
+}
+
+absl::StatusOr<dcp::ObjectItem> ItemReader::ReadObject(size_t object) {
+  DSD_ASSIGN_OR_RETURN(const std::string pickle, ReadObjectPickle(object));
+  absl::StatusOr<dcp::ObjectItem> item = dcp::DecodeObjectPickle(pickle);
+  DSD_RETURN_IF_ERROR(item.status())
+      << "\"" << absl::CHexEscape(impl_.index.objects[object].key) << "\"";
+  return item;
+}
+
+}  // namespace dsd::checkpoint

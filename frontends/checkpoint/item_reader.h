@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Reads stored items: opens files and archives as they are needed, and elements
+// of stored boxes by the byte ranges they lie in.
+
+#ifndef DSD_FRONTENDS_CHECKPOINT_ITEM_READER_H_
+#define DSD_FRONTENDS_CHECKPOINT_ITEM_READER_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "dsd/core/layout/box.h"
+#include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/checkpoint/checkpoint_impl.h"
+#include "dsd/frontends/checkpoint/dcp/object_item.h"
+#include "dsd/frontends/checkpoint/dcp/tensor_item.h"
+#include "dsd/frontends/checkpoint/dcp/zip_reader.h"
+
+namespace dsd::checkpoint {
+
+// Thread-compatible. Errors of all calls name key, file and byte: DataLoss for
+// what does not decode or differs from what dsd writes there; NotFound for a
+// file that is missing; Unimplemented for stored forms that are not supported.
+class ItemReader {
+ public:
+  // Borrows `impl`.
+  explicit ItemReader(const Checkpoint::Impl* impl) : impl_(*impl) {}
+
+  // One open archive of a tensor.
+  struct Chunk {
+    explicit Chunk(dcp::FileSlice slice) : slice(std::move(slice)) {}
+    dcp::FileSlice slice;
+    dcp::TensorItem item;
+    bool row_major = true;  // elements back to back
+    std::string record;     // all of it, if not row_major
+    std::string where;      // for errors
+  };
+
+  // Opens chunk `chunk` of tensor `entry` of the index. Valid until the next
+  // call of OpenChunk. With `all`, a small archive is read at once.
+  absl::StatusOr<Chunk*> OpenChunk(size_t entry, size_t chunk, bool all);
+
+  // Elements [begin, end) of `box`, counted row-major over it, which lies in
+  // the chunk of box `chunk_box`. In the machine's byte order.
+  absl::Status Read(Chunk& chunk, const Box& chunk_box, const Box& box,
+                    int64_t begin, int64_t end, absl::Span<std::byte> out);
+
+  // The CRC-32 of the record with the chunk's elements, as it is in the file.
+  absl::StatusOr<uint32_t> RecordCrc(Chunk& chunk);
+
+  // The pickle of an object, or all that ReadObjectItem gives.
+  absl::StatusOr<std::string> ReadObjectPickle(size_t object);
+  absl::StatusOr<dcp::ObjectItem> ReadObject(size_t object);
+
+  ReadStats stats() const { return stats_; }
+
+ private:
+  absl::StatusOr<ReadableFile*> OpenFile(uint32_t file);
+  absl::Status CheckGap(uint32_t file, int64_t begin, int64_t end);
+  absl::Status OpenOwn(Chunk& chunk, DType dtype, const Dims& shape);
+  absl::Status ReadRuns(Chunk& chunk, const Box& chunk_box, const Box& box,
+                        int64_t begin, int64_t end, absl::Span<std::byte> out);
+
+  const Checkpoint::Impl& impl_;
+  absl::flat_hash_map<uint32_t, std::unique_ptr<ReadableFile>> files_;
+  absl::flat_hash_map<size_t, std::unique_ptr<Chunk>> chunks_;
+  ReadStats stats_;
+};
+
+}  // namespace dsd::checkpoint
+
+#endif  // DSD_FRONTENDS_CHECKPOINT_ITEM_READER_H_

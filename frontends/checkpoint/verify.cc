@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/content_digest.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/checkpoint/checkpoint_impl.h"
+#include "dsd/frontends/checkpoint/dcp/zip_writer.h"
+#include "dsd/frontends/checkpoint/file_names.h"
+#include "dsd/frontends/checkpoint/item_reader.h"
+
+namespace dsd::checkpoint {
+namespace {
+
+constexpr int64_t kPieceBytes = int64_t{1} << 20;
+
+class Verifier {
+ public:
+  explicit Verifier(const Checkpoint& checkpoint)
+      : impl_(CheckpointInternals::Get(checkpoint)), reader_(&impl_) {}
+
+  VerifyReport Run() {
+    for (const dcp::TensorEntry& entry : impl_.index.tensors) {
+      if (!entry.dtype.has_value()) {
+        Add(entry.key, "",
+            absl::UnimplementedError(absl::StrCat(
+                "dtype ", entry.dtype_name, " is not supported: not checked")));
+      }
+    }
+    for (size_t i = 0; i < impl_.entry_of.size(); ++i) CheckTensor(i);
+    for (size_t i = 0; i < impl_.index.objects.size(); ++i) CheckObject(i);
+    FindUnreferenced();
+    const ReadStats stats = reader_.stats();
+    report_.bytes = stats.payload_bytes + stats.overhead_bytes;
+    return std::move(report_);
+  }
+
+ private:
+  void Add(absl::string_view key, absl::string_view file, absl::Status status) {
+    report_.problems.push_back(
+        {std::string(key), std::string(file), std::move(status)});
+  }
+
+  void CheckTensor(size_t tensor) {
+    const TensorSpec& spec = impl_.catalog[tensor];
+    const size_t entry_index = impl_.entry_of[tensor];
+    const dcp::TensorEntry& entry = impl_.index.tensors[entry_index];
+    ++report_.tensors;
+    ContentDigest digest(spec.layout.whole().num_elements() *
+                         ItemSize(spec.dtype));
+    bool complete = true;
+    const int64_t missing = dcp::NumMissingElements(impl_.index, entry);
+    if (missing > 0) {
+      complete = false;
+      Add(entry.key, "",
+          absl::DataLossError(absl::StrCat(missing, " of ",
+                                           spec.layout.whole().num_elements(),
+                                           " elements are in no chunk")));
+    }
+    for (size_t i = 0; i < entry.num_chunks; ++i) {
+      ++report_.chunks;
+      const absl::Status status = CheckChunk(spec, entry_index, i, &digest);
+      if (status.ok()) continue;
+      complete = false;
+      Add(entry.key,
+          impl_.index.files[impl_.index.ChunkLocation(entry, i).file], status);
+    }
+    const auto stored = impl_.digests.tensors.find(spec.fqn);
+    if (!impl_.has_digests || !complete) return;
+    ++report_.compared;
+    const uint64_t found = digest.Finish(spec.dtype, spec.shape());
+    if (stored == impl_.digests.tensors.end() || stored->second != found) {
+      Add(entry.key, "",
+          absl::DataLossError(absl::StrCat("content digest ", DigestHex(found),
+                                           ", expected ",
+                                           stored == impl_.digests.tensors.end()
+                                               ? "one that is missing"
+                                               : DigestHex(stored->second))));
+    }
+  }
+
+  absl::Status CheckChunk(const TensorSpec& spec, size_t entry_index,
+                          size_t index, ContentDigest* digest) {
+    const dcp::TensorEntry& entry = impl_.index.tensors[entry_index];
+    const Box box = impl_.index.ChunkBox(entry, index);
+    const int64_t item_size = ItemSize(spec.dtype);
+    DSD_ASSIGN_OR_RETURN(ItemReader::Chunk * chunk,
+                         reader_.OpenChunk(entry_index, index, true));
+    const int64_t elements = box.num_elements();
+    const bool one_pass = chunk->row_major &&
+                          chunk->item.swap_unit_bytes == 0 &&
+                          chunk->item.record_bytes == elements * item_size;
+    uint32_t crc = 0;
+    const int64_t step = kPieceBytes / item_size;
+    buffer_.resize(std::min(step, elements) * item_size);
+    for (int64_t begin = 0; begin < elements; begin += step) {
+      const int64_t end = std::min(begin + step, elements);
+      const auto piece =
+          absl::MakeSpan(buffer_).first((end - begin) * item_size);
+      DSD_RETURN_IF_ERROR(reader_.Read(*chunk, box, box, begin, end, piece));
+      digest->AddBox(spec.shape(), item_size, box.lo, box.hi, begin, end,
+                     piece);
+      if (one_pass) {
+        crc = dcp::Crc32(
+            crc, absl::string_view(reinterpret_cast<const char*>(piece.data()),
+                                   piece.size()));
+      }
+    }
+    if (chunk->item.record_crc == 0) return absl::OkStatus();  // not computed
+    if (!one_pass) {
+      DSD_ASSIGN_OR_RETURN(crc, reader_.RecordCrc(*chunk));
+    }
+    if (crc != chunk->item.record_crc) {
+      return absl::DataLossError(
+          absl::StrCat(chunk->where,
+                       ": the CRC of its elements differs: the "
+                       "bytes are damaged"));
+    }
+    return absl::OkStatus();
+  }
+
+  void CheckObject(size_t index) {
+    ++report_.objects;
+    const dcp::ObjectEntryInfo& object = impl_.index.objects[index];
+    const absl::Status status = reader_.ReadObject(index).status();
+    if (impl_.has_digests) ++report_.compared;
+    if (!status.ok()) {
+      Add(object.key, impl_.index.files[object.location.file], status);
+    }
+  }
+
+  void FindUnreferenced() {
+    const absl::StatusOr<std::vector<std::string>> names =
+        impl_.env->files().List(impl_.directory);
+    if (!names.ok()) {
+      Add("", "", names.status());
+      return;
+    }
+    absl::flat_hash_set<std::string> known(impl_.index.files.begin(),
+                                           impl_.index.files.end());
+    known.insert(DigestsFile(FileId(impl_.index.save_id)));
+    for (const std::string& name : *names) {
+      if (IsCheckpointFile(name) && !known.contains(name)) {
+        report_.unreferenced.push_back(name);
+      }
+    }
+  }
+
+  const Checkpoint::Impl& impl_;
+  ItemReader reader_;
+  std::vector<std::byte> buffer_;
+  VerifyReport report_;
+};
+
+}  // namespace
+
+VerifyReport Verify(const Checkpoint& checkpoint) {
+  return Verifier(checkpoint).Run();
+}
+
+}  // namespace dsd::checkpoint

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// State dicts through checkpoints: on one rank, and from 4 ranks to 2.
+
+#include "dsd/frontends/torch/checkpoint.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/ops/equal.h"
+#include "ATen/ops/ones.h"
+#include "ATen/ops/zeros.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/tensor/sharding_table.h"
+#include "dsd/frontends/torch/state_dict.h"
+#include "dsd/testing/harness/rank_threads.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "torch/nn/modules/linear.h"
+#include "torch/optim/adamw.h"
+
+namespace dsd {
+namespace {
+
+namespace nn = torch::nn;
+namespace optim = torch::optim;
+
+std::string NewDirectory() {
+  static int count = 0;
+  return absl::StrCat(
+      testing::TempDir(), "/checkpoint_",
+      testing::UnitTest::GetInstance()->current_test_info()->name(), "_",
+      count++);
+}
+
+struct Net : nn::Module {
+  Net()
+      : first(register_module("first", nn::Linear(3, 5))),
+        second(register_module("second", nn::Linear(5, 2))) {}
+  nn::Linear first;
+  nn::Linear second;
+};
+
+absl::StatusOr<StateDict> JobState(nn::Module& net, optim::Optimizer& optimizer,
+                                   Communicator* comm, int64_t step) {
+  DSD_ASSIGN_OR_RETURN(ModelAndOptimizerStateDict got,
+                       GetStateDict(net, optimizer, comm));
+  StateDict state;
+  state.Set("model", Value(std::move(got.model)));
+  state.Set("optim", Value(std::move(got.optimizer)));
+  state.Set("step", Value(step));
+  return state;
+}
+
+// Replaces the parameters of `net` by this rank's rows of them.
+absl::Status Cut(nn::Module& net, int ranks, int rank) {
+  for (auto& item : net.named_parameters()) {
+    at::Tensor& param = item.value();
+    Dims shape(param.sizes().begin(), param.sizes().end());
+    DSD_ASSIGN_OR_RETURN(
+        const Layout layout,
+        Layout::FromPlacements(shape, DeviceMesh::Iota({ranks}), {Shard(0)}));
+    const std::vector<LocalBox> boxes = layout.BoxesOf(rank);
+    const int64_t begin = boxes.empty() ? 0 : boxes[0].box.lo[0];
+    const int64_t rows = (*layout.LocalShape(rank))[0];
+    param.set_data(param.detach().narrow(0, begin, rows).clone());
+    DSD_RETURN_IF_ERROR(ShardingTable::Global().Set(param, layout, rank));
+  }
+  return absl::OkStatus();
+}
+
+// A model, its optimizer and numbers in all of their state, the same whole
+// values whatever the number of ranks.
+struct Trained {
+  absl::Status Init(int ranks, int rank, double scale) {
+    int64_t start = 0;
+    for (at::Tensor& param : net.parameters()) {
+      param.detach().copy_(at::ones({param.numel()})
+                               .cumsum(0)
+                               .add_(start)
+                               .mul_(scale)
+                               .view(param.sizes()));
+      start += param.numel();
+    }
+    optimizer = std::make_unique<optim::AdamW>(net.parameters(),
+                                               optim::AdamWOptions(0.01));
+    for (at::Tensor& param : net.parameters()) {
+      param.mutable_grad() = param.detach() * 0.5;
+    }
+    optimizer->step();
+    optimizer->zero_grad();
+    // Cut the state as the parameters are cut.
+    for (at::Tensor& param : net.parameters()) {
+      auto& state = static_cast<optim::AdamWParamState&>(
+          *optimizer->state()[param.unsafeGetTensorImpl()]);
+      const int64_t size = param.size(0);
+      const int64_t chunk = (size + ranks - 1) / ranks;
+      const int64_t begin = std::min(rank * chunk, size);
+      const int64_t rows = std::min(begin + chunk, size) - begin;
+      state.exp_avg(state.exp_avg().narrow(0, begin, rows).clone());
+      state.exp_avg_sq(state.exp_avg_sq().narrow(0, begin, rows).clone());
+    }
+    return Cut(net, ranks, rank);
+  }
+
+  Net net;
+  std::unique_ptr<optim::AdamW> optimizer;
+};
+
+TEST(CheckpointTest, OneRankLoadsInPlace) {
+  const std::string directory = NewDirectory();
+  Trained saved;
+  ASSERT_TRUE(saved.Init(1, 0, 0.1).ok());
+  const auto state = JobState(saved.net, *saved.optimizer, nullptr, 500);
+  ASSERT_TRUE(state.ok()) << state.status();
+  const auto report = SaveCheckpoint(directory, *state);
+  ASSERT_TRUE(report.ok()) << report.status();
+
+  Trained live;
+  ASSERT_TRUE(live.Init(1, 0, 7).ok());
+  auto target = JobState(live.net, *live.optimizer, nullptr, 0);
+  ASSERT_TRUE(target.ok());
+  const auto loaded = LoadCheckpoint(directory, &*target);
+  ASSERT_TRUE(loaded.ok()) << loaded.status();
+  EXPECT_EQ(*target->Find("step")->get_if<int64_t>(), 500);
+  // The dict aliases the model.
+  EXPECT_TRUE(at::equal(live.net.first->weight.detach(),
+                        saved.net.first->weight.detach()));
+  const auto a = ComputeDigests(*state);
+  const auto b = ComputeDigests(*target);
+  ASSERT_TRUE(a.ok() && b.ok()) << a.status() << b.status();
+  EXPECT_EQ(a->whole, b->whole);
+}
+
+TEST(CheckpointTest, FourRanksToTwoAndToNew) {
+  const std::string directory = NewDirectory();
+  uint64_t digest = 0;
+  ASSERT_THAT(
+      RunRankThreads(4,
+                     [&](Communicator& comm) -> absl::Status {
+                       Trained saved;
+                       DSD_RETURN_IF_ERROR(saved.Init(4, comm.rank(), 0.1));
+                       DSD_ASSIGN_OR_RETURN(
+                           const StateDict state,
+                           JobState(saved.net, *saved.optimizer, &comm, 500));
+                       DSD_RETURN_IF_ERROR(
+                           SaveCheckpoint(directory, state, &comm));
+                       DSD_ASSIGN_OR_RETURN(const auto digests,
+                                            ComputeDigests(state, &comm));
+                       if (comm.rank() == 0) digest = digests.whole;
+                       return absl::OkStatus();
+                     }),
+      AllOk());
+  for (const int ranks : {1, 2, 4}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            ranks,
+            [&](Communicator& comm) -> absl::Status {
+              // A new job: its optimizer has no state yet.
+              Net net;
+              DSD_RETURN_IF_ERROR(Cut(net, ranks, comm.rank()));
+              optim::AdamW optimizer(net.parameters());
+              DSD_ASSIGN_OR_RETURN(StateDict state,
+                                   JobState(net, optimizer, &comm, 0));
+              DSD_RETURN_IF_ERROR(LoadCheckpoint(directory, &state, &comm));
+              DSD_RETURN_IF_ERROR(SetStateDict(
+                  net, optimizer, *state.Find("model")->get_if<StateDict>(),
+                  *state.Find("optim")->get_if<StateDict>(), &comm));
+              DSD_ASSIGN_OR_RETURN(
+                  const StateDict now,
+                  JobState(net, optimizer, &comm,
+                           *state.Find("step")->get_if<int64_t>()));
+              DSD_ASSIGN_OR_RETURN(const auto digests,
+                                   ComputeDigests(now, &comm));
+              return digests.whole == digest
+                         ? absl::OkStatus()
+                         : absl::InternalError("other values");
+            }),
+        AllOk())
+        << ranks << " ranks";
+  }
+}
+
+TEST(CheckpointTest, CheckpointOfAnotherModelListsAllAndChangesNothing) {
+  const std::string directory = NewDirectory();
+  nn::Linear saved(3, 2);
+  StateDict state;
+  state.Set("model", Value(*GetModelStateDict(*saved)));
+  ASSERT_TRUE(SaveCheckpoint(directory, state).ok());
+  Net live;
+  const at::Tensor before = live.first->weight.detach().clone();
+  StateDict target;
+  target.Set("model", Value(*GetModelStateDict(live)));
+  const absl::Status status = LoadCheckpoint(directory, &target).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  for (const char* key :
+       {"model.weight", "model.bias", "model.first.weight", "model.first.bias",
+        "model.second.weight", "model.second.bias"}) {
+    EXPECT_THAT(std::string(status.message()), testing::HasSubstr(key));
+  }
+  EXPECT_TRUE(at::equal(live.first->weight.detach(), before));
+}
+
+// A dict that one rank cannot save is an error on all ranks, and no checkpoint.
+TEST(CheckpointTest, DictThatCannotBeSavedOnOneRank) {
+  const std::string directory = NewDirectory();
+  const std::vector<absl::Status> results = RunRankThreads(
+      2,
+      [&](Communicator& comm) -> absl::Status {
+        StateDict state;
+        state.Set("x", comm.rank() == 0 ? Value(TensorValue(at::zeros({2})))
+                                        : Value(TensorValue(at::Tensor())));
+        const absl::Status status =
+            SaveCheckpoint(directory, state, &comm).status();
+        DSD_RETURN_IF_ERROR(comm.Shutdown());
+        return status;
+      },
+      {absl::Seconds(60), {}, /*shutdown=*/false});
+  for (const absl::Status& status : results) {
+    EXPECT_THAT(status,
+                IsStatus(absl::StatusCode::kInvalidArgument, "rank 1: \"x\""));
+  }
+  StateDict target;
+  EXPECT_EQ(LoadCheckpoint(directory, &target).status().code(),
+            absl::StatusCode::kNotFound);
+}
+
+}  // namespace
+}  // namespace dsd

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every error reaches all ranks, with the right code and a text that tells.
+
+#include <atomic>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/testing/conformance/conformance.h"
+
+namespace dsd {
+namespace {
+
+constexpr absl::StatusCode kMismatch = absl::StatusCode::kFailedPrecondition;
+
+// After an error every call fails at once with its code.
+absl::Status ExpectDead(Communicator& comm, absl::StatusCode code) {
+  const absl::Time start = comm.env()->Now();
+  std::vector<std::byte> data(100);
+  DSD_RETURN_IF_ERROR(Expect(comm.status(), code, {}));
+  DSD_RETURN_IF_ERROR(Expect(comm.Barrier(), code, {"was not started"}));
+  DSD_RETURN_IF_ERROR(Expect(comm.Broadcast(absl::MakeSpan(data), 0), code, {}));
+  DSD_RETURN_IF_ERROR(
+      Expect(comm.Exchange({{0, data}}, {}, "later"), code, {"\"later\""}));
+  DSD_RETURN_IF_ERROR(Expect(comm.OpenLane("later").status(), code, {}));
+  DSD_RETURN_IF_ERROR(Expect(comm.Shutdown(), code, {}));
+  return Check(comm.env()->Now() - start < absl::Seconds(1),
+               "calls after an error take long");
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherCall, 2) {
+  std::vector<std::byte> data(100);
+  const absl::Status status = comm.rank() == 1
+                                  ? comm.Broadcast(absl::MakeSpan(data), 1)
+                                  : comm.Barrier();
+  // A rank may be through with its part before the others notice.
+  if (status.ok()) {
+    DSD_RETURN_IF_ERROR(WaitForFailure(comm));
+  }
+  DSD_RETURN_IF_ERROR(Expect(comm.status(), kMismatch,
+                             {"ranks disagree", "Barrier",
+                              "Broadcast of 100 bytes from rank 1"}));
+  return ExpectDead(comm, kMismatch);
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherSize, 2) {
+  std::vector<std::byte> data(comm.rank() == 0 ? 2 << 20 : 1 << 20);
+  const absl::Status status = comm.Broadcast(absl::MakeSpan(data), 0);
+  if (status.ok()) {
+    DSD_RETURN_IF_ERROR(WaitForFailure(comm));
+  }
+  DSD_RETURN_IF_ERROR(Expect(comm.status(), kMismatch,
+                             {"ranks disagree", "of 2097152 bytes",
+                              "of 1048576 bytes"}));
+  return ExpectDead(comm, kMismatch);
+}
+
+// A message that is longer, or shorter, than the other side expects: it must not
+// land, and must not end the process.
+absl::Status SizesOfMessages(Communicator& comm, size_t sent, size_t expected) {
+  std::vector<std::byte> data(comm.rank() == 0 ? sent : expected);
+  absl::Status status;
+  if (comm.rank() == 0) {
+    status = comm.Exchange({{1, data}}, {}, "sizes");
+  } else if (comm.rank() == 1) {
+    status = comm.Exchange({}, {{0, absl::MakeSpan(data)}}, "sizes");
+  } else {
+    status = comm.Barrier();
+  }
+  if (status.ok()) {
+    DSD_RETURN_IF_ERROR(WaitForFailure(comm));
+  }
+  return Expect(comm.status(), kMismatch,
+                {absl::StrCat("rank 0 sends ", sent, " bytes"),
+                 absl::StrCat("rank 1 expects ", expected, " bytes"),
+                 "exchange \"sizes\""});
+}
+DSD_CONFORMANCE_CASE_FROM(ALongerMessage, 2) {
+  return SizesOfMessages(comm, 3 << 20, 2 << 20);
+}
+DSD_CONFORMANCE_CASE_FROM(AShorterMessage, 2) {
+  return SizesOfMessages(comm, 1 << 20, 2 << 20);
+}
+DSD_CONFORMANCE_CASE_FROM(AShortMessageForALongOne, 2) {
+  return SizesOfMessages(comm, 10, 2 << 20);
+}
+DSD_CONFORMANCE_CASE_FROM(ALongMessageForAShortOne, 2) {
+  return SizesOfMessages(comm, 2 << 20, 0);
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherLabel, 2) {
+  std::vector<std::byte> data(100);
+  absl::Status status;
+  if (comm.rank() == 0) {
+    status = comm.Exchange({{1, data}}, {}, "layer.0");
+  } else if (comm.rank() == 1) {
+    status = comm.Exchange({}, {{0, absl::MakeSpan(data)}}, "layer.1");
+  } else {
+    status = comm.Barrier();
+  }
+  if (status.ok()) {
+    DSD_RETURN_IF_ERROR(WaitForFailure(comm));
+  }
+  DSD_RETURN_IF_ERROR(Expect(comm.status(), kMismatch,
+                             {"exchange \"layer.0\"", "exchange \"layer.1\"",
+                              "rank 0", "rank 1"}));
+  return ExpectDead(comm, kMismatch);
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherType, 2) {
+  std::vector<std::byte> data(4096);
+  const absl::Status status =
+      comm.AllReduce(absl::MakeSpan(data),
+                     comm.rank() == 0 ? DType::kFloat32 : DType::kInt32,
+                     ReduceOp::kSum);
+  return Expect(status, kMismatch, {"1024 float32 (sum)", "1024 int32 (sum)"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(LanesOfDifferentNames, 2) {
+  return Expect(
+      comm.OpenLane(comm.rank() == 0 ? "left" : "right").status(), kMismatch,
+      {"\"left\"", "\"right\""});
+}
+
+DSD_CONFORMANCE_CASE_FROM(ARankThatDoesNotCall, 2) {
+  const int absent = comm.size() - 1;
+  if (comm.rank() == absent) {
+    DSD_RETURN_IF_ERROR(WaitForFailure(comm));
+  } else {
+    CallOptions options;
+    options.timeout = absl::Milliseconds(300);
+    const absl::Time start = comm.env()->Now();
+    DSD_RETURN_IF_ERROR(Check(!comm.Barrier(options).ok(), "barrier passed"));
+    DSD_RETURN_IF_ERROR(Check(
+        comm.env()->Now() - start < absl::Seconds(3), "the deadline is late"));
+  }
+  DSD_RETURN_IF_ERROR(
+      Expect(comm.status(), absl::StatusCode::kDeadlineExceeded,
+             {"Barrier", "within 300ms",
+              absl::StrCat("not called by rank ", absent, " (is in no call)")}));
+  return ExpectDead(comm, absl::StatusCode::kDeadlineExceeded);
+}
+
+DSD_CONFORMANCE_CASE_FROM(AMessageThatDoesNotCome, 2) {
+  std::vector<std::byte> data(100);
+  if (comm.rank() == 0) {
+    CallOptions options;
+    options.timeout = absl::Milliseconds(300);
+    DSD_RETURN_IF_ERROR(
+        Check(!comm.Exchange({}, {{1, absl::MakeSpan(data)}}, "w", options).ok(),
+              "the message came"));
+  } else {
+    DSD_RETURN_IF_ERROR(WaitForFailure(comm));
+  }
+  return Expect(comm.status(), absl::StatusCode::kDeadlineExceeded,
+                {"exchange \"w\"", "no message came from rank 1"});
+}
+
+DSD_CONFORMANCE_CASE(ATimeoutOfZeroHasPassed) {
+  CallOptions options;
+  options.timeout = absl::ZeroDuration();
+  if (comm.rank() == 0) {
+    DSD_RETURN_IF_ERROR(Expect(comm.Barrier(options),
+                               absl::StatusCode::kDeadlineExceeded,
+                               {"Barrier"}));
+  } else {
+    DSD_RETURN_IF_ERROR(
+        Expect(comm.Barrier(), absl::StatusCode::kDeadlineExceeded, {"rank 0"}));
+  }
+  return ExpectDead(comm, absl::StatusCode::kDeadlineExceeded);
+}
+
+// Abort from another thread, while all ranks wait for a message of rank 0 that
+// does not come.
+DSD_CONFORMANCE_CASE_FROM(AbortFromAnotherThread, 2) {
+  std::vector<std::byte> data(10 << 20);
+  absl::Time aborted = absl::InfiniteFuture();
+  std::thread other;
+  if (comm.rank() == 0) {
+    // The last rank is waiting by then, or starts to after the abort.
+    other = std::thread([&] {
+      comm.env()->SleepUntil(comm.env()->Now() + absl::Milliseconds(100));
+      aborted = comm.env()->Now();
+      comm.Abort(absl::ResourceExhaustedError("the disk is full"));
+      comm.Abort(absl::InternalError("the second reason"));
+    });
+  }
+  const int from = comm.rank() == 0 ? 1 : 0;
+  const absl::Status status =
+      comm.Exchange({}, {{from, absl::MakeSpan(data)}}, "never");
+  if (other.joinable()) {
+    other.join();
+    DSD_RETURN_IF_ERROR(Check(comm.env()->Now() - aborted < absl::Seconds(2),
+                              "the abort took long"));
+  }
+  DSD_RETURN_IF_ERROR(Expect(
+      status, absl::StatusCode::kAborted,
+      {"rank 0 aborted", "RESOURCE_EXHAUSTED: the disk is full", "\"never\"",
+       absl::StrCat("on rank ", comm.rank())}));
+  return ExpectDead(comm, absl::StatusCode::kAborted);
+}
+
+DSD_CONFORMANCE_CASE_FROM(CancelOnOneRank, 2) {
+  std::atomic<bool> cancel{false};
+  CallOptions options;
+  std::vector<std::byte> data(10);
+  std::thread other;
+  if (comm.rank() == 1) {
+    options.cancel = &cancel;
+    other = std::thread([&] {
+      comm.env()->SleepUntil(comm.env()->Now() + absl::Milliseconds(50));
+      cancel = true;
+    });
+  }
+  const int from = comm.rank() == 0 ? 1 : 0;
+  const absl::Status status =
+      comm.Exchange({}, {{from, absl::MakeSpan(data)}}, "never", options);
+  if (other.joinable()) other.join();
+  DSD_RETURN_IF_ERROR(Expect(status, absl::StatusCode::kCancelled,
+                             {"was cancelled on rank 1"}));
+  return ExpectDead(comm, absl::StatusCode::kCancelled);
+}
+
+// The cause is the first error, and it is everybody's.
+DSD_CONFORMANCE_CASE_FROM(ARankThatLeaves, 2) {
+  if (comm.rank() == 0) {
+    comm.Abort(absl::NotFoundError("no such file"));
+    return Expect(comm.status(), absl::StatusCode::kAborted, {"no such file"});
+  }
+  return Expect(comm.Barrier(), absl::StatusCode::kAborted,
+                {"rank 0 aborted", "NOT_FOUND: no such file"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnExchangeThatIsGivenUp, 2) {
+  std::vector<std::byte> data(10 << 20);
+  if (comm.rank() == 0) {
+    DSD_RETURN_IF_ERROR(
+        comm.StartExchange({}, {{1, absl::MakeSpan(data)}}, "given up")
+            .status());
+  } else {
+    DSD_RETURN_IF_ERROR(Check(!comm.Barrier().ok(), "barrier passed"));
+  }
+  return Expect(comm.status(), absl::StatusCode::kAborted,
+                {"\"given up\" on rank 0", "before Wait"});
+}
+
+}  // namespace
+}  // namespace dsd

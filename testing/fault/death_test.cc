@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// kill -9, at every stage, of every rank: each survivor gets an error within two
+// seconds, and its own text says who died.
+
+#include <signal.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <iostream>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/backends/gloo/gloo_backend.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/testing/harness/rank_processes.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace dsd {
+namespace {
+
+using ::testing::AnyOf;
+using ::testing::HasSubstr;
+
+constexpr int kRanks = 4;
+constexpr size_t kChunkBytes = size_t{4} << 20;
+constexpr int kChunks = 24;  // 96 MiB from each rank to the next
+constexpr absl::Duration kBound = absl::Seconds(2);
+
+// DSD_TEST_SEED, else another one in each run.
+uint64_t Seed() {
+  static const uint64_t seed = [] {
+    const char* const text = getenv("DSD_TEST_SEED");
+    uint64_t value = 0;
+    if (text == nullptr || !absl::SimpleAtoi(text, &value)) {
+      value = Env::Real()->RandomSeed();
+    }
+    std::cout << "DSD_TEST_SEED=" << value << std::endl;
+    return value;
+  }();
+  return seed;
+}
+
+// A ring of chunks, two under way at a time; a rank dies between posting one and
+// waiting for it, when its bytes are on the wire.
+absl::Status TransferRing(RankContext& rank, Communicator& comm) {
+  const int next = (comm.rank() + 1) % comm.size();
+  const int previous = (comm.rank() + comm.size() - 1) % comm.size();
+  std::vector<std::vector<std::byte>> out(2);
+  std::vector<std::vector<std::byte>> in(2);
+  std::vector<PendingExchange> pending;
+  for (int slot = 0; slot < 2; ++slot) {
+    out[slot].assign(kChunkBytes, std::byte{1});
+    in[slot].resize(kChunkBytes);
+  }
+  for (int chunk = 0; chunk <= kChunks; ++chunk) {
+    const int slot = chunk % 2;
+    if (chunk < kChunks) {
+      DSD_ASSIGN_OR_RETURN(
+          PendingExchange started,
+          comm.StartExchange({{next, out[slot]}},
+                             {{previous, absl::MakeSpan(in[slot])}},
+                             "transfer model.w"));
+      pending.push_back(std::move(started));
+    }
+    rank.Reach(absl::StrCat("chunk ", chunk));
+    if (chunk > 0) {
+      DSD_RETURN_IF_ERROR(pending.front().Wait());
+      pending.erase(pending.begin());
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Waits first for the others to be connected. What the program returns is what
+// the rank saw: the communicator is closed after that.
+DSD_RANK_PROGRAM(Transfer) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_RETURN_IF_ERROR(TransferRing(rank, *comm));
+  return comm->Shutdown();
+}
+
+DSD_RANK_PROGRAM(ReduceOf64MiB) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  std::vector<std::byte> data(size_t{64} << 20);
+  CallOptions options;
+  options.progress = [&](const Progress& progress) {
+    rank.Reach(absl::StrCat("step ", progress.bytes_done >> 22));
+  };
+  DSD_RETURN_IF_ERROR(comm->AllReduce(absl::MakeSpan(data), DType::kFloat32,
+                                      ReduceOp::kSum, options));
+  return comm->Shutdown();
+}
+
+DSD_RANK_PROGRAM(IdleBarriers) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_RETURN_IF_ERROR(comm->Barrier());
+  rank.Reach("between");
+  DSD_RETURN_IF_ERROR(comm->Barrier());
+  return comm->Shutdown();
+}
+
+// Dies after the store knows it, while the others connect to it.
+DSD_RANK_PROGRAM(DieWhileConnecting) {
+  static RankContext* const context = &rank;
+  static BackendDescriptor descriptor = GlooBackend();
+  descriptor.create = [](const EngineOptions& options) {
+    context->Reach("connecting");
+    return GlooBackend().create(options);
+  };
+  WorldOptions options;
+  options.descriptor = &descriptor;
+  DSD_ASSIGN_OR_RETURN(const auto comm, ConnectWorld(rank.launch(), options));
+  return comm->Shutdown();
+}
+
+DSD_RANK_PROGRAM(ShutdownThenDie) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_RETURN_IF_ERROR(comm->Barrier());
+  DSD_RETURN_IF_ERROR(comm->Shutdown());
+  rank.Reach("after shutdown");
+  return absl::OkStatus();
+}
+
+DSD_RANK_PROGRAM(ExitEarly) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  if (absl::StrCat(rank.rank()) == rank.argument()) _exit(0);
+  return comm->Barrier();
+}
+
+DSD_RANK_PROGRAM(ReturnEarly) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  if (absl::StrCat(rank.rank()) == rank.argument()) {
+    return absl::NotFoundError("no such file");
+  }
+  return comm->Barrier();
+}
+
+DSD_RANK_PROGRAM(BarrierWithDeadline) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_RETURN_IF_ERROR(rank.Pause("connected"));
+  CallOptions options;
+  options.timeout = absl::Milliseconds(500);
+  const absl::Time start = comm->env()->Now();
+  const absl::Status status = comm->Barrier(options);
+  rank.Record("took", absl::StrCat(absl::ToDoubleSeconds(
+                          comm->env()->Now() - start)));
+  return status;
+}
+
+// Each survivor: Unavailable, in time, naming the dead.
+void ExpectDeathReported(const std::vector<RankResult>& results, int dead,
+                         absl::string_view what) {
+  ASSERT_EQ(results[dead].end, RankResult::End::kKilled);
+  ASSERT_EQ(results[dead].signal, SIGKILL);
+  absl::Duration slowest = absl::ZeroDuration();
+  for (int rank = 0; rank < static_cast<int>(results.size()); ++rank) {
+    if (rank == dead) continue;
+    const RankResult& result = results[rank];
+    SCOPED_TRACE(absl::StrCat("rank ", rank, ", after the death of ", dead));
+    EXPECT_EQ(result.end, RankResult::End::kReturned);
+    EXPECT_EQ(result.status.code(), absl::StatusCode::kUnavailable)
+        << result.status;
+    EXPECT_THAT(std::string(result.status.message()),
+                HasSubstr(absl::StrCat("rank ", dead, " died")));
+    const absl::Duration latency = result.ended_at - results[dead].killed_at;
+    EXPECT_LT(latency, kBound);
+    slowest = std::max(slowest, latency);
+  }
+  std::cout << what << ": rank " << dead << " killed; slowest survivor after "
+            << absl::FormatDuration(absl::Trunc(slowest, absl::Microseconds(1)))
+            << "; rank " << (dead + 1) % results.size() << " says: "
+            << results[(dead + 1) % results.size()].status.message()
+            << std::endl;
+}
+
+class DeathTest : public ::testing::TestWithParam<int> {};
+
+TEST_P(DeathTest, InATransferAtARandomChunk) {
+  std::mt19937_64 random(Seed() + GetParam());
+  for (int round = 0; round < 3; ++round) {
+    RankRunOptions options;
+    const int chunk = static_cast<int>(random() % kChunks);
+    options.kill_at[GetParam()] = absl::StrCat("chunk ", chunk);
+    ExpectDeathReported(RunRanks(kRanks, "Transfer", options), GetParam(),
+                        options.kill_at[GetParam()]);
+  }
+}
+
+TEST_P(DeathTest, InAReduction) {
+  RankRunOptions options;
+  options.kill_at[GetParam()] = "step 8";
+  ExpectDeathReported(RunRanks(kRanks, "ReduceOf64MiB", options), GetParam(),
+                      "reduction");
+}
+
+TEST_P(DeathTest, WhileTheOthersWaitInABarrier) {
+  RankRunOptions options;
+  options.kill_at[GetParam()] = "between";
+  ExpectDeathReported(RunRanks(kRanks, "IdleBarriers", options), GetParam(),
+                      "barrier");
+}
+
+TEST_P(DeathTest, WhileConnecting) {
+  RankRunOptions options;
+  options.kill_at[GetParam()] = "connecting";
+  ExpectDeathReported(RunRanks(kRanks, "DieWhileConnecting", options),
+                      GetParam(), "connecting");
+}
+
+TEST_P(DeathTest, AfterShutdownIsNoError) {
+  RankRunOptions options;
+  options.kill_at[GetParam()] = "after shutdown";
+  const auto results = RunRanks(kRanks, "ShutdownThenDie", options);
+  for (int rank = 0; rank < kRanks; ++rank) {
+    if (rank == GetParam()) continue;
+    EXPECT_EQ(results[rank].end, RankResult::End::kReturned);
+    EXPECT_EQ(results[rank].status, absl::OkStatus());
+  }
+}
+
+TEST_P(DeathTest, AnEarlyExitIsADeath) {
+  RankRunOptions options;
+  options.argument = absl::StrCat(GetParam());
+  const auto results = RunRanks(kRanks, "ExitEarly", options);
+  for (int rank = 0; rank < kRanks; ++rank) {
+    if (rank == GetParam()) continue;
+    EXPECT_EQ(results[rank].status.code(), absl::StatusCode::kUnavailable);
+    EXPECT_THAT(std::string(results[rank].status.message()),
+                HasSubstr(absl::StrCat("rank ", GetParam(), " died")));
+  }
+}
+
+TEST_P(DeathTest, ARankThatReturnsEarlyIsNamed) {
+  RankRunOptions options;
+  options.argument = absl::StrCat(GetParam());
+  const auto results = RunRanks(kRanks, "ReturnEarly", options);
+  for (int rank = 0; rank < kRanks; ++rank) {
+    if (rank == GetParam()) continue;
+    EXPECT_EQ(results[rank].status.code(), absl::StatusCode::kUnavailable);
+    EXPECT_THAT(
+        std::string(results[rank].status.message()),
+        HasSubstr(absl::StrCat("rank ", GetParam(), " left group \"world\"")));
+  }
+}
+
+// A stopped process closes nothing: only deadlines end the others' waits. When it
+// goes on it finds the group failed.
+TEST_P(DeathTest, AStoppedRankIsNamedAtTheDeadline) {
+  RankProcesses processes(kRanks, "BarrierWithDeadline");
+  for (int rank = 0; rank < kRanks; ++rank) {
+    ASSERT_TRUE(processes.WaitFor(rank, "connected"));
+  }
+  processes.Signal(GetParam(), SIGSTOP);
+  for (int rank = 0; rank < kRanks; ++rank) processes.Release(rank);
+  // The stopped one cannot record anything; the others end by themselves.
+  for (int rank = 0; rank < kRanks; ++rank) {
+    if (rank != GetParam()) processes.WaitFor(rank, "never");
+  }
+  processes.Signal(GetParam(), SIGCONT);
+  const auto results = processes.Wait();
+  for (int rank = 0; rank < kRanks; ++rank) {
+    const RankResult& result = results[rank];
+    SCOPED_TRACE(absl::StrCat("rank ", rank));
+    ASSERT_EQ(result.end, RankResult::End::kReturned);
+    EXPECT_FALSE(result.status.ok());
+    if (rank == GetParam()) continue;
+    EXPECT_EQ(result.status.code(), absl::StatusCode::kDeadlineExceeded);
+    // Without rank 0 nobody tells who is behind.
+    EXPECT_THAT(std::string(result.status.message()),
+                AnyOf(HasSubstr(absl::StrCat("rank ", GetParam(),
+                                             " (does not answer)")),
+                      HasSubstr("rank 0")));
+    double took = 0;
+    ASSERT_TRUE(absl::SimpleAtod(result.values.at("took"), &took));
+    EXPECT_LT(took, 3.5);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Rank, DeathTest, ::testing::Range(0, kRanks),
+                         [](const auto& info) {
+                           return absl::StrCat(info.param);
+                         });
+
+}  // namespace
+}  // namespace dsd
