@@ -15,12 +15,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <map>
-#include <optional>
 #include <utility>
 
-#include "absl/cleanup/cleanup.h"
-#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"

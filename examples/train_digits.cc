@@ -282,7 +282,8 @@ absl::Status PrintContents(const std::string& directory) {
     std::cout << absl::StrFormat("  %-*s  object\n", width, object.key);
   }
   std::cout << "  " << catalog.size() << " tensors of " << bytes << " bytes, "
-            << checkpoint->objects().size() << " objects\n";
+            << checkpoint->objects().size() << " objects\n"
+            << std::flush;
   return absl::OkStatus();
 }
 
@@ -296,7 +297,8 @@ void PrintPython(const std::string& directory) {
             << "             for key, item in "
                "index.state_dict_metadata.items() if hasattr(item, \"size\")}\n"
             << "    dcp.load(state, checkpoint_id=path)\n"
-            << "    print(state[\"model.fc1.weight\"])\n\n";
+            << "    print(state[\"model.fc1.weight\"])\n\n"
+            << std::flush;
 }
 
 // One rank of a run.

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What Gloo does not do, and what this file therefore does: it does not wake a
-// wait when a peer dies in the middle of a message (Cancel does, by aborting each
-// wait); it must not lose a buffer that an open connection may still write to
-// (the connections are closed first); its own time limits close every connection
-// (so a deadline is final here, too); it aborts the process if a message is
-// longer than the receive (Communicator's tags make that impossible).
+// wait when a peer dies in the middle of a message (Cancel does, by aborting
+// each wait); it must not lose a buffer that an open connection may still write
+// to (the connections are closed first); its own time limits close every
+// connection (so a deadline is final here, too); it aborts the process if a
+// message is longer than the receive (Communicator's tags make that
+// impossible).
 
 #include "dsd/backends/gloo/gloo_backend.h"
 
@@ -122,8 +123,8 @@ class GlooEngine::Batch final : public EngineBatch {
   explicit Batch(GlooEngine* engine) : engine_(engine) {}
 
   ~Batch() override {
-    const bool unfinished = std::any_of(
-        ops_.begin(), ops_.end(), [](const Op& op) { return !op.done; });
+    const bool unfinished = std::any_of(ops_.begin(), ops_.end(),
+                                        [](const Op& op) { return !op.done; });
     if (unfinished) engine_->Close();
     {
       absl::MutexLock lock(&engine_->mu_);
@@ -146,7 +147,8 @@ class GlooEngine::Batch final : public EngineBatch {
                     size_t size) {
     return Guard(
         absl::StatusCode::kUnavailable,
-        absl::StrCat(is_send ? "send to" : "receive from", " rank ", peer), [&] {
+        absl::StrCat(is_send ? "send to" : "receive from", " rank ", peer),
+        [&] {
           Op op{peer, is_send,
                 engine_->context_->createUnboundBuffer(data, size)};
           UnboundBuffer* const buffer = op.buffer.get();
@@ -209,13 +211,12 @@ absl::Status GlooEngine::OpenDevice() {
     why = "loopback";
   } else {
     DSD_ASSIGN_OR_RETURN(attr.hostname, AddressTowards(host));
-    why = absl::StrCat("address ", attr.hostname, " towards ", host,
-                       "; set ", kInterfaceVariable, " to use another");
+    why = absl::StrCat("address ", attr.hostname, " towards ", host, "; set ",
+                       kInterfaceVariable, " to use another");
   }
   return Guard(absl::StatusCode::kInvalidArgument,
-               absl::StrCat("open a network device (", why, ")"), [&] {
-                 device_ = ::gloo::transport::tcp::CreateDevice(attr);
-               });
+               absl::StrCat("open a network device (", why, ")"),
+               [&] { device_ = ::gloo::transport::tcp::CreateDevice(attr); });
 }
 
 absl::Status GlooEngine::ConnectPairs(absl::Time deadline) {
@@ -240,9 +241,9 @@ absl::Status GlooEngine::ConnectPairs(absl::Time deadline) {
   }
   for (int peer = 0; peer < size; ++peer) {
     if (peer == options_.rank) continue;
-    DSD_RETURN_IF_ERROR(options_.store->Set(
-        absl::StrCat("gloo/", options_.rank, "/", peer), addresses[peer],
-        deadline));
+    DSD_RETURN_IF_ERROR(
+        options_.store->Set(absl::StrCat("gloo/", options_.rank, "/", peer),
+                            addresses[peer], deadline));
   }
   for (int peer = 0; peer < size; ++peer) {
     if (peer == options_.rank) continue;
@@ -251,12 +252,12 @@ absl::Status GlooEngine::ConnectPairs(absl::Time deadline) {
         const std::string address,
         options_.store->Get(absl::StrCat("gloo/", peer, "/", options_.rank),
                             deadline));
-    const absl::Status status = Guard(
-        absl::StatusCode::kUnavailable,
-        absl::StrCat("connect to rank ", peer), [&] {
-          context_->getPair(peer)->connect(
-              std::vector<char>(address.begin(), address.end()));
-        });
+    const absl::Status status =
+        Guard(absl::StatusCode::kUnavailable,
+              absl::StrCat("connect to rank ", peer), [&] {
+                context_->getPair(peer)->connect(
+                    std::vector<char>(address.begin(), address.end()));
+              });
     if (cancelled_) return CancelledStatus();
     if (!status.ok() && options_.env->Now() >= deadline) {
       return absl::DeadlineExceededError(status.message());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The backend over Gloo's TCP transport: ranks are processes on hosts that reach
-// each other. Host memory only.
+// The backend over Gloo's TCP transport: ranks are processes on hosts that
+// reach each other. Host memory only.
 
 #ifndef DSD_BACKENDS_GLOO_GLOO_BACKEND_H_
 #define DSD_BACKENDS_GLOO_GLOO_BACKEND_H_

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Keeps a write to a broken connection from ending the process. Gloo writes
-// without MSG_NOSIGNAL, and a library must not change what the program does with
-// signals.
+// without MSG_NOSIGNAL, and a library must not change what the program does
+// with signals.
 
 #ifndef DSD_BACKENDS_GLOO_SIGPIPE_BLOCK_H_
 #define DSD_BACKENDS_GLOO_SIGPIPE_BLOCK_H_
@@ -12,8 +12,8 @@
 
 namespace dsd {
 
-// Blocks SIGPIPE in this thread, and in threads that it starts meanwhile for all
-// their life; takes back what arrived in between.
+// Blocks SIGPIPE in this thread, and in threads that it starts meanwhile for
+// all their life; takes back what arrived in between.
 class SigpipeBlock {
  public:
   SigpipeBlock() {

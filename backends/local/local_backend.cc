@@ -35,8 +35,8 @@ struct Op {
   size_t size = 0;
 };
 
-// What the ranks of one group share. Whoever comes second to a message copies it:
-// so neither side ever waits for the other to wait.
+// What the ranks of one group share. Whoever comes second to a message copies
+// it: so neither side ever waits for the other to wait.
 class Hub {
  public:
   using Key = std::tuple<int, int, uint64_t>;  // from, to, tag
@@ -247,9 +247,9 @@ absl::StatusOr<std::unique_ptr<Engine>> CreateLocal(
 
 const BackendDescriptor& LocalBackend() {
   static constexpr BackendDescriptor kDescriptor = {
-      /*name=*/"local",          kEngineApiVersion,
-      /*host_memory=*/true,      /*cuda_memory=*/false,
-      /*in_process=*/true,       &CreateLocal};
+      /*name=*/"local",     kEngineApiVersion,
+      /*host_memory=*/true, /*cuda_memory=*/false,
+      /*in_process=*/true,  &CreateLocal};
   return kDescriptor;
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The backend whose ranks are threads of one process: a message is a memcpy from
-// the sender's memory into the receiver's.
+// The backend whose ranks are threads of one process: a message is a memcpy
+// from the sender's memory into the receiver's.
 
 #ifndef DSD_BACKENDS_LOCAL_LOCAL_BACKEND_H_
 #define DSD_BACKENDS_LOCAL_LOCAL_BACKEND_H_

@@ -21,8 +21,8 @@ TEST(LocalBackendTest, RanksExchangeAndReduce) {
                        const absl::Span<std::byte> bytes(
                            reinterpret_cast<std::byte*>(data.data()),
                            data.size() * sizeof(int32_t));
-                       const absl::Status status = comm.AllReduce(
-                           bytes, DType::kInt32, ReduceOp::kSum);
+                       const absl::Status status =
+                           comm.AllReduce(bytes, DType::kInt32, ReduceOp::kSum);
                        EXPECT_EQ(data[123456], 10);
                        return status;
                      }),

@@ -156,8 +156,11 @@ class PosixFileSystem final : public FileSystem {
       if (mkdir(part.c_str(), 0777) != 0) {
         const int error = errno;
         struct stat info;
-        if (stat(part.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
+        if (stat(part.c_str(), &info) != 0) {
           return ErrnoStatus(error, "create directory", part);
+        }
+        if (!S_ISDIR(info.st_mode)) {
+          return ErrnoStatus(ENOTDIR, "create directory", part);
         }
       }
       if (end == std::string::npos) return absl::OkStatus();

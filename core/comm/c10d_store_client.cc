@@ -35,8 +35,10 @@ void AppendText(std::string& out, absl::string_view text) {
 
 }  // namespace
 
-absl::StatusOr<C10dStoreClient> C10dStoreClient::Connect(
-    Env* env, absl::string_view host, int port, absl::Time deadline) {
+absl::StatusOr<C10dStoreClient> C10dStoreClient::Connect(Env* env,
+                                                         absl::string_view host,
+                                                         int port,
+                                                         absl::Time deadline) {
   DSD_ASSIGN_OR_RETURN(Socket socket, ConnectTo(env, host, port, deadline));
   std::string hello;
   Append(hello, Query::kValidate);
@@ -84,8 +86,8 @@ absl::StatusOr<std::string> C10dStoreClient::Get(absl::string_view key,
   uint64_t size;
   std::memcpy(&size, head.data(), sizeof(size));
   if (size > kMaxValueBytes) {
-    return absl::DataLossError(absl::StrCat("the value of key \"", key,
-                                            "\" has ", size, " bytes"));
+    return absl::DataLossError(
+        absl::StrCat("the value of key \"", key, "\" has ", size, " bytes"));
   }
   return socket_.ReadExactly(env_, size, deadline);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Just enough of c10d's TCPStore (PyTorch 2.4 and later) to leave an address with
-// the agent of torchrun and to find it there. Private to this package.
+// Just enough of c10d's TCPStore (PyTorch 2.4 and later) to leave an address
+// with the agent of torchrun and to find it there. Private to this package.
 
 #ifndef DSD_CORE_COMM_C10D_STORE_CLIENT_H_
 #define DSD_CORE_COMM_C10D_STORE_CLIENT_H_

@@ -150,14 +150,18 @@ void Communicator::Core::Fail(const absl::Status& status, bool tell) {
 
 absl::Status Communicator::Core::EngineFailed(const absl::Status& found,
                                               absl::string_view call) {
+  // Other errors are of this rank's own making.
+  const bool may_be_a_death =
+      absl::IsUnavailable(found) || absl::IsAborted(found);
   bool known;
   {
     absl::MutexLock lock(&mu);
     const auto failed = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu) {
       return !error.ok();
     };
-    known =
-        env->Await(mu, absl::Condition(&failed), env->Now() + kVerdictPatience);
+    known = env->Await(mu, absl::Condition(&failed),
+                       env->Now() + (may_be_a_death ? kVerdictPatience
+                                                    : absl::ZeroDuration()));
   }
   if (known) return ErrorDuring(call);
   Fail(absl::Status(found.code(), absl::StrCat(found.message(), " (", call, " ",

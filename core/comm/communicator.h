@@ -198,13 +198,13 @@ struct WorldOptions {
   absl::Duration connect_timeout = absl::Minutes(2);
 };
 
-// The communicator of all ranks of a launch; of a world of one without a socket.
-// Rank 0 serves the store at master_addr:master_port, bound to that address only,
-// or, under torchrun's agent store, at a port of its own that it publishes
-// through the agent's. Collective over launch.world_size; a process may call it
-// again after Shutdown. Errors: those of Communicator::Create;
-// FailedPrecondition naming MASTER_PORT if the port is in use, MASTER_ADDR if it
-// is not this host's.
+// The communicator of all ranks of a launch; of a world of one without a
+// socket. Rank 0 serves the store at master_addr:master_port, bound to that
+// address only, or, under torchrun's agent store, at a port of its own that it
+// publishes through the agent's. Collective over launch.world_size; a process
+// may call it again after Shutdown. Errors: those of Communicator::Create;
+// FailedPrecondition naming MASTER_PORT if the port is in use, MASTER_ADDR if
+// it is not this host's.
 absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(
     const LaunchInfo& launch, const WorldOptions& options = {});
 

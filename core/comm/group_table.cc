@@ -68,6 +68,14 @@ std::vector<GroupTable::Event> GroupTable::Join(
   Group& group = groups_[std::string(group_name)];
   if (!group.failure.ok()) return refuse(group.failure);
   if (group.dissolved) group = Group();
+  // A newcomer, perhaps of another job, does not disturb those who are at work.
+  if (group.complete) {
+    return refuse(absl::FailedPreconditionError(absl::StrCat(
+        "all ", group.size,
+        " ranks of the group are connected already, and "
+        "another process says that it is rank ",
+        rank, " of ", size, "; give jobs different values of MASTER_PORT")));
+  }
 
   // A disagreement is an error for those who are waiting, too.
   const auto disagree = [&](const std::string& text) {

@@ -13,6 +13,7 @@ namespace dsd {
 namespace {
 
 using ::testing::ElementsAre;
+using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::UnorderedElementsAre;
 
@@ -23,10 +24,9 @@ const absl::Time kNow = absl::UnixEpoch();
 std::vector<std::string> Text(const std::vector<GroupTable::Event>& events) {
   std::vector<std::string> lines;
   for (const GroupTable::Event& event : events) {
-    const char* kind =
-        event.kind == GroupTable::EventKind::kJoined   ? "joined"
-        : event.kind == GroupTable::EventKind::kFailed ? "failed"
-                                                       : "left";
+    const char* kind = event.kind == GroupTable::EventKind::kJoined   ? "joined"
+                       : event.kind == GroupTable::EventKind::kFailed ? "failed"
+                                                                      : "left";
     lines.push_back(
         absl::StrCat(event.member, " ", kind, ": ", event.status.ToString()));
   }
@@ -91,8 +91,7 @@ TEST(GroupTableTest, AfterItsGoodbyeAMemberMayDie) {
   table.Leave(10);
   table.Leave(11);
   EXPECT_THAT(Text(table.Remove(10, "died")), IsEmpty());
-  EXPECT_THAT(Text(table.Leave(12)),
-              ElementsAre("11 left: OK", "12 left: OK"));
+  EXPECT_THAT(Text(table.Leave(12)), ElementsAre("11 left: OK", "12 left: OK"));
 }
 
 TEST(GroupTableTest, AMemberThatDiesWhileJoiningMayComeAgain) {
@@ -122,23 +121,37 @@ TEST(GroupTableTest, AbsentRanksAreNamed) {
                           "5s"));
 }
 
+TEST(GroupTableTest, ALateComerDoesNotDisturbAGroupAtWork) {
+  GroupTable table;
+  for (int rank = 0; rank < 3; ++rank) Join(table, rank);
+  const std::vector<std::string> events = Join(table, 1, 2, "other", 20);
+  ASSERT_EQ(events.size(), 1);
+  EXPECT_THAT(events[0],
+              HasSubstr("20 joined: FAILED_PRECONDITION: all 3 ranks of the "
+                        "group are connected already"));
+  EXPECT_THAT(Text(table.Remove(20, "died")), IsEmpty());
+  EXPECT_EQ(table.Peers(10).size(), 3);
+}
+
 TEST(GroupTableTest, DisagreementsFailAll) {
   {
     GroupTable table;
     Join(table, 0, 3, "backend \"gloo\"");
     EXPECT_THAT(
         Join(table, 2, 3, "backend \"local\""),
-        ElementsAre("10 joined: FAILED_PRECONDITION: ranks disagree: rank 2 has "
-                    "backend \"local\", rank 0 has backend \"gloo\"",
-                    "12 joined: FAILED_PRECONDITION: ranks disagree: rank 2 has "
-                    "backend \"local\", rank 0 has backend \"gloo\""));
+        ElementsAre(
+            "10 joined: FAILED_PRECONDITION: ranks disagree: rank 2 has "
+            "backend \"local\", rank 0 has backend \"gloo\"",
+            "12 joined: FAILED_PRECONDITION: ranks disagree: rank 2 has "
+            "backend \"local\", rank 0 has backend \"gloo\""));
   }
   {
     GroupTable table;
     Join(table, 0, 3);
-    EXPECT_EQ(Join(table, 1, 2)[1],
-              "11 joined: FAILED_PRECONDITION: ranks disagree: rank 1 says that "
-              "2 ranks take part, rank 0 that 3");
+    EXPECT_EQ(
+        Join(table, 1, 2)[1],
+        "11 joined: FAILED_PRECONDITION: ranks disagree: rank 1 says that "
+        "2 ranks take part, rank 0 that 3");
   }
   {
     GroupTable table;

@@ -93,9 +93,10 @@ TEST(LaunchTest, Torchrun) {
 }
 
 TEST(LaunchTest, ByHand) {
-  const LaunchInfo info = *LaunchFromEnvironment(
-      {{"RANK", "0"}, {"WORLD_SIZE", "2"}, {"MASTER_ADDR", "::1"},
-       {"DSD_LISTEN_FD", "7"}});
+  const LaunchInfo info = *LaunchFromEnvironment({{"RANK", "0"},
+                                                  {"WORLD_SIZE", "2"},
+                                                  {"MASTER_ADDR", "::1"},
+                                                  {"DSD_LISTEN_FD", "7"}});
   EXPECT_EQ(info.master_port, 29500);
   EXPECT_EQ(info.listen_fd, 7);
   EXPECT_EQ(info.job_id, "");
@@ -113,13 +114,13 @@ TEST(LaunchTest, Slurm) {
   EXPECT_EQ(info.job_id, "4242.1");
   EXPECT_THAT(info.master_port, AllOf(Ge(15000), Lt(30000)));
   // All ranks of the job agree on it, another step need not.
-  EXPECT_EQ(LaunchFromEnvironment(With(With(kSlurm, "SLURM_PROCID", "0"),
-                                       "SLURM_NODEID", "0"))
+  EXPECT_EQ(LaunchFromEnvironment(
+                With(With(kSlurm, "SLURM_PROCID", "0"), "SLURM_NODEID", "0"))
                 ->master_port,
             info.master_port);
-  EXPECT_EQ(LaunchFromEnvironment(With(kSlurm, "MASTER_PORT", "1234"))
-                ->master_port,
-            1234);
+  EXPECT_EQ(
+      LaunchFromEnvironment(With(kSlurm, "MASTER_PORT", "1234"))->master_port,
+      1234);
 }
 
 TEST(LaunchTest, SlurmNodeLists) {
@@ -132,10 +133,9 @@ TEST(LaunchTest, SlurmNodeLists) {
       {"rack2-a[1,2]x", "rack2-a1x"},
   };
   for (const auto& [list, first] : cases) {
-    EXPECT_EQ(
-        LaunchFromEnvironment(With(kSlurm, "SLURM_STEP_NODELIST", list))
-            ->master_addr,
-        first);
+    EXPECT_EQ(LaunchFromEnvironment(With(kSlurm, "SLURM_STEP_NODELIST", list))
+                  ->master_addr,
+              first);
   }
   for (const std::string bad : {"", "a[", "a[]", "a]", "a[x-y]", ","}) {
     const absl::Status status =

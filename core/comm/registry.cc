@@ -76,27 +76,27 @@ absl::StatusOr<const BackendDescriptor*> FindBackend(absl::string_view name) {
   const std::string list =
       linked.empty() ? "none" : absl::StrJoin(LinkedBackends(), ", ");
   if (name.empty()) {
-    // Ranks as threads of one process are wanted only where they are asked for.
-    const BackendDescriptor* only = nullptr;
-    int candidates = 0;
+    const char* const by_build = default_backend.load();
+    std::vector<const BackendDescriptor*> between_processes;
     for (const BackendDescriptor* descriptor : linked) {
-      if (descriptor->in_process && linked.size() > 1) continue;
-      only = descriptor;
-      ++candidates;
+      if (!descriptor->in_process) between_processes.push_back(descriptor);
     }
-    if (candidates == 1) return only;
-    const char* const preferred = default_backend.load();
-    if (preferred == nullptr || *preferred == '\0') {
+    if (linked.size() == 1) {
+      name = linked[0]->name;
+    } else if (by_build != nullptr && *by_build != '\0') {
+      name = by_build;
+    } else if (between_processes.size() == 1) {
+      name = between_processes[0]->name;
+    } else if (linked.empty()) {
       return absl::NotFoundError(
-          candidates == 0
-              ? std::string("no backend is linked; add one of "
-                            "//backends/... or //backends:default_backend to "
-                            "deps")
-              : absl::StrCat("several backends are linked (", list,
-                             ") and none is the default; name one or build "
-                             "with --//backends:default="));
+          "no backend is linked; add one of //backends/... or "
+          "//backends:default_backend to deps");
+    } else {
+      return absl::NotFoundError(
+          absl::StrCat("several backends are linked (", list,
+                       ") and none is the default; name one or build with "
+                       "--//backends:default="));
     }
-    name = preferred;
   }
   for (const BackendDescriptor* descriptor : linked) {
     if (descriptor->name == name) {

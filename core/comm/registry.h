@@ -44,10 +44,10 @@ std::vector<const BackendDescriptor*> LinkedDescriptors();
 // Their names, sorted.
 std::vector<std::string> LinkedBackends();
 
-// The backend to use: `name` if not empty; else the only one linked, not
-// counting those that are in_process if there are others; else the build-time
-// default; else an error. Errors: NotFound: `no backend "nccl" is linked
-// (linked: gloo, local); add
+// The backend to use: `name` if not empty; else the only one linked; else the
+// build-time default; else the only one linked that is not in_process; else an
+// error. Errors: NotFound: `no backend "nccl" is linked (linked: gloo, local);
+// add
 // //backends/nccl to deps or build with --//backends:default=nccl`.
 absl::StatusOr<const BackendDescriptor*> FindBackend(absl::string_view name);
 

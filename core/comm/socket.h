@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// TCP sockets that never block: whoever must wait does so through Env::Poll. For
-// this package and backends.
+// TCP sockets that never block: whoever must wait does so through Env::Poll.
+// For this package and backends.
 
 #ifndef DSD_CORE_COMM_SOCKET_H_
 #define DSD_CORE_COMM_SOCKET_H_

@@ -22,7 +22,7 @@ class Env;
 
 // Thread-safe. Deadlines are times of the Env the store was made with.
 // Errors of all calls: DeadlineExceeded (names key and deadline), Unavailable
-// (the server is gone; names its address), Aborted (the store was shut down).
+// (the server is gone: rank 0 died).
 class Store {
  public:
   virtual ~Store() = default;

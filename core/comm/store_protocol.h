@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the TCP store and its clients say to each other: frames of 4 bytes length,
-// 1 byte kind, 8 bytes id, then fields; all little-endian. Private to this
-// package.
+// What the TCP store and its clients say to each other: frames of 4 bytes
+// length, 1 byte kind, 8 bytes id, then fields; all little-endian. Private to
+// this package.
 //
-// A client says kHello and gets one kReply; then it may ask. Frames that are too
-// long or do not decode end the connection.
+// A client says kHello and gets one kReply; then it may ask. Frames that are
+// too long or do not decode end the connection.
 
 #ifndef DSD_CORE_COMM_STORE_PROTOCOL_H_
 #define DSD_CORE_COMM_STORE_PROTOCOL_H_
@@ -35,16 +35,16 @@ inline constexpr size_t kMaxValueBytes = kMaxFrameBytes / 2;
 
 enum class FrameKind : uint8_t {
   // From a client. The id is its name for the request.
-  kHello = 1,   // magic, version, credentials (reserved, empty), job
-  kSet = 2,     // key, value                              -> kReply
-  kGet = 3,     // key                                     -> kReply: value
-  kAdd = 4,     // key, delta                              -> kReply: sum
-  kForget = 5,  // the id's kGet needs no answer any more
-  kJoin = 6,    // group, rank, size, facts, patience (ns) -> kReply
-  kLeave = 7,   // member                                  -> kReply
-  kFail = 8,    // member, code, text
-  kGone = 9,    // member
-  kAsk = 10,    // member, question, patience (ns)         -> kReply: answers
+  kHello = 1,    // magic, version, credentials (reserved, empty), job
+  kSet = 2,      // key, value                              -> kReply
+  kGet = 3,      // key                                     -> kReply: value
+  kAdd = 4,      // key, delta                              -> kReply: sum
+  kForget = 5,   // the id's kGet needs no answer any more
+  kJoin = 6,     // group, rank, size, facts, patience (ns) -> kReply
+  kLeave = 7,    // member                                  -> kReply
+  kFail = 8,     // member, code, text
+  kGone = 9,     // member
+  kAsk = 10,     // member, question, patience (ns)         -> kReply: answers
   kAnswer = 11,  // text; the id is the question's
   // From the server.
   kReply = 64,     // code, text, value; the id is the request's
@@ -129,9 +129,9 @@ class FrameReader {
   bool ok_ = true;
 };
 
-// Takes the first whole frame from the front of `buffer` into `body` (without its
-// length). Returns nullopt if the frame is longer than `max_bytes`, else whether
-// there was one.
+// Takes the first whole frame from the front of `buffer` into `body` (without
+// its length). Returns nullopt if the frame is longer than `max_bytes`, else
+// whether there was one.
 inline std::optional<bool> TakeFrame(std::string& buffer, size_t max_bytes,
                                      std::string& body) {
   if (buffer.size() < kFrameHeaderBytes) return false;

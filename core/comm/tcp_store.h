@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The store of a job whose ranks are processes: rank 0 serves it, all ranks (rank
-// 0 too) are its clients. A client's connection lives as long as the process uses
-// the store; its end without a goodbye is the death of its rank.
+// The store of a job whose ranks are processes: rank 0 serves it, all ranks
+// (rank 0 too) are its clients. A client's connection lives as long as the
+// process uses the store; its end without a goodbye is the death of its rank.
 //
-// It trusts its network, as the libraries under it do: whoever can reach the port
-// can take part.
+// It trusts its network, as the libraries under it do: whoever can reach the
+// port can take part.
 
 #ifndef DSD_CORE_COMM_TCP_STORE_H_
 #define DSD_CORE_COMM_TCP_STORE_H_

@@ -64,9 +64,11 @@ class TcpStore final : public Store,
           "store: the value of key \"", key, "\" has ", value.size(),
           " bytes, expected at most ", kMaxValueBytes));
     }
-    return Ask(key, deadline, [&](uint64_t id) {
-             return FrameWriter(FrameKind::kSet, id).Put(key).Put(value);
-           }).status;
+    return Ask(key, deadline,
+               [&](uint64_t id) {
+                 return FrameWriter(FrameKind::kSet, id).Put(key).Put(value);
+               })
+        .status;
   }
 
   absl::StatusOr<std::string> Get(absl::string_view key,
@@ -122,8 +124,8 @@ class TcpStore final : public Store,
   static absl::Status CheckKey(absl::string_view key) {
     if (key.size() <= kMaxKeyBytes) return absl::OkStatus();
     return absl::InvalidArgumentError(
-        absl::StrCat("store: a key has ", key.size(), " bytes, expected at most ",
-                     kMaxKeyBytes));
+        absl::StrCat("store: a key has ", key.size(),
+                     " bytes, expected at most ", kMaxKeyBytes));
   }
 
   std::string Where() const {
@@ -278,9 +280,9 @@ bool TcpStore::Receive(absl::string_view body) {
 }
 
 void TcpStore::Lose(const std::string& why) {
-  const absl::Status lost = absl::UnavailableError(absl::StrCat(
-      "rank 0 died (its connection to rank ", options_.rank, " closed",
-      why.empty() ? "" : absl::StrCat(": ", why), ")"));
+  const absl::Status lost = absl::UnavailableError(
+      absl::StrCat("rank 0 died (its connection to rank ", options_.rank,
+                   " closed", why.empty() ? "" : absl::StrCat(": ", why), ")"));
   std::vector<std::shared_ptr<Member>> members;
   {
     absl::MutexLock lock(&mu_);
@@ -383,8 +385,8 @@ absl::StatusOr<std::unique_ptr<Membership>> TcpStore::Join(
 absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
                                              const TcpStoreOptions& options,
                                              absl::Time deadline) {
-  DSD_ASSIGN_OR_RETURN(
-      Socket socket, ConnectTo(env, options.host, options.port, deadline));
+  DSD_ASSIGN_OR_RETURN(Socket socket,
+                       ConnectTo(env, options.host, options.port, deadline));
   DSD_ASSIGN_OR_RETURN(std::string host, socket.PeerHost());
   const std::string where = HostPort(host, options.port);
   DSD_RETURN_IF_ERROR(socket.WriteAll(env,
@@ -398,16 +400,18 @@ absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
   absl::StatusOr<std::string> head =
       socket.ReadExactly(env, kFrameHeaderBytes, deadline);
   if (absl::IsDeadlineExceeded(head.status())) {
-    return absl::DeadlineExceededError(absl::StrCat(
-        "connected to ", where, ", but no store answers there; is the port of "
-        "another program?"));
+    return absl::DeadlineExceededError(
+        absl::StrCat("connected to ", where,
+                     ", but no store answers there; is the port of "
+                     "another program?"));
   }
   DSD_RETURN_IF_ERROR(head);
   uint32_t size;
   std::memcpy(&size, head->data(), sizeof(size));
-  const absl::Status foreign = absl::FailedPreconditionError(absl::StrCat(
-      "what answers at ", where, " is no store of dsd; is MASTER_PORT the port "
-      "of another program?"));
+  const absl::Status foreign = absl::FailedPreconditionError(
+      absl::StrCat("what answers at ", where,
+                   " is no store of dsd; is MASTER_PORT the port "
+                   "of another program?"));
   if (size > kMaxHelloBytes) return foreign;
   DSD_ASSIGN_OR_RETURN(const std::string body,
                        socket.ReadExactly(env, size, deadline));
@@ -432,9 +436,9 @@ absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
     // The server of an earlier job at this address may be just closing.
     if (store.ok() || !absl::IsUnavailable(store.status())) return store;
     if (env->Now() + kRetry >= deadline) {
-      return Annotate(store.status(),
-                      absl::StrCat("the store at ",
-                                   HostPort(options.host, options.port)));
+      return Annotate(
+          store.status(),
+          absl::StrCat("the store at ", HostPort(options.host, options.port)));
     }
     env->SleepUntil(env->Now() + kRetry);
   }

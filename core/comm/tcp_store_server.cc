@@ -156,8 +156,7 @@ void TcpStoreServer::Impl::Run() {
 
     std::vector<pollfd> polls = {{waker_.fd(), POLLIN, 0}};
     std::vector<ConnectionId> ids = {0};
-    if (listener_.valid() && !end.has_value() &&
-        accept_after_ <= env_->Now()) {
+    if (listener_.valid() && !end.has_value() && accept_after_ <= env_->Now()) {
       polls.push_back({listener_.fd(), POLLIN, 0});
       ids.push_back(0);
     }
@@ -169,11 +168,10 @@ void TcpStoreServer::Impl::Run() {
            0});
       ids.push_back(id);
     }
-    const absl::StatusOr<int> ready =
-        env_->Poll(absl::MakeSpan(polls), std::exchange(last_look, false)
-                                              ? env_->Now()
-                                          : end.has_value() ? *end
-                                                            : NextEvent());
+    const absl::StatusOr<int> ready = env_->Poll(
+        absl::MakeSpan(polls), std::exchange(last_look, false) ? env_->Now()
+                               : end.has_value()               ? *end
+                                                               : NextEvent());
     if (!ready.ok()) continue;
     waker_.Clear();
     if (first == 2 && polls[1].revents != 0) Accept();
@@ -227,11 +225,10 @@ void TcpStoreServer::Impl::Read(ConnectionId id, Connection& connection) {
       connection.socket.ReadSome(connection.in, kReadBytes);
   std::string body;
   while (!connection.closing) {
-    const std::optional<bool> whole = TakeFrame(
-        connection.in, connection.greeted ? kMaxFrameBytes : kMaxHelloBytes,
-        body);
-    if (!whole.has_value() ||
-        (*whole && !Handle(id, connection, body))) {
+    const std::optional<bool> whole =
+        TakeFrame(connection.in,
+                  connection.greeted ? kMaxFrameBytes : kMaxHelloBytes, body);
+    if (!whole.has_value() || (*whole && !Handle(id, connection, body))) {
       broken_.push_back(id);
       return;
     }
@@ -246,19 +243,19 @@ bool TcpStoreServer::Impl::Greet(Connection& connection, FrameReader& reader) {
   if (!reader.ok() || magic != kStoreMagic) return false;
   absl::Status verdict;
   if (version != kStoreVersion) {
-    verdict = absl::FailedPreconditionError(absl::StrCat(
-        "the store speaks version ", kStoreVersion,
-        " of its protocol, the client version ", version,
-        "; use the same dsd on all ranks"));
+    verdict = absl::FailedPreconditionError(
+        absl::StrCat("the store speaks version ", kStoreVersion,
+                     " of its protocol, the client version ", version,
+                     "; use the same dsd on all ranks"));
   } else {
     reader.GetText();  // credentials
     const absl::string_view job = reader.GetText();
     if (!reader.ok()) return false;
     if (job != options_.job_id) {
-      verdict = absl::FailedPreconditionError(absl::StrCat(
-          "this is the store of job \"", options_.job_id,
-          "\", the client belongs to job \"", job,
-          "\"; give the jobs different values of MASTER_PORT"));
+      verdict = absl::FailedPreconditionError(
+          absl::StrCat("this is the store of job \"", options_.job_id,
+                       "\", the client belongs to job \"", job,
+                       "\"; give the jobs different values of MASTER_PORT"));
     }
   }
   connection.out += FrameWriter(FrameKind::kReply, 0)
@@ -322,9 +319,8 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
       if ((!value.empty() && !absl::SimpleAtoi(value, &number)) ||
           __builtin_add_overflow(number, delta, &number)) {
         Reply(asker, absl::InvalidArgumentError(absl::StrCat(
-                         "key \"", key,
-                         "\" holds no decimal number to which ", delta,
-                         " can be added")));
+                         "key \"", key, "\" holds no decimal number to which ",
+                         delta, " can be added")));
         return true;
       }
       value = absl::StrCat(number);
@@ -439,8 +435,7 @@ void TcpStoreServer::Impl::Send(ConnectionId id, std::string frame) {
   if (it != connections_.end()) it->second.out += frame;
 }
 
-void TcpStoreServer::Impl::Reply(const Asker& asker,
-                                 const absl::Status& status,
+void TcpStoreServer::Impl::Reply(const Asker& asker, const absl::Status& status,
                                  absl::string_view value) {
   Send(asker.connection, FrameWriter(FrameKind::kReply, asker.request)
                              .Put(status)

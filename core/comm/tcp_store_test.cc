@@ -60,8 +60,7 @@ class TcpStoreTest : public ::testing::Test {
 
   // A connection that says what it likes.
   Socket Raw() {
-    absl::StatusOr<Socket> socket =
-        ConnectTo(env, "127.0.0.1", port_, Soon());
+    absl::StatusOr<Socket> socket = ConnectTo(env, "127.0.0.1", port_, Soon());
     EXPECT_TRUE(socket.ok()) << socket.status();
     return *std::move(socket);
   }
@@ -115,8 +114,8 @@ TEST_F(TcpStoreTest, AWaitEndsAtItsDeadlineAndHarmsNothing) {
   const absl::Status status =
       a->Get("never", In(absl::Milliseconds(20))).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded);
-  EXPECT_THAT(TextOf(status), AllOf(HasSubstr("\"never\""),
-                                    HasSubstr(absl::StrCat(port_))));
+  EXPECT_THAT(TextOf(status),
+              AllOf(HasSubstr("\"never\""), HasSubstr(absl::StrCat(port_))));
   // The late value answers nobody.
   EXPECT_EQ(a->Set("never", "x", Soon()), absl::OkStatus());
   EXPECT_EQ(*a->Get("never", Soon()), "x");
@@ -204,8 +203,9 @@ TEST_F(TcpStoreTest, ClientsOfAnotherJobAreRefused) {
   options.job_id = "other";
   const absl::Status status = ConnectTcpStore(env, options, Soon()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(TextOf(status), AllOf(HasSubstr("\"job\""), HasSubstr("\"other\""),
-                                    HasSubstr("MASTER_PORT")));
+  EXPECT_THAT(TextOf(status),
+              AllOf(HasSubstr("\"job\""), HasSubstr("\"other\""),
+                    HasSubstr("MASTER_PORT")));
 }
 
 TEST_F(TcpStoreTest, ClientsOfAnotherVersionAreRefusedByName) {
@@ -254,8 +254,9 @@ TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
       after_hello(FrameWriter(FrameKind::kSet, 1).Finish()),
       // A text that says it is longer than the frame.
       after_hello(FrameWriter(FrameKind::kGet, 1).Put(uint32_t{1000}).Finish()),
-      after_hello(
-          FrameWriter(FrameKind::kJoin, 1).Put(absl::string_view("g")).Finish()),
+      after_hello(FrameWriter(FrameKind::kJoin, 1)
+                      .Put(absl::string_view("g"))
+                      .Finish()),
       after_hello(FrameWriter(FrameKind::kAnswer, 7).Finish()),
   };
   for (const std::string& bytes : cases) {
@@ -271,14 +272,15 @@ TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
   }
   // Names of things that are not there are no garbage.
   Socket socket = Raw();
-  ASSERT_EQ(socket.WriteAll(
-                env,
-                after_hello(
-                    FrameWriter(FrameKind::kGone, 1).Put(uint64_t{5}).Finish() +
-                    FrameWriter(FrameKind::kForget, 9).Finish() +
-                    FrameWriter(FrameKind::kLeave, 2).Put(uint64_t{5}).Finish()),
-                Soon()),
-            absl::OkStatus());
+  ASSERT_EQ(
+      socket.WriteAll(
+          env,
+          after_hello(
+              FrameWriter(FrameKind::kGone, 1).Put(uint64_t{5}).Finish() +
+              FrameWriter(FrameKind::kForget, 9).Finish() +
+              FrameWriter(FrameKind::kLeave, 2).Put(uint64_t{5}).Finish()),
+          Soon()),
+      absl::OkStatus());
   EXPECT_TRUE(socket.ReadExactly(env, 10, Soon()).ok());
   EXPECT_EQ(client->Set("k", "v", Soon()), absl::OkStatus());
 }
@@ -300,10 +302,11 @@ TEST_F(TcpStoreTest, APortInUseIsNamed) {
   world.descriptor = &none;
   const absl::Status connected = ConnectWorld(launch, world).status();
   EXPECT_EQ(connected.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(TextOf(connected),
-              AllOf(HasSubstr("rank 0 of 2"), HasSubstr("MASTER_ADDR 127.0.0.1"),
-                    HasSubstr(absl::StrCat("MASTER_PORT ", port_)),
-                    HasSubstr("in use")));
+  EXPECT_THAT(
+      TextOf(connected),
+      AllOf(HasSubstr("rank 0 of 2"), HasSubstr("MASTER_ADDR 127.0.0.1"),
+            HasSubstr(absl::StrCat("MASTER_PORT ", port_)),
+            HasSubstr("in use")));
 }
 
 TEST_F(TcpStoreTest, AnAddressOfAnotherHostIsNamed) {

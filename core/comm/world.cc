@@ -71,8 +71,8 @@ absl::StatusOr<Address> ShareAddress(const LaunchInfo& launch, Env* env,
   const size_t space = value.find(' ');
   if (space == std::string::npos ||
       !absl::SimpleAtoi(value.substr(0, space), &address.port)) {
-    return absl::DataLossError(
-        absl::StrCat("key \"", key, "\" of the agent's store holds no address"));
+    return absl::DataLossError(absl::StrCat(
+        "key \"", key, "\" of the agent's store holds no address"));
   }
   address.host = value.substr(space + 1);
   return address;
@@ -102,11 +102,10 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
     absl::StatusOr<std::unique_ptr<TcpStoreServer>> started =
         TcpStoreServer::Start(env, server_options);
     if (!started.ok()) {
-      return Annotate(
-          started.status(),
-          absl::StrCat("serve the store of rank 0 at MASTER_ADDR ",
-                       launch.master_addr, ", MASTER_PORT ",
-                       launch.master_port));
+      return Annotate(started.status(),
+                      absl::StrCat("serve the store of rank 0 at MASTER_ADDR ",
+                                   launch.master_addr, ", MASTER_PORT ",
+                                   launch.master_port));
     }
     server = *std::move(started);
     address = {server_options.host, server->port()};

@@ -61,7 +61,8 @@ class HolderSet {
   // walk a coset.
   bool IsKnownToHave(Holder low, Holder high) const;
 
-  // Sets with equal keys are equal, positions included.
+  // Sets with equal keys are equal, positions included, while their layouts
+  // live.
   using Key = absl::InlinedVector<int64_t, 8>;
   Key key() const;
 

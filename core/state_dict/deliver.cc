@@ -15,7 +15,7 @@
 #include "absl/status/statusor.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
-#include "dsd/core/layout/placement.h"
+#include "dsd/core/layout/mesh.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
@@ -35,7 +35,10 @@ class Delivery {
       : options_(options),
         mover_(mover),
         source_(mover.NewEndpoint()),
-        target_(mover.NewEndpoint()) {}
+        target_(options.full_state_dict && options.cpu_offload
+                    ? DeviceMesh::Iota({1}, RootHolder(mover))
+                    : mover.replicas(),
+                mover.self()) {}
 
   bool receives() const {
     return !options_.full_state_dict || !options_.cpu_offload ||
@@ -92,13 +95,7 @@ class Delivery {
       DSD_ASSIGN_OR_RETURN(item.result, OffloadTarget(from, tensor_options));
       return target_.Add(name, *item.result);
     }
-    DSD_ASSIGN_OR_RETURN(
-        Layout layout,
-        Layout::FromPlacements(from.shape(),
-                               options_.cpu_offload
-                                   ? DeviceMesh::Iota({1}, RootHolder())
-                                   : mover_.replicas(),
-                               {Replicate()}));
+    DSD_ASSIGN_OR_RETURN(Layout layout, target_.ReplicatedLayout(from.shape()));
     std::vector<at::Tensor> locals;
     if (receives()) {
       DSD_ASSIGN_OR_RETURN(at::Tensor whole, TorchToStatus([&] {
@@ -113,8 +110,8 @@ class Delivery {
                        mover_.self(), std::move(locals));
   }
 
-  Holder RootHolder() const {
-    return mover_.comm() == nullptr ? mover_.self() : 0;
+  static Holder RootHolder(const Mover& mover) {
+    return mover.comm() == nullptr ? mover.self() : 0;
   }
 
   static absl::StatusOr<TensorValue> OffloadTarget(

@@ -70,9 +70,9 @@ absl::StatusOr<ModuleNode> FakeModel::Describe() {
   return root;
 }
 
-absl::Status FakeOptimizer::CheckHyperparameters(size_t group,
+absl::Status FakeOptimizer::CheckHyperparameters(size_t /*group*/,
                                                  const ObjectDict& values,
-                                                 bool strict) const {
+                                                 bool /*strict*/) const {
   const Object* lr = values.Find("lr");
   if (lr != nullptr && !lr->is<double>()) {
     return absl::InvalidArgumentError("\"lr\": expected a number");
@@ -89,7 +89,7 @@ absl::Status FakeOptimizer::SetHyperparameters(size_t group,
 }
 
 absl::StatusOr<std::vector<StateField>> FakeOptimizer::StateFields(
-    const ObjectDict& hyperparameters) const {
+    const ObjectDict& /*hyperparameters*/) const {
   if (stateless) return std::vector<StateField>();
   return std::vector<StateField>{
       {"step", StateField::Shape::kCount, true},

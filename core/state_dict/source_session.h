@@ -7,6 +7,7 @@
 #define DSD_CORE_STATE_DICT_SOURCE_SESSION_H_
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"

@@ -49,7 +49,6 @@ absl::Status ShardingTable::Set(const at::Tensor& tensor, Layout layout,
         ", the tensor has ", DimsToString(found)));
   }
   absl::MutexLock lock(&mu_);
-  ++version_;
   if (entries_.size() >= sweep_at_) {
     absl::erase_if(entries_, [](const auto& entry) {
       return entry.second.impl.expired();
@@ -75,13 +74,7 @@ std::optional<Sharding> ShardingTable::Find(const at::Tensor& tensor) const {
 
 void ShardingTable::Erase(const at::Tensor& tensor) {
   absl::MutexLock lock(&mu_);
-  ++version_;
   entries_.erase(tensor.unsafeGetTensorImpl());
-}
-
-uint64_t ShardingTable::version() const {
-  absl::ReaderMutexLock lock(&mu_);
-  return version_;
 }
 
 }  // namespace dsd

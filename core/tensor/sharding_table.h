@@ -8,7 +8,6 @@
 #define DSD_CORE_TENSOR_SHARDING_TABLE_H_
 
 #include <cstddef>
-#include <cstdint>
 #include <optional>
 
 #include "ATen/core/Tensor.h"
@@ -50,9 +49,6 @@ class ShardingTable {
 
   void Erase(const at::Tensor& tensor);
 
-  // Grows with every Set and Erase: an equal number means an unchanged table.
-  uint64_t version() const;
-
  private:
   struct Entry {
     c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> impl;
@@ -61,7 +57,6 @@ class ShardingTable {
   mutable absl::Mutex mu_;
   absl::flat_hash_map<const c10::TensorImpl*, Entry> entries_
       ABSL_GUARDED_BY(mu_);
-  uint64_t version_ ABSL_GUARDED_BY(mu_) = 0;
   size_t sweep_at_ ABSL_GUARDED_BY(mu_) = 64;  // drop dead entries at this size
 };
 

@@ -72,9 +72,7 @@ absl::Status TensorEndpoint::Add(std::string fqn, const TensorValue& value) {
     return Add(TensorSpec{std::move(fqn), *dtype, value.layout()},
                value.holder(), std::move(locals));
   }
-  DSD_ASSIGN_OR_RETURN(
-      Layout layout,
-      Layout::FromPlacements(value.shape(), replicas_, {Replicate()}));
+  DSD_ASSIGN_OR_RETURN(Layout layout, ReplicatedLayout(value.shape()));
   return Add(TensorSpec{std::move(fqn), *dtype, std::move(layout)}, self_,
              std::move(locals));
 }
@@ -88,6 +86,15 @@ absl::Status TensorEndpoint::Add(TensorSpec spec, Holder holder,
   DSD_RETURN_IF_ERROR(catalog_.Add(std::move(spec)));
   entries_.push_back({holder, std::move(locals), std::nullopt});
   return absl::OkStatus();
+}
+
+absl::StatusOr<Layout> TensorEndpoint::ReplicatedLayout(const Dims& shape) {
+  const auto known = replicated_.find(shape);
+  if (known != replicated_.end()) return known->second;
+  DSD_ASSIGN_OR_RETURN(Layout layout,
+                       Layout::FromPlacements(shape, replicas_, {Replicate()}));
+  replicated_.emplace(shape, layout);
+  return layout;
 }
 
 absl::Span<const LocalBox> TensorEndpoint::BoxesOf(size_t tensor) {

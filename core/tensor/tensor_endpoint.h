@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/layout/box.h"
@@ -47,6 +49,10 @@ class TensorEndpoint : public Endpoint {
   absl::Status Add(TensorSpec spec, Holder holder,
                    std::vector<at::Tensor> locals);
 
+  // The layout that a plain tensor of this shape has here. Kept: models have
+  // many tensors of few shapes.
+  absl::StatusOr<Layout> ReplicatedLayout(const Dims& shape);
+
   const Catalog& catalog() const override { return catalog_; }
   absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
                     DType dtype, absl::Span<std::byte> out) override;
@@ -72,6 +78,7 @@ class TensorEndpoint : public Endpoint {
 
   DeviceMesh replicas_;
   Holder self_;
+  absl::flat_hash_map<Dims, Layout> replicated_;
   Catalog catalog_;
   std::vector<Entry> entries_;
 };

@@ -56,10 +56,10 @@ struct StatusResult<absl::StatusOr<T>> {
 // StatusOr<T> (fn returns T or StatusOr<T>).
 //
 // Errors: those of `fn`, the status of a StatusError, and for other exceptions:
-// ResourceExhausted (out of memory),
-// InvalidArgument (IndexError, ValueError, TypeError), Unimplemented
-// (NotImplementedError), Internal (any other). The text is LibTorch's without
-// its stack, which is in the payload kTorchBacktracePayload.
+// ResourceExhausted (out of memory), InvalidArgument (IndexError, ValueError,
+// TypeError), Unimplemented (NotImplementedError), Internal (any other). The
+// text is LibTorch's without its stack, which is in the payload
+// kTorchBacktracePayload.
 template <class Fn>
 auto TorchToStatus(Fn&& fn) ->
     typename internal::StatusResult<std::invoke_result_t<Fn>>::type {

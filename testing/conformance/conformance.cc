@@ -41,7 +41,8 @@ absl::Status Expect(const absl::Status& found, absl::StatusCode code,
   }
   if (good) return absl::OkStatus();
   std::string text = absl::StrCat("expected ", absl::StatusCodeToString(code));
-  for (absl::string_view part : parts) absl::StrAppend(&text, " \"", part, "\"");
+  for (absl::string_view part : parts)
+    absl::StrAppend(&text, " \"", part, "\"");
   return absl::InternalError(absl::StrCat(text, ", found ", found.ToString()));
 }
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What every backend must do, written once. A case runs on all ranks of a group;
-// a rank returns OK if everything was as it must be, errors included.
+// What every backend must do, written once. A case runs on all ranks of a
+// group; a rank returns OK if everything was as it must be, errors included.
 //
-//   DSD_CONFORMANCE_CASE(RanksMeet) {  // absl::Status RanksMeet(Communicator& comm)
+//   DSD_CONFORMANCE_CASE(RanksMeet) {  // absl::Status RanksMeet(Communicator&
+//   comm)
 //     return comm.Barrier();
 //   }
 //
@@ -40,12 +41,11 @@ class ConformanceRegistration {
 
 #define DSD_CONFORMANCE_CASE(name) DSD_CONFORMANCE_CASE_FROM(name, 1)
 // For groups of at least `min_ranks`.
-#define DSD_CONFORMANCE_CASE_FROM(name, min_ranks)                  \
-  static absl::Status name##Case(::dsd::Communicator& comm);        \
-  static const ::dsd::ConformanceRegistration name##Registration(   \
-      {#name, &name##Case, min_ranks});                             \
-  static absl::Status name##Case(                                   \
-      [[maybe_unused]] ::dsd::Communicator& comm)
+#define DSD_CONFORMANCE_CASE_FROM(name, min_ranks)                \
+  static absl::Status name##Case(::dsd::Communicator& comm);      \
+  static const ::dsd::ConformanceRegistration name##Registration( \
+      {#name, &name##Case, min_ranks});                           \
+  static absl::Status name##Case([[maybe_unused]] ::dsd::Communicator& comm)
 
 // OK if `found` has this code and its text contains all of `parts`.
 absl::Status Expect(const absl::Status& found, absl::StatusCode code,

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Runs the cases on the backend DSD_BACKEND: ranks are threads if it asks for it,
-// else processes.
+// Runs the cases on the backend DSD_BACKEND: ranks are threads if it asks for
+// it, else processes.
+
+#include "dsd/testing/conformance/conformance.h"
 
 #include <ostream>
 #include <string>
@@ -11,7 +13,6 @@
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/registry.h"
-#include "dsd/testing/conformance/conformance.h"
 #include "dsd/testing/harness/rank_processes.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
@@ -26,7 +27,8 @@ absl::Status RunCase(absl::string_view name, Communicator& comm) {
   for (const ConformanceCase& one : ConformanceCases()) {
     if (name != one.name) continue;
     DSD_RETURN_IF_ERROR(one.body(comm));
-    // A case that ends well leaves the group alive, or has failed it on purpose.
+    // A case that ends well leaves the group alive, or has failed it on
+    // purpose.
     return comm.status().ok() ? comm.Shutdown() : absl::OkStatus();
   }
   return absl::NotFoundError(absl::StrCat("no case ", name));
@@ -69,8 +71,8 @@ std::vector<Parameter> Parameters() {
 
 class ConformanceTest : public ::testing::TestWithParam<Parameter> {};
 
-// A case starts when all ranks have returned from connecting: one that fails the
-// group at once would else sometimes fail the others' connecting.
+// A case starts when all ranks have returned from connecting: one that fails
+// the group at once would else sometimes fail the others' connecting.
 TEST_P(ConformanceTest, Passes) {
   const auto& [one, ranks] = GetParam();
   if (RanksAreThreads()) {
@@ -133,14 +135,13 @@ TEST(ConformanceConnectTest, EachAbsentRankIsNamed) {
     for (int rank = 0; rank < 3; ++rank) {
       if (rank == absent) continue;
       // Without rank 0 there is nobody to ask.
-      EXPECT_THAT(
-          results[rank].status,
-          absent == 0
-              ? ::testing::Matcher<absl::Status>(
-                    IsStatus(absl::StatusCode::kDeadlineExceeded, "nobody answers"))
-              : ::testing::Matcher<absl::Status>(
-                    IsStatus(absl::StatusCode::kDeadlineExceeded,
-                             absl::StrCat("rank ", absent, " of 3"))));
+      EXPECT_THAT(results[rank].status,
+                  absent == 0 ? ::testing::Matcher<absl::Status>(IsStatus(
+                                    absl::StatusCode::kDeadlineExceeded,
+                                    "nobody answers"))
+                              : ::testing::Matcher<absl::Status>(IsStatus(
+                                    absl::StatusCode::kDeadlineExceeded,
+                                    absl::StrCat("rank ", absent, " of 3"))));
     }
   }
 }

@@ -23,7 +23,8 @@ absl::Status ExpectDead(Communicator& comm, absl::StatusCode code) {
   std::vector<std::byte> data(100);
   DSD_RETURN_IF_ERROR(Expect(comm.status(), code, {}));
   DSD_RETURN_IF_ERROR(Expect(comm.Barrier(), code, {"was not started"}));
-  DSD_RETURN_IF_ERROR(Expect(comm.Broadcast(absl::MakeSpan(data), 0), code, {}));
+  DSD_RETURN_IF_ERROR(
+      Expect(comm.Broadcast(absl::MakeSpan(data), 0), code, {}));
   DSD_RETURN_IF_ERROR(
       Expect(comm.Exchange({{0, data}}, {}, "later"), code, {"\"later\""}));
   DSD_RETURN_IF_ERROR(Expect(comm.OpenLane("later").status(), code, {}));
@@ -41,9 +42,9 @@ DSD_CONFORMANCE_CASE_FROM(AnotherCall, 2) {
   if (status.ok()) {
     DSD_RETURN_IF_ERROR(WaitForFailure(comm));
   }
-  DSD_RETURN_IF_ERROR(Expect(comm.status(), kMismatch,
-                             {"ranks disagree", "Barrier",
-                              "Broadcast of 100 bytes from rank 1"}));
+  DSD_RETURN_IF_ERROR(Expect(
+      comm.status(), kMismatch,
+      {"ranks disagree", "Barrier", "Broadcast of 100 bytes from rank 1"}));
   return ExpectDead(comm, kMismatch);
 }
 
@@ -53,14 +54,14 @@ DSD_CONFORMANCE_CASE_FROM(AnotherSize, 2) {
   if (status.ok()) {
     DSD_RETURN_IF_ERROR(WaitForFailure(comm));
   }
-  DSD_RETURN_IF_ERROR(Expect(comm.status(), kMismatch,
-                             {"ranks disagree", "of 2097152 bytes",
-                              "of 1048576 bytes"}));
+  DSD_RETURN_IF_ERROR(
+      Expect(comm.status(), kMismatch,
+             {"ranks disagree", "of 2097152 bytes", "of 1048576 bytes"}));
   return ExpectDead(comm, kMismatch);
 }
 
-// A message that is longer, or shorter, than the other side expects: it must not
-// land, and must not end the process.
+// A message that is longer, or shorter, than the other side expects: it must
+// not land, and must not end the process.
 absl::Status SizesOfMessages(Communicator& comm, size_t sent, size_t expected) {
   std::vector<std::byte> data(comm.rank() == 0 ? sent : expected);
   absl::Status status;
@@ -105,25 +106,38 @@ DSD_CONFORMANCE_CASE_FROM(AnotherLabel, 2) {
   if (status.ok()) {
     DSD_RETURN_IF_ERROR(WaitForFailure(comm));
   }
-  DSD_RETURN_IF_ERROR(Expect(comm.status(), kMismatch,
-                             {"exchange \"layer.0\"", "exchange \"layer.1\"",
-                              "rank 0", "rank 1"}));
+  DSD_RETURN_IF_ERROR(Expect(
+      comm.status(), kMismatch,
+      {"exchange \"layer.0\"", "exchange \"layer.1\"", "rank 0", "rank 1"}));
   return ExpectDead(comm, kMismatch);
 }
 
 DSD_CONFORMANCE_CASE_FROM(AnotherType, 2) {
   std::vector<std::byte> data(4096);
-  const absl::Status status =
-      comm.AllReduce(absl::MakeSpan(data),
-                     comm.rank() == 0 ? DType::kFloat32 : DType::kInt32,
-                     ReduceOp::kSum);
+  const absl::Status status = comm.AllReduce(
+      absl::MakeSpan(data), comm.rank() == 0 ? DType::kFloat32 : DType::kInt32,
+      ReduceOp::kSum);
   return Expect(status, kMismatch, {"1024 float32 (sum)", "1024 int32 (sum)"});
 }
 
+// Each waits for the other: no message can tell, but at the deadline the ranks
+// compare what they are doing.
+DSD_CONFORMANCE_CASE_FROM(AnotherRoot, 2) {
+  std::vector<std::byte> data(100);
+  CallOptions options;
+  options.timeout = absl::Milliseconds(300);
+  const absl::Status status =
+      comm.Broadcast(absl::MakeSpan(data), comm.rank() == 0 ? 1 : 0, options);
+  if (status.ok()) {
+    DSD_RETURN_IF_ERROR(WaitForFailure(comm));
+  }
+  return Expect(comm.status(), kMismatch,
+                {"ranks disagree", "from rank 0", "from rank 1"});
+}
+
 DSD_CONFORMANCE_CASE_FROM(LanesOfDifferentNames, 2) {
-  return Expect(
-      comm.OpenLane(comm.rank() == 0 ? "left" : "right").status(), kMismatch,
-      {"\"left\"", "\"right\""});
+  return Expect(comm.OpenLane(comm.rank() == 0 ? "left" : "right").status(),
+                kMismatch, {"\"left\"", "\"right\""});
 }
 
 DSD_CONFORMANCE_CASE_FROM(ARankThatDoesNotCall, 2) {
@@ -135,13 +149,13 @@ DSD_CONFORMANCE_CASE_FROM(ARankThatDoesNotCall, 2) {
     options.timeout = absl::Milliseconds(300);
     const absl::Time start = comm.env()->Now();
     DSD_RETURN_IF_ERROR(Check(!comm.Barrier(options).ok(), "barrier passed"));
-    DSD_RETURN_IF_ERROR(Check(
-        comm.env()->Now() - start < absl::Seconds(3), "the deadline is late"));
+    DSD_RETURN_IF_ERROR(Check(comm.env()->Now() - start < absl::Seconds(3),
+                              "the deadline is late"));
   }
-  DSD_RETURN_IF_ERROR(
-      Expect(comm.status(), absl::StatusCode::kDeadlineExceeded,
-             {"Barrier", "within 300ms",
-              absl::StrCat("not called by rank ", absent, " (is in no call)")}));
+  DSD_RETURN_IF_ERROR(Expect(
+      comm.status(), absl::StatusCode::kDeadlineExceeded,
+      {"Barrier", "within 300ms",
+       absl::StrCat("not called by rank ", absent, " (is in no call)")}));
   return ExpectDead(comm, absl::StatusCode::kDeadlineExceeded);
 }
 
@@ -150,9 +164,9 @@ DSD_CONFORMANCE_CASE_FROM(AMessageThatDoesNotCome, 2) {
   if (comm.rank() == 0) {
     CallOptions options;
     options.timeout = absl::Milliseconds(300);
-    DSD_RETURN_IF_ERROR(
-        Check(!comm.Exchange({}, {{1, absl::MakeSpan(data)}}, "w", options).ok(),
-              "the message came"));
+    DSD_RETURN_IF_ERROR(Check(
+        !comm.Exchange({}, {{1, absl::MakeSpan(data)}}, "w", options).ok(),
+        "the message came"));
   } else {
     DSD_RETURN_IF_ERROR(WaitForFailure(comm));
   }
@@ -168,8 +182,8 @@ DSD_CONFORMANCE_CASE(ATimeoutOfZeroHasPassed) {
                                absl::StatusCode::kDeadlineExceeded,
                                {"Barrier"}));
   } else {
-    DSD_RETURN_IF_ERROR(
-        Expect(comm.Barrier(), absl::StatusCode::kDeadlineExceeded, {"rank 0"}));
+    DSD_RETURN_IF_ERROR(Expect(
+        comm.Barrier(), absl::StatusCode::kDeadlineExceeded, {"rank 0"}));
   }
   return ExpectDead(comm, absl::StatusCode::kDeadlineExceeded);
 }
@@ -197,10 +211,10 @@ DSD_CONFORMANCE_CASE_FROM(AbortFromAnotherThread, 2) {
     DSD_RETURN_IF_ERROR(Check(comm.env()->Now() - aborted < absl::Seconds(2),
                               "the abort took long"));
   }
-  DSD_RETURN_IF_ERROR(Expect(
-      status, absl::StatusCode::kAborted,
-      {"rank 0 aborted", "RESOURCE_EXHAUSTED: the disk is full", "\"never\"",
-       absl::StrCat("on rank ", comm.rank())}));
+  DSD_RETURN_IF_ERROR(
+      Expect(status, absl::StatusCode::kAborted,
+             {"rank 0 aborted", "RESOURCE_EXHAUSTED: the disk is full",
+              "\"never\"", absl::StrCat("on rank ", comm.rank())}));
   return ExpectDead(comm, absl::StatusCode::kAborted);
 }
 

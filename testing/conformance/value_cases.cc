@@ -21,8 +21,8 @@ namespace dsd {
 namespace {
 
 constexpr size_t kMiB = size_t{1} << 20;
-constexpr size_t kSizes[] = {0,    1,    7,        767,  784,      785,
-                             4095, 4096, 4097,     kMiB, kMiB + 1, 5 * kMiB - 3};
+constexpr size_t kSizes[] = {0,    1,    7,    767,  784,      785,
+                             4095, 4096, 4097, kMiB, kMiB + 1, 5 * kMiB - 3};
 
 template <class T>
 absl::Span<std::byte> BytesOf(std::vector<T>& v) {
@@ -104,9 +104,8 @@ DSD_CONFORMANCE_CASE(AllGatherOfEqualAndUnequalParts) {
 }
 
 DSD_CONFORMANCE_CASE_FROM(AllGatherOf64MiB, 2) {
-  return AllGatherOnce(comm,
-                       std::vector<size_t>(comm.size(), 64 * kMiB / comm.size()),
-                       true);
+  return AllGatherOnce(
+      comm, std::vector<size_t>(comm.size(), 64 * kMiB / comm.size()), true);
 }
 
 DSD_CONFORMANCE_CASE(BlobsOfAnySize) {
@@ -126,8 +125,9 @@ DSD_CONFORMANCE_CASE(BlobsOfAnySize) {
       DSD_RETURN_IF_ERROR(
           Check(static_cast<int>(all.size()) == comm.size(), "blobs: count"));
       for (int r = 0; r < comm.size(); ++r) {
-        DSD_RETURN_IF_ERROR(Check(all[r] == blob(r, size_of(r)),
-                                  absl::StrCat("blob of rank ", r, ", ", size)));
+        DSD_RETURN_IF_ERROR(
+            Check(all[r] == blob(r, size_of(r)),
+                  absl::StrCat("blob of rank ", r, ", ", size)));
       }
     }
   }
@@ -201,7 +201,8 @@ std::vector<typename E::Stored> Input(int rank, size_t count) {
 }
 
 template <class E>
-std::vector<typename E::Stored> Reference(int world, size_t count, ReduceOp op) {
+std::vector<typename E::Stored> Reference(int world, size_t count,
+                                          ReduceOp op) {
   using Value = typename E::Value;
   std::vector<std::vector<typename E::Stored>> inputs;
   for (int r = 0; r < world; ++r) inputs.push_back(Input<E>(r, count));
@@ -234,25 +235,25 @@ absl::Status ReduceOnce(Communicator& comm, size_t count, ReduceOp op) {
 
   std::vector<Stored> all = Input<E>(comm.rank(), count);
   DSD_RETURN_IF_ERROR(comm.AllReduce(BytesOf(all), E::kType, op));
-  DSD_RETURN_IF_ERROR(Check(std::memcmp(all.data(), expected.data(),
-                                        count * sizeof(Stored)) == 0,
-                            absl::StrCat("AllReduce of ", what)));
+  DSD_RETURN_IF_ERROR(Check(
+      std::memcmp(all.data(), expected.data(), count * sizeof(Stored)) == 0,
+      absl::StrCat("AllReduce of ", what)));
 
   // Uneven parts; the last rank gets the rest, some get nothing.
   std::vector<int64_t> counts(world, 0);
   int64_t begin = 0;
   int64_t given = 0;
   for (int r = 0; r < world; ++r) {
-    counts[r] = r == world - 1 ? static_cast<int64_t>(count) - given
-                               : (r % 2 == 0 ? static_cast<int64_t>(count) / 3
-                                             : 0);
+    counts[r] = r == world - 1
+                    ? static_cast<int64_t>(count) - given
+                    : (r % 2 == 0 ? static_cast<int64_t>(count) / 3 : 0);
     if (r < comm.rank()) begin += counts[r];
     given += counts[r];
   }
   std::vector<Stored> input = Input<E>(comm.rank(), count);
   std::vector<Stored> output(counts[comm.rank()]);
-  DSD_RETURN_IF_ERROR(comm.ReduceScatter(BytesOf(input), counts, BytesOf(output),
-                                         E::kType, op));
+  DSD_RETURN_IF_ERROR(comm.ReduceScatter(BytesOf(input), counts,
+                                         BytesOf(output), E::kType, op));
   DSD_RETURN_IF_ERROR(Check(
       output.empty() || std::memcmp(output.data(), expected.data() + begin,
                                     output.size() * sizeof(Stored)) == 0,
@@ -262,8 +263,7 @@ absl::Status ReduceOnce(Communicator& comm, size_t count, ReduceOp op) {
       begin * sizeof(Stored), output.size() * sizeof(Stored));
   DSD_RETURN_IF_ERROR(
       comm.ReduceScatter(BytesOf(input), counts, place, E::kType, op));
-  return Check(std::equal(place.begin(), place.end(),
-                          BytesOf(output).begin()),
+  return Check(std::equal(place.begin(), place.end(), BytesOf(output).begin()),
                absl::StrCat("ReduceScatter in place of ", what));
 }
 
@@ -293,17 +293,16 @@ DSD_CONFORMANCE_CASE(ReductionsOfIntegers) {
 
 // More than one step of the bounded staging memory.
 DSD_CONFORMANCE_CASE(ReductionsOfManyElements) {
-  DSD_RETURN_IF_ERROR(
-      ReduceOnce<Float32>(comm, kMiB + 200017, ReduceOp::kSum));
+  DSD_RETURN_IF_ERROR(ReduceOnce<Float32>(comm, kMiB + 200017, ReduceOp::kSum));
   return ReduceOnce<BFloat16>(comm, 2 * kMiB + 1, ReduceOp::kSum);
 }
 
 DSD_CONFORMANCE_CASE(ReductionsThatDoNotExist) {
   std::vector<std::byte> data(16);
   for (const DType dtype : {DType::kComplex64, DType::kFloat8E4M3FN}) {
-    DSD_RETURN_IF_ERROR(Expect(
-        comm.AllReduce(absl::MakeSpan(data), dtype, ReduceOp::kSum),
-        absl::StatusCode::kUnimplemented, {DTypeName(dtype)}));
+    DSD_RETURN_IF_ERROR(
+        Expect(comm.AllReduce(absl::MakeSpan(data), dtype, ReduceOp::kSum),
+               absl::StatusCode::kUnimplemented, {DTypeName(dtype)}));
   }
   DSD_RETURN_IF_ERROR(
       Expect(comm.AllReduce(absl::MakeSpan(data), DType::kBool, ReduceOp::kSum),
@@ -444,20 +443,19 @@ DSD_CONFORMANCE_CASE(LanesOfTwoThreadsDoNotMix) {
 DSD_CONFORMANCE_CASE(WrongArgumentsAreHarmless) {
   std::vector<std::byte> data(10);
   const auto invalid = absl::StatusCode::kInvalidArgument;
-  DSD_RETURN_IF_ERROR(
-      Expect(comm.Broadcast(absl::MakeSpan(data), comm.size()), invalid,
-             {"root", absl::StrCat(comm.size())}));
+  DSD_RETURN_IF_ERROR(Expect(comm.Broadcast(absl::MakeSpan(data), comm.size()),
+                             invalid, {"root", absl::StrCat(comm.size())}));
   DSD_RETURN_IF_ERROR(
       Expect(comm.Exchange({{-1, data}}, {}, "x"), invalid, {"peer -1"}));
   DSD_RETURN_IF_ERROR(Expect(comm.AllGather(data, {}), invalid, {"0 parts"}));
   DSD_RETURN_IF_ERROR(Expect(
       comm.AllReduce(absl::MakeSpan(data), DType::kInt32, ReduceOp::kSum),
       invalid, {"10 bytes"}));
-  DSD_RETURN_IF_ERROR(Expect(
-      comm.ReduceScatter(data, std::vector<int64_t>(comm.size(), 10),
-                         absl::MakeSpan(data).subspan(1), DType::kUInt8,
-                         ReduceOp::kSum),
-      invalid, {"bytes, expected"}));
+  DSD_RETURN_IF_ERROR(
+      Expect(comm.ReduceScatter(data, std::vector<int64_t>(comm.size(), 10),
+                                absl::MakeSpan(data).subspan(1), DType::kUInt8,
+                                ReduceOp::kSum),
+             invalid, {"bytes, expected"}));
   DSD_RETURN_IF_ERROR(Expect(comm.OpenLane("").status(), invalid, {"name"}));
   return comm.Barrier();
 }

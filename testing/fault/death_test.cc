@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// kill -9, at every stage, of every rank: each survivor gets an error within two
-// seconds, and its own text says who died.
+// kill -9, at every stage, of every rank: each survivor gets an error within
+// two seconds, and its own text says who died.
 
 #include <signal.h>
 #include <stdlib.h>
@@ -48,8 +48,8 @@ uint64_t Seed() {
   return seed;
 }
 
-// A ring of chunks, two under way at a time; a rank dies between posting one and
-// waiting for it, when its bytes are on the wire.
+// A ring of chunks, two under way at a time; a rank dies between posting one
+// and waiting for it, when its bytes are on the wire.
 absl::Status TransferRing(RankContext& rank, Communicator& comm) {
   const int next = (comm.rank() + 1) % comm.size();
   const int previous = (comm.rank() + comm.size() - 1) % comm.size();
@@ -150,8 +150,8 @@ DSD_RANK_PROGRAM(BarrierWithDeadline) {
   options.timeout = absl::Milliseconds(500);
   const absl::Time start = comm->env()->Now();
   const absl::Status status = comm->Barrier(options);
-  rank.Record("took", absl::StrCat(absl::ToDoubleSeconds(
-                          comm->env()->Now() - start)));
+  rank.Record("took",
+              absl::StrCat(absl::ToDoubleSeconds(comm->env()->Now() - start)));
   return status;
 }
 
@@ -251,8 +251,8 @@ TEST_P(DeathTest, ARankThatReturnsEarlyIsNamed) {
   }
 }
 
-// A stopped process closes nothing: only deadlines end the others' waits. When it
-// goes on it finds the group failed.
+// A stopped process closes nothing: only deadlines end the others' waits. When
+// it goes on it finds the group failed.
 TEST_P(DeathTest, AStoppedRankIsNamedAtTheDeadline) {
   RankProcesses processes(kRanks, "BarrierWithDeadline");
   for (int rank = 0; rank < kRanks; ++rank) {

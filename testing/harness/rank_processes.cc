@@ -181,10 +181,9 @@ void RankContext::Reach(absl::string_view place) {
 absl::Status RankContext::Pause(absl::string_view place) {
   Reach(place);
   pollfd poll = {pipe_fd_, POLLIN, 0};
-  DSD_ASSIGN_OR_RETURN(
-      const int ready,
-      Env::Real()->Poll(absl::MakeSpan(&poll, 1),
-                        Env::Real()->Now() + kPausePatience));
+  DSD_ASSIGN_OR_RETURN(const int ready,
+                       Env::Real()->Poll(absl::MakeSpan(&poll, 1),
+                                         Env::Real()->Now() + kPausePatience));
   char go;
   if (ready == 0 || !ReadFully(pipe_fd_, &go, 1)) {
     return absl::DeadlineExceededError(
@@ -270,8 +269,8 @@ struct RankProcesses::Impl {
     RankResult result;
   };
 
-  void Spawn(int rank, absl::string_view program,
-             const RankRunOptions& options, int listen_fd, int port);
+  void Spawn(int rank, absl::string_view program, const RankRunOptions& options,
+             int listen_fd, int port);
   void Pump();
   void Read(Process& process);
   void Decode(Process& process);
@@ -289,7 +288,8 @@ struct RankProcesses::Impl {
   std::thread pump;
 };
 
-// Between fork and exec only what is safe after a fork of a program with threads.
+// Between fork and exec only what is safe after a fork of a program with
+// threads.
 void RankProcesses::Impl::Spawn(int rank, absl::string_view program,
                                 const RankRunOptions& options, int listen_fd,
                                 int port) {

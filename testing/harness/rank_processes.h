@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Ranks as processes of the test: fork and exec of the test's own binary, so that
-// a rank can be killed and shares no memory. What a rank does is registered under
-// a name, and the test says which one to run:
+// Ranks as processes of the test: fork and exec of the test's own binary, so
+// that a rank can be killed and shares no memory. What a rank does is
+// registered under a name, and the test says which one to run:
 //
 //   DSD_RANK_PROGRAM(Greet) {  // absl::Status Greet(dsd::RankContext& rank)
 //     DSD_ASSIGN_OR_RETURN(auto comm, rank.Connect("gloo"));
@@ -15,10 +15,10 @@
 //     EXPECT_THAT(dsd::RunRanks(4, "Greet"), dsd::AllRanksOk());
 //   }
 //
-// The BUILD file says `main = "//testing/harness:rank_main"`. Ranks are started as
-// torchrun would start them (RANK, WORLD_SIZE, MASTER_ADDR, ...), with a port that
-// the kernel chose, OMP_NUM_THREADS=1, and die with the test. If the test fails,
-// all that they wrote is shown, each line with its rank.
+// The BUILD file says `main = "//testing/harness:rank_main"`. Ranks are started
+// as torchrun would start them (RANK, WORLD_SIZE, MASTER_ADDR, ...), with a
+// port that the kernel chose, OMP_NUM_THREADS=1, and die with the test. If the
+// test fails, all that they wrote is shown, each line with its rank.
 
 #ifndef DSD_TESTING_HARNESS_RANK_PROCESSES_H_
 #define DSD_TESTING_HARNESS_RANK_PROCESSES_H_
@@ -84,11 +84,11 @@ class RankProgramRegistration {
   RankProgramRegistration(const char* name, RankProgram program);
 };
 
-#define DSD_RANK_PROGRAM(name)                                      \
-  static absl::Status name##RankProgram(::dsd::RankContext& rank);  \
-  static const ::dsd::RankProgramRegistration name##Registration(   \
-      #name, &name##RankProgram);                                   \
-  static absl::Status name##RankProgram(                            \
+#define DSD_RANK_PROGRAM(name)                                     \
+  static absl::Status name##RankProgram(::dsd::RankContext& rank); \
+  static const ::dsd::RankProgramRegistration name##Registration(  \
+      #name, &name##RankProgram);                                  \
+  static absl::Status name##RankProgram(                           \
       [[maybe_unused]] ::dsd::RankContext& rank)
 
 struct RankRunOptions {
@@ -118,7 +118,8 @@ struct RankResult {
   int signal = 0;
   std::map<std::string, std::string> values;
   std::string output;
-  // On the clock of Env::Real(): when the program returned, or the process died.
+  // On the clock of Env::Real(): when the program returned, or the process
+  // died.
   absl::Time ended_at;
   // When the rank reached its kill_at.
   absl::Time killed_at = absl::InfiniteFuture();
@@ -134,8 +135,8 @@ class RankProcesses {
   // Kills what still runs.
   ~RankProcesses();
 
-  // Waits until the rank has reached the place; false if it ended before, or the
-  // run's time is over.
+  // Waits until the rank has reached the place; false if it ended before, or
+  // the run's time is over.
   bool WaitFor(int rank, absl::string_view place);
 
   // Lets a rank go on from Pause.

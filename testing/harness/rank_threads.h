@@ -32,10 +32,10 @@ struct RankThreadsOptions {
   bool shutdown = true;
 };
 
-// Runs `body` once per rank, each in a thread with a communicator of its own, and
-// returns what each returned, by rank; for a rank that did not connect, the error
-// of connecting; for absent ranks OK. `body` is called from several threads at
-// once and must return: calls on `comm` have deadlines.
+// Runs `body` once per rank, each in a thread with a communicator of its own,
+// and returns what each returned, by rank; for a rank that did not connect, the
+// error of connecting; for absent ranks OK. `body` is called from several
+// threads at once and must return: calls on `comm` have deadlines.
 std::vector<absl::Status> RunRankThreads(
     int world_size, absl::FunctionRef<absl::Status(Communicator& comm)> body,
     const RankThreadsOptions& options = {});

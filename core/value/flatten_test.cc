@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/value/flatten.h"
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "dsd/core/value/value.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace dsd {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+
+struct FakeTensor {
+  int id = 0;
+  friend bool operator==(FakeTensor a, FakeTensor b) { return a.id == b.id; }
+};
+using Tree = BasicValue<FakeTensor>;
+
+PathSegment Key(const char* text) { return std::string(text); }
+
+Tree Dict(std::vector<std::pair<PathSegment, Tree>> entries) {
+  Tree::Dict dict;
+  for (auto& [key, value] : entries) dict.Set(key, std::move(value));
+  return Tree(std::move(dict));
+}
+
+std::vector<std::string> Keys(const Tree& tree) {
+  std::vector<std::string> keys;
+  VisitLeaves<FakeTensor>(tree, [&](const Path& path, const Tree&) {
+    keys.push_back(JoinPath(path));
+  });
+  return keys;
+}
+
+const Tree kTensor(FakeTensor{1});
+
+// {"a": {"b": T, "c": [1, 2]}, "l": [T, {"x": 3}], "t": (T, T), "e": {}, 5: 1}
+Tree Example() {
+  return Dict(
+      {{Key("a"), Dict({{Key("b"), kTensor},
+                        {Key("c"), Tree(Tree::List{Tree(1), Tree(2)})}})},
+       {Key("l"), Tree(Tree::List{kTensor, Dict({{Key("x"), Tree(3)}})})},
+       {Key("t"), Tree(Tree::Tuple{{kTensor, kTensor}})},
+       {Key("e"), Tree(Tree::Dict())},
+       {PathSegment(int64_t{5}), Tree(1)}});
+}
+
+TEST(FlattenTest, PythonsGrammar) {
+  EXPECT_THAT(Keys(Example()),
+              ElementsAre("a.b", "a.c", "l.0", "l.1.x", "t", "5"));
+}
+
+TEST(FlattenTest, ListsAreDescendedIfSomethingIsInThem) {
+  const auto in = [](Tree value) { return Keys(Dict({{Key("k"), value}})); };
+  EXPECT_THAT(in(Tree(Tree::List{})), ElementsAre("k"));
+  EXPECT_THAT(in(Tree(Tree::List{Tree(1), Tree("x")})), ElementsAre("k"));
+  EXPECT_THAT(in(Tree(Tree::List{Tree(1), kTensor})),
+              ElementsAre("k.0", "k.1"));
+  // A dict counts even without entries, and then leaves no key.
+  EXPECT_THAT(in(Tree(Tree::List{Tree(1), Tree(Tree::Dict())})),
+              ElementsAre("k.0"));
+  EXPECT_THAT(in(Tree(Tree::List{Tree(Tree::List{kTensor}), Tree(2)})),
+              ElementsAre("k.0.0", "k.1"));
+  EXPECT_THAT(in(Tree(Tree::List{Tree(Tree::Tuple{{kTensor}})})),
+              ElementsAre("k"));
+  EXPECT_THAT(Keys(Tree(Tree::Dict())), IsEmpty());
+}
+
+TEST(FlattenTest, LeavesCanBeChangedInPlace) {
+  Tree tree = Example();
+  VisitLeaves<FakeTensor>(tree, [](const Path& path, Tree& value) {
+    if (JoinPath(path) == "l.1.x") value = Tree("changed");
+  });
+  const Tree* list = tree.get_if<Tree::Dict>()->Find("l");
+  const Tree& inner = (*list->get_if<Tree::List>())[1];
+  EXPECT_TRUE(*inner.get_if<Tree::Dict>()->Find("x") == Tree("changed"));
+}
+
+TEST(FlattenTest, UnflattensWhatItFlattened) {
+  Tree rebuilt;
+  VisitLeaves<FakeTensor>(Example(), [&](const Path& path, const Tree& value) {
+    EXPECT_TRUE(SetAtPath(rebuilt, path, value).ok());
+  });
+  // What Python loses too: empty dicts, and that a key was a number.
+  Tree expected = Example();
+  expected.get_if<Tree::Dict>()->Erase(Key("e"));
+  expected.get_if<Tree::Dict>()->Erase(PathSegment(int64_t{5}));
+  expected.get_if<Tree::Dict>()->Set(Key("5"), Tree(1));
+  EXPECT_TRUE(rebuilt == expected);
+}
+
+TEST(FlattenTest, ListsArePadded) {
+  Tree root;
+  ASSERT_TRUE(SetAtPath(root, {Key("l"), int64_t{2}}, Tree("x")).ok());
+  EXPECT_TRUE(*root.get_if<Tree::Dict>()->Find("l") ==
+              Tree(Tree::List{Tree(), Tree(), Tree("x")}));
+}
+
+TEST(FlattenTest, RefusesPathsThatDoNotFit) {
+  Tree root = Dict({{Key("a"), Tree(1)}, {Key("l"), Tree(Tree::List{})}});
+  const auto code = [&](Path path, int64_t max_index = 1000) {
+    return SetAtPath(root, path, Tree(2), max_index).code();
+  };
+  EXPECT_EQ(code({Key("a"), Key("b")}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code({Key("a"), int64_t{0}}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code({Key("l"), Key("b")}), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(code({Key("l"), int64_t{-1}}), absl::StatusCode::kInvalidArgument);
+  // An index is no reason to allocate what it says.
+  EXPECT_EQ(code({Key("l"), int64_t{1} << 60}),
+            absl::StatusCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace dsd

@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "dsd/core/layout/box.h"
+#include "dsd/frontends/checkpoint/dcp/memory_file.h"
+#include "dsd/frontends/checkpoint/dcp/object_item.h"
+#include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
+#include "dsd/frontends/checkpoint/dcp/tensor_item.h"
+#include "dsd/frontends/checkpoint/dcp/zip_writer.h"
+#include "gtest/gtest.h"
+
+namespace dsd::dcp {
+namespace {
+
+std::string Archive(DType dtype, const Dims& shape, absl::string_view payload) {
+  const TensorArchive archive(dtype, shape);
+  EXPECT_EQ(archive.payload_bytes(), static_cast<int64_t>(payload.size()));
+  const std::string tail = archive.Tail(Crc32(0, payload));
+  EXPECT_EQ(archive.tail_bytes(), static_cast<int64_t>(tail.size()));
+  EXPECT_EQ(archive.CrcOfTail(tail), payload.empty() ? 0 : Crc32(0, payload));
+  return absl::StrCat(archive.head(), payload, tail);
+}
+
+absl::StatusOr<TensorItem> ReadTensor(const std::string& bytes) {
+  MemoryFile file(bytes);
+  auto slice = FileSlice::Create(&file, 0, bytes.size());
+  return ReadTensorItem(&*slice);
+}
+
+TEST(TensorItemTest, EveryDTypeAndShapeReadsBack) {
+  const std::vector<Dims> shapes = {
+      {}, {0}, {7}, {2, 3}, {3, 0, 2}, {1, 2, 3, 4, 5}, {70000, 1}};
+  for (int i = 0; i < kNumDTypes; ++i) {
+    const DType dtype = static_cast<DType>(i);
+    for (const Dims& shape : shapes) {
+      int64_t bytes = ItemSize(dtype);
+      for (const int64_t extent : shape) bytes *= extent;
+      const std::string archive =
+          Archive(dtype, shape, std::string(bytes, '\1'));
+      const auto item = ReadTensor(archive);
+      ASSERT_TRUE(item.ok()) << item.status() << DTypeName(dtype);
+      EXPECT_EQ(item->dtype, dtype);
+      EXPECT_EQ(item->shape, shape);
+      EXPECT_EQ(item->data_at % 64, 0);
+      EXPECT_EQ(archive.substr(item->data_at, bytes), std::string(bytes, '\1'));
+      EXPECT_EQ(item->swap_unit_bytes, 0);
+    }
+  }
+}
+
+TEST(TensorItemTest, TheElementsLieWherePythonPutsThem) {
+  const auto item = ReadTensor(Archive(DType::kFloat32, {2, 3},
+                                       std::string(24, 'x')));
+  EXPECT_EQ(item->data_at, 704);
+  EXPECT_EQ(item->strides, (Dims{3, 1}));
+}
+
+// A tensor pickle with parts to choose.
+struct Parts {
+  std::string function = "_rebuild_tensor_v2";
+  std::string storage = "FloatStorage";
+  int64_t count = 6;
+  int64_t offset = 0;
+  Dims size = {2, 3};
+  Dims stride = {3, 1};
+  std::string byteorder = "little";
+  bool conj = false;
+  std::string payload = std::string(24, 'x');
+};
+
+std::string Build(const Parts& parts) {
+  std::string pickle;
+  PickleWriter p(2, &pickle);
+  const auto numbers = [&](const Dims& values) {
+    p.Mark();
+    for (const int64_t value : values) p.Int(value);
+    p.Tuple(4);
+  };
+  p.Global("torch._utils", parts.function);
+  p.Mark();
+  p.Mark();
+  p.Text("storage");
+  p.Global("torch", parts.storage);
+  p.Text("0");
+  p.Text("cuda:0");
+  p.Int(parts.count);
+  p.Tuple(5);
+  p.PersistentId();
+  p.Int(parts.offset);
+  numbers(parts.size);
+  numbers(parts.stride);
+  p.Bool(false);
+  p.Global("collections", "OrderedDict");
+  p.Tuple(0);
+  p.Reduce();
+  if (parts.conj) {
+    p.EmptyDict();
+    p.Mark();
+    p.Text("conj");
+    p.Bool(true);
+    p.SetItems();
+  }
+  p.Tuple(6);
+  p.Reduce();
+  p.Stop();
+  std::string out;
+  ZipWriter zip(&out);
+  zip.AddRecord("data.pkl", pickle);
+  zip.AddRecord("byteorder", parts.byteorder);
+  zip.AddRecord("data/0", parts.payload);
+  zip.AddRecord("version", "3\n");
+  zip.Finish();
+  return out;
+}
+
+TEST(TensorItemTest, StridesOffsetsAndByteOrder) {
+  Parts parts;
+  parts.size = {3, 2};
+  parts.stride = {1, 3};
+  const auto transposed = ReadTensor(Build(parts));
+  ASSERT_TRUE(transposed.ok()) << transposed.status();
+  EXPECT_EQ(transposed->strides, (Dims{1, 3}));
+
+  parts = {};
+  parts.offset = 2;
+  parts.size = {2};
+  parts.stride = {2};
+  const auto view = ReadTensor(Build(parts));
+  ASSERT_TRUE(view.ok()) << view.status();
+  EXPECT_EQ(view->data_at - view->record_at, 8);
+
+  parts = {};
+  parts.byteorder = "big";
+  EXPECT_EQ(ReadTensor(Build(parts))->swap_unit_bytes, 4);
+  parts.storage = "ComplexFloatStorage";
+  parts.count = 3;
+  parts.size = {3};
+  parts.stride = {1};
+  EXPECT_EQ(ReadTensor(Build(parts))->swap_unit_bytes, 4);
+}
+
+TEST(TensorItemTest, HostileTensorsAreRefused) {
+  const auto code = [](void (*change)(Parts&)) {
+    Parts parts;
+    change(parts);
+    return ReadTensor(Build(parts)).status().code();
+  };
+  constexpr absl::StatusCode kDataLoss = absl::StatusCode::kDataLoss;
+  constexpr absl::StatusCode kUnimplemented = absl::StatusCode::kUnimplemented;
+  EXPECT_EQ(code([](Parts&) {}), absl::StatusCode::kOk);
+  // A storage larger than its record.
+  EXPECT_EQ(code([](Parts& p) { p.count = 7; }), kDataLoss);
+  EXPECT_EQ(code([](Parts& p) { p.count = int64_t{1} << 62; }), kDataLoss);
+  EXPECT_EQ(code([](Parts& p) { p.count = -1; }), kDataLoss);
+  // Elements outside the storage.
+  EXPECT_EQ(code([](Parts& p) { p.offset = 1; }), kDataLoss);
+  EXPECT_EQ(code([](Parts& p) { p.offset = -1; }), kDataLoss);
+  EXPECT_EQ(code([](Parts& p) { p.stride = {4, 1}; }), kDataLoss);
+  EXPECT_EQ(code([](Parts& p) { p.stride = {-1, 1}; }), kDataLoss);
+  EXPECT_EQ(code([](Parts& p) {
+              p.size = {int64_t{1} << 40, int64_t{1} << 40};
+            }),
+            kDataLoss);
+  EXPECT_EQ(code([](Parts& p) {
+              p.size = {int64_t{1} << 31, 2};
+              p.stride = {int64_t{1} << 33, 1};
+            }),
+            kDataLoss);
+  EXPECT_EQ(code([](Parts& p) { p.stride = {1}; }), kDataLoss);
+  EXPECT_EQ(code([](Parts& p) { p.byteorder = "middle"; }), kDataLoss);
+  EXPECT_EQ(code([](Parts& p) { p.storage = "QInt8Storage"; }),
+            kUnimplemented);
+  EXPECT_EQ(code([](Parts& p) { p.function = "_rebuild_sparse_tensor"; }),
+            kUnimplemented);
+  EXPECT_EQ(code([](Parts& p) { p.conj = true; }), kUnimplemented);
+}
+
+TEST(TensorItemTest, EveryTruncationAndFlipIsATypedErrorOrTheSameTensor) {
+  const std::string archive =
+      Archive(DType::kInt16, {3}, std::string("abcdef"));
+  for (size_t size = 0; size < archive.size(); ++size) {
+    EXPECT_FALSE(ReadTensor(archive.substr(0, size)).ok()) << size;
+  }
+  for (size_t bit = 0; bit < archive.size() * 8; ++bit) {
+    std::string bad = archive;
+    bad[bit / 8] = static_cast<char>(bad[bit / 8] ^ (1 << (bit % 8)));
+    const auto item = ReadTensor(bad);
+    if (item.ok()) {
+      EXPECT_EQ(item->dtype, DType::kInt16) << bit;
+      EXPECT_EQ(item->shape, Dims{3}) << bit;
+    }
+  }
+}
+
+absl::StatusOr<ObjectItem> ReadObject(const std::string& bytes) {
+  MemoryFile file(bytes);
+  auto slice = FileSlice::Create(&file, 0, bytes.size());
+  const auto pickle = ReadObjectPickle(&*slice);
+  if (!pickle.ok()) return pickle.status();
+  return DecodeObjectPickle(*pickle);
+}
+
+Object Nested(int depth) {
+  Object value(depth);
+  for (int i = 0; i < depth; ++i) {
+    value = Object(Object::List{std::move(value)});
+  }
+  return value;
+}
+
+std::vector<Object> SomeObjects() {
+  std::string all;
+  for (int c = 0; c < 256; ++c) all.push_back(static_cast<char>(c));
+  Object::Dict dict;
+  dict.Set(PathSegment(std::string("k")), Object(true));
+  dict.Set(PathSegment(int64_t{-3}), Object());
+  dict.Set(PathSegment(std::string("l")),
+           Object(Object::List{Object(1), Object("two"), Object(3.0)}));
+  return {Object(),
+          Object(true),
+          Object(false),
+          Object(0),
+          Object(-(int64_t{1} << 62)),
+          Object(1e-3),
+          Object(""),
+          Object("h\xc3\xa9llo"),
+          Object(Bytes{all}),
+          Object(Bytes{}),
+          Object(Object::List{}),
+          Object(Object::Tuple{}),
+          Object(Object::Tuple{{Object(1)}}),
+          Object(Object::Tuple{{Object(1), Object(2), Object(3), Object(4)}}),
+          Object(Object::Dict{}),
+          Object(std::move(dict)),
+          Nested(kMaxObjectDepth)};
+}
+
+TEST(ObjectItemTest, ObjectsReadBack) {
+  for (const Object& object : SomeObjects()) {
+    const auto pickle = EncodeObjectPickle(object);
+    ASSERT_TRUE(pickle.ok()) << pickle.status();
+    const auto item = ReadObject(ObjectArchive(*pickle));
+    ASSERT_TRUE(item.ok()) << item.status();
+    EXPECT_TRUE(item->value == object) << object.kind_name();
+    EXPECT_EQ(item->digest, ObjectDigest(*pickle));
+  }
+  EXPECT_EQ(EncodeObjectPickle(Nested(kMaxObjectDepth + 1)).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(EncodeObjectPickle(Object(Opaque{"a.B"})).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST(ObjectItemTest, UnknownClassesAreInert) {
+  const auto decode = [](absl::string_view pickle) {
+    return DecodeObjectPickle(pickle)->value;
+  };
+  using namespace std::string_literals;  // NOLINT: texts with zero bytes
+  EXPECT_TRUE(decode("\x80\x02""cos\nsystem\nX\x04\x00\x00\x00true\x85R."s) ==
+              Object(Opaque{"os.system"}));
+  EXPECT_TRUE(decode("\x80\x02""cm\nC\n)\x81}b."s) == Object(Opaque{"m.C"}));
+  EXPECT_TRUE(decode("\x80\x02""ctorch\nfloat32\n."s) ==
+              Object(Opaque{"torch.float32"}));
+  EXPECT_TRUE(decode("\x80\x02""ctorch\nSize\n(K\x01K\x02K\x03t\x85R."s) ==
+              Object(Object::Tuple{{Object(1), Object(2), Object(3)}}));
+  // The rest around one is kept.
+  EXPECT_TRUE(decode("\x80\x02](K\x01""cm\nC\n)\x81""e."s) ==
+              Object(Object::List{Object(1), Object(Opaque{"m.C"})}));
+  EXPECT_TRUE(
+      decode("\x80\x02""ccollections\nOrderedDict\n)RX\x01\x00\x00\x00kK\x01s."s)
+          .is<Object::Dict>());
+  // Integers of any size, sets, dicts with other keys.
+  EXPECT_TRUE(decode("\x80\x02\x8a\x11"s + std::string(16, '\xff') + "\x01."s) ==
+              Object(Opaque{"int"}));
+  EXPECT_TRUE(decode("\x80\x02""c__builtin__\nset\n](K\x01""e\x85R."s) ==
+              Object(Opaque{"set"}));
+  EXPECT_TRUE(decode("\x80\x02}NK\x01s."s) == Object(Opaque{"dict"}));
+}
+
+TEST(ObjectItemTest, BombsAreRefused) {
+  using namespace std::string_literals;  // NOLINT: texts with zero bytes
+  // A list of twice the list before, 40 times.
+  std::string shared = "\x80\x02]q\x00"s;
+  for (int i = 0; i < 40; ++i) {
+    shared += "](h"s + static_cast<char>(i) + "h"s + static_cast<char>(i) +
+              "eq"s + static_cast<char>(i + 1);
+  }
+  // Only the last is to be on the stack.
+  std::string chain = "\x80\x02]q\x00"s;
+  for (int i = 0; i < 40; ++i) {
+    chain += "h"s + static_cast<char>(i) + "\x86q"s + static_cast<char>(i + 1);
+  }
+  EXPECT_EQ(DecodeObjectPickle(chain + ".").status().code(),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_FALSE(DecodeObjectPickle(shared + ".").ok());
+  // Itself.
+  EXPECT_EQ(DecodeObjectPickle("\x80\x02]q\x00h\x00""a."s).status().code(),
+            absl::StatusCode::kDataLoss);
+  // Depth.
+  std::string deep = "\x80\x02"s + std::string(100000, ']') +
+                     std::string(99999, 'a') + ".";
+  EXPECT_EQ(DecodeObjectPickle(deep).status().code(),
+            absl::StatusCode::kDataLoss);
+}
+
+TEST(ObjectItemTest, EveryTruncationAndFlipIsATypedErrorOrAValue) {
+  const Object object = SomeObjects()[15];
+  const std::string archive = ObjectArchive(*EncodeObjectPickle(object));
+  for (size_t size = 0; size < archive.size(); ++size) {
+    EXPECT_FALSE(ReadObject(archive.substr(0, size)).ok()) << size;
+  }
+  for (size_t bit = 0; bit < archive.size() * 8; ++bit) {
+    std::string bad = archive;
+    bad[bit / 8] = static_cast<char>(bad[bit / 8] ^ (1 << (bit % 8)));
+    const auto item = ReadObject(bad);
+    if (item.ok()) {
+      EXPECT_TRUE(item->value == object) << bit;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace dsd::dcp

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The `dsd` program: looks into checkpoints. Starts in milliseconds, needs no
+// LibTorch, executes nothing that a checkpoint says.
+
+#ifndef DSD_FRONTENDS_CLI_CLI_H_
+#define DSD_FRONTENDS_CLI_CLI_H_
+
+#include <iosfwd>
+
+namespace dsd::cli {
+
+enum ExitCode : int {
+  kExitOk = 0,
+  kExitProblems = 1,  // something is wrong with the checkpoint's content
+  kExitUsage = 2,
+  kExitUnreadable = 3,  // there is no checkpoint, or it cannot be opened
+};
+
+// Runs the program with these arguments and returns its exit code. `styled`:
+// out is a terminal that shows bold and dim text.
+int Run(int argc, const char* const* argv, std::ostream& out, std::ostream& err,
+        bool styled);
+
+}  // namespace dsd::cli
+
+#endif  // DSD_FRONTENDS_CLI_CLI_H_

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/frontends/cli/cli.h"
+
+#include <unistd.h>
+
+#include <cmath>
+#include <fstream>
+#include <numeric>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/layout/layout.h"
+#include "dsd/core/transfer/endpoint.h"
+#include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/cli/text_table.h"
+#include "dsd/frontends/cli/value_text.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+
+namespace dsd::cli {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::StartsWith;
+
+struct Result {
+  int exit_code;
+  std::string out;
+  std::string err;
+};
+
+Result RunDsd(std::vector<std::string> arguments) {
+  std::vector<const char*> argv = {"dsd"};
+  for (const std::string& argument : arguments) {
+    argv.push_back(argument.c_str());
+  }
+  std::ostringstream out, err;
+  const int code =
+      Run(static_cast<int>(argv.size()), argv.data(), out, err, false);
+  return {code, out.str(), err.str()};
+}
+
+// A checkpoint of two tensors and three objects, in a directory of its own.
+std::string MakeCheckpoint() {
+  static int number = 0;
+  const std::string dir =
+      absl::StrCat(testing::TempDir(), "/cli_", getpid(), "_", number++);
+  std::vector<float> weight(600), bias(3);
+  std::iota(weight.begin(), weight.end(), 0);
+  MemoryEndpoint endpoint;
+  EXPECT_TRUE(endpoint
+                  .AddLocal({"model.layer.weight", DType::kFloat32,
+                             Layout::Replicated({3, 200}, {0})},
+                            0, reinterpret_cast<std::byte*>(weight.data()))
+                  .ok());
+  EXPECT_TRUE(endpoint
+                  .AddLocal({"model.layer.bias", DType::kFloat32,
+                             Layout::Replicated({3}, {0})},
+                            0, reinterpret_cast<std::byte*>(bias.data()))
+                  .ok());
+  checkpoint::State state;
+  state.tensors = &endpoint;
+  state.tensor_paths = {{std::string("model"), std::string("layer.weight")},
+                        {std::string("model"), std::string("layer.bias")}};
+  state.objects = {{{std::string("step")}, Object(1234)},
+                   {{std::string("optim"), std::string("param_groups"),
+                     int64_t{0}, std::string("betas")},
+                    Object(Object::Tuple{{Object(0.9), Object(0.999)}})},
+                   {{std::string("note")}, Object("two\nlines")}};
+  EXPECT_TRUE(checkpoint::Save(dir, state).ok());
+  return dir;
+}
+
+TEST(CliTest, ListsAsATable) {
+  const Result result = RunDsd({"ls", MakeCheckpoint()});
+  EXPECT_EQ(result.exit_code, kExitOk);
+  const std::vector<std::string> lines = absl::StrSplit(result.out, '\n');
+  EXPECT_EQ(lines[0],
+            "KEY                         TYPE     SHAPE         SIZE  SHARDS  "
+            "VALUE");
+  EXPECT_EQ(lines[1],
+            "model.layer.bias            float32  [3]           12 B       1");
+  EXPECT_EQ(lines[2],
+            "model.layer.weight          float32  [3, 200]  2.34 KiB       1");
+  EXPECT_EQ(lines[3],
+            "note                        str                                  "
+            "'two\\nlines'");
+  EXPECT_EQ(lines[4],
+            "optim.param_groups.0.betas  tuple                                "
+            "(0.9, 0.999)");
+  EXPECT_EQ(lines[5],
+            "step                        int                                  "
+            "1234");
+  EXPECT_THAT(result.out,
+              HasSubstr("2 tensors, 2.36 KiB (603 elements in 2 shards); 3 "
+                        "objects; 1 data file\n"));
+}
+
+TEST(CliTest, ListsAsATree) {
+  const Result result = RunDsd({"ls", "--tree", MakeCheckpoint()});
+  EXPECT_EQ(result.exit_code, kExitOk);
+  EXPECT_THAT(result.out, AllOf(HasSubstr("\nmodel\n├─ layer.weight "),
+                                HasSubstr("\n└─ layer.bias "),
+                                HasSubstr("\n└─ param_groups\n   └─ [0]\n"
+                                          "      └─ betas ")));
+}
+
+TEST(CliTest, ListsAsJson) {
+  const Result result =
+      RunDsd({"ls", "--json", "--match", "e", MakeCheckpoint()});
+  EXPECT_EQ(result.exit_code, kExitOk);
+  const auto json = nlohmann::json::parse(result.out);
+  EXPECT_EQ(json["tensors"][0]["key"], "model.layer.weight");
+  EXPECT_EQ(json["tensors"][0]["shape"], nlohmann::json({3, 200}));
+  EXPECT_EQ(json["tensors"][0]["path"],
+            nlohmann::json({"model", "layer.weight"}));
+  EXPECT_EQ(json["tensors"][0]["chunks"][0]["offsets"], nlohmann::json({0, 0}));
+  EXPECT_EQ(json["totals"]["bytes"], 2412);
+  EXPECT_EQ(json["objects"][0]["value"], 1234);
+  EXPECT_EQ(json["digests"], true);
+}
+
+TEST(CliTest, VerifiesAndNamesDamage) {
+  const std::string dir = MakeCheckpoint();
+  Result result = RunDsd({"verify", dir});
+  EXPECT_EQ(result.exit_code, kExitOk);
+  EXPECT_THAT(result.out, HasSubstr("no problems"));
+  EXPECT_THAT(result.out, HasSubstr("5 content digests"));
+
+  const auto opened = checkpoint::Checkpoint::Open(dir);
+  ASSERT_TRUE(opened.ok());
+  for (const checkpoint::StoredChunk& chunk :
+       {(*opened)->Chunks(0)[0], (*opened)->Chunks(1)[0]}) {
+    std::fstream file(absl::StrCat(dir, "/", chunk.file),
+                      std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(chunk.offset_bytes + 704);
+    file.put('\x7f');
+  }
+  result = RunDsd({"verify", dir});
+  EXPECT_EQ(result.exit_code, kExitProblems);
+  EXPECT_THAT(result.out, AllOf(HasSubstr("\"model.layer.weight\""),
+                                HasSubstr("\"model.layer.bias\""),
+                                HasSubstr("__0_0_"), HasSubstr("2 problems")));
+  const auto json =
+      nlohmann::json::parse(RunDsd({"verify", "--json", dir}).out);
+  EXPECT_EQ(json["ok"], false);
+  EXPECT_EQ(json["problems"].size(), 2u);
+  EXPECT_EQ(json["problems"][0]["code"], "DATA_LOSS");
+  EXPECT_EQ(RunDsd({"digest", dir}).exit_code, kExitProblems);
+
+  // Damage of the index is a problem, and the rest is looked at all the same.
+  {
+    std::fstream file(
+        absl::StrCat(dir, "/.metadata"),
+        std::ios::in | std::ios::out | std::ios::binary | std::ios::ate);
+    file.put('\0');
+  }
+  result = RunDsd({"verify", dir});
+  EXPECT_EQ(result.exit_code, kExitProblems);
+  EXPECT_THAT(result.out,
+              AllOf(HasSubstr(".metadata"), HasSubstr("3 problems")));
+}
+
+TEST(CliTest, DigestsDependOnContentOnly) {
+  const Result a = RunDsd({"digest", MakeCheckpoint()});
+  const Result b = RunDsd({"digest", MakeCheckpoint()});
+  EXPECT_EQ(a.exit_code, kExitOk);
+  EXPECT_EQ(a.out, b.out);
+  const std::vector<std::string> lines = absl::StrSplit(a.out, '\n');
+  ASSERT_EQ(lines.size(), 7u);
+  EXPECT_THAT(lines[0], HasSubstr("  model.layer.bias"));
+  EXPECT_THAT(lines[5], HasSubstr("  (all of it)"));
+  const auto json =
+      nlohmann::json::parse(RunDsd({"digest", "--json", MakeCheckpoint()}).out);
+  EXPECT_EQ(json["whole"], lines[5].substr(0, 16));
+  EXPECT_EQ(json["keys"]["model.layer.bias"], lines[0].substr(0, 16));
+}
+
+TEST(CliTest, SaysWhyThereIsNothing) {
+  for (const char* verb : {"ls", "verify", "digest"}) {
+    const Result nowhere = RunDsd({verb, "/no/such/place"});
+    EXPECT_EQ(nowhere.exit_code, kExitUnreadable);
+    EXPECT_EQ(nowhere.err,
+              "dsd: no checkpoint at \"/no/such/place\": there is no such "
+              "directory\n");
+    EXPECT_EQ(nowhere.out, "");
+  }
+  const std::string dir = MakeCheckpoint();
+  ASSERT_TRUE(Env::Real()->files().Remove(dir + "/.metadata").ok());
+  const Result torn = RunDsd({"ls", dir});
+  EXPECT_EQ(torn.exit_code, kExitUnreadable);
+  EXPECT_THAT(torn.err,
+              HasSubstr("is not complete: 1 data files but no index"));
+}
+
+TEST(CliTest, HelpAndUsage) {
+  const Result help = RunDsd({"--help"});
+  EXPECT_EQ(help.exit_code, kExitOk);
+  EXPECT_THAT(help.out, AllOf(HasSubstr("ls"), HasSubstr("verify"),
+                              HasSubstr("digest"), HasSubstr("Exit codes:")));
+  EXPECT_THAT(RunDsd({"ls", "--help"}).out, HasSubstr("--tree"));
+  EXPECT_EQ(RunDsd({}).exit_code, kExitUsage);
+  EXPECT_EQ(RunDsd({"ls"}).exit_code, kExitUsage);
+  EXPECT_EQ(RunDsd({"explode", "x"}).exit_code, kExitUsage);
+  EXPECT_EQ(RunDsd({"ls", "x", "--frobnicate"}).exit_code, kExitUsage);
+}
+
+TEST(TextTest, SizesAndCounts) {
+  EXPECT_EQ(FormatBytes(0), "0 B");
+  EXPECT_EQ(FormatBytes(1023), "1023 B");
+  EXPECT_EQ(FormatBytes(1536), "1.50 KiB");
+  EXPECT_EQ(FormatBytes(int64_t{1} << 30), "1.00 GiB");
+  EXPECT_EQ(FormatBytes((int64_t{1} << 30) - 1), "1.00 GiB");
+  EXPECT_EQ(FormatBytes(123456789), "118 MiB");
+  EXPECT_EQ(FormatCount(0), "0");
+  EXPECT_EQ(FormatCount(999), "999");
+  EXPECT_EQ(FormatCount(1000), "1,000");
+  EXPECT_EQ(FormatCount(-1234567), "-1,234,567");
+  EXPECT_EQ(Plural(1, "shard"), "1 shard");
+  EXPECT_EQ(Plural(2000, "shard"), "2,000 shards");
+}
+
+TEST(TextTest, ValuesAsPythonShowsThem) {
+  Object::Dict dict;
+  dict.Set(PathSegment(std::string("a")), Object(Object::Tuple{{Object(1)}}));
+  dict.Set(PathSegment(int64_t{2}), Object(Bytes{"xyz"}));
+  dict.Set(PathSegment(std::string("c")), Object(Opaque{"numpy.ndarray"}));
+  const Object value(std::move(dict));
+  EXPECT_EQ(ValueText(value, 100),
+            "{'a': (1,), 2: <3 bytes>, 'c': <numpy.ndarray>}");
+  EXPECT_EQ(ValueText(value, 9), "{'a': (1,...");
+  EXPECT_EQ(ValueText(Object(0.001), 100), "0.001");
+  EXPECT_EQ(ValueText(Object(-HUGE_VAL), 100), "-inf");
+  EXPECT_EQ(ValueText(Object(std::string(1000, 'x')), 10), "'xxxxxxxxx...");
+  EXPECT_EQ(Printable("\x1b[31mred"), "\\033[31mred");
+  EXPECT_EQ(Printable("h\xc3\xa9"), "h\xc3\xa9");
+  EXPECT_EQ(Printable("bad \xff"), "bad \\xff");
+  EXPECT_EQ(Printable("it's \"it\""), "it's \"it\"");
+  EXPECT_EQ(ValueJson(value).dump(),
+            "{\"a\":[1],\"2\":{\"bytes\":\"78797a\"},\"c\":{\"class\":\"numpy."
+            "ndarray\"}}");
+}
+
+}  // namespace
+}  // namespace dsd::cli
