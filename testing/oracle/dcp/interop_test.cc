@@ -33,6 +33,10 @@
 namespace dsd::checkpoint {
 namespace {
 
+// The arguments of the test.
+std::string python_command;  // NOLINT: set once, by main
+std::string oracle_script;   // NOLINT
+
 std::string Folder(const std::string& name) {
   std::string folder =
       absl::StrCat(testing::TempDir(), "/", name, "_", getpid());
@@ -42,9 +46,8 @@ std::string Folder(const std::string& name) {
 
 // Runs dcp_oracle.py; its output goes to the test's.
 void RunPython(const std::string& verb, const std::string& folder) {
-  const std::string command =
-      absl::StrCat(std::getenv("DSD_PYTORCH_PYTHON"), " ",
-                   std::getenv("DSD_DCP_ORACLE"), " ", verb, " '", folder, "'");
+  const std::string command = absl::StrCat(python_command, " ", oracle_script,
+                                           " ", verb, " '", folder, "'");
   ASSERT_EQ(std::system(command.c_str()), 0) << command;
 }
 
@@ -380,3 +383,11 @@ TEST(PythonReadsTest, WhatFourRanksWrote) {
 
 }  // namespace
 }  // namespace dsd::checkpoint
+
+int main(int argc, char** argv) {
+  testing::InitGoogleTest(&argc, argv);
+  if (argc != 3) return 2;
+  dsd::checkpoint::python_command = argv[1];
+  dsd::checkpoint::oracle_script = argv[2];
+  return RUN_ALL_TESTS();
+}
