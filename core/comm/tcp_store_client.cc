@@ -430,15 +430,18 @@ absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
 
 absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
     Env* env, const TcpStoreOptions& options, absl::Time deadline) {
+  const absl::Time start = env->Now();
   while (true) {
     absl::StatusOr<std::shared_ptr<Store>> store =
         Greet(env, options, deadline);
     // The server of an earlier job at this address may be just closing.
     if (store.ok() || !absl::IsUnavailable(store.status())) return store;
     if (env->Now() + kRetry >= deadline) {
-      return Annotate(
-          store.status(),
-          absl::StrCat("the store at ", HostPort(options.host, options.port)));
+      // A connection that ends before the greeting is no answer either.
+      return absl::DeadlineExceededError(absl::StrCat(
+          "nobody answers at ", HostPort(options.host, options.port),
+          " within ", absl::FormatDuration(deadline - start), " (",
+          store.status().message(), ")"));
     }
     env->SleepUntil(env->Now() + kRetry);
   }
