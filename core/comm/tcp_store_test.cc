@@ -336,6 +336,24 @@ TEST(TcpStoreConnectTest, NobodyAnswers) {
   EXPECT_THAT(TextOf(status), HasSubstr("nobody answers at 127.0.0.1:"));
 }
 
+// A server that ends while clients greet it.
+TEST(TcpStoreConnectTest, AConnectionThatEndsAtOnceIsNoAnswer) {
+  absl::StatusOr<Socket> listener = ListenAt("127.0.0.1", 0);
+  ASSERT_TRUE(listener.ok());
+  TcpStoreOptions options;
+  options.port = *listener->LocalPort();
+  std::atomic<bool> done = false;
+  std::thread server([&] {
+    while (!done) (void)AcceptFrom(*listener);
+  });
+  const absl::Status status =
+      ConnectTcpStore(env, options, In(absl::Milliseconds(300))).status();
+  done = true;
+  server.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDeadlineExceeded) << status;
+  EXPECT_THAT(TextOf(status), HasSubstr("nobody answers at 127.0.0.1:"));
+}
+
 // The server comes later than its clients.
 TEST(TcpStoreConnectTest, ClientsWaitForTheServer) {
   absl::StatusOr<Socket> listener = ListenAt("127.0.0.1", 0);
