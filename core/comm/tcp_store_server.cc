@@ -65,6 +65,7 @@ class TcpStoreServer::Impl {
     std::string out;
     bool greeted = false;
     bool closing = false;  // after what is in `out`
+    bool rank_0 = false;
     absl::Time hello_deadline;
     std::vector<GroupTable::MemberId> members;
   };
@@ -94,6 +95,7 @@ class TcpStoreServer::Impl {
   absl::Time NextEvent() const;
   void Accept();
   void Read(ConnectionId id, Connection& connection);
+  void Write(ConnectionId id, Connection& connection);
   // Returns false for a frame that is not understood.
   bool Handle(ConnectionId id, Connection& connection, absl::string_view body);
   bool Greet(Connection& connection, FrameReader& reader);
@@ -195,14 +197,22 @@ void TcpStoreServer::Impl::Run() {
       }
     }
     Reap();
-    for (auto& [id, connection] : connections_) {
-      if (!connection.socket.WriteSome(connection.out).ok() ||
-          connection.out.size() > kMaxUnsentBytes ||
-          (connection.closing && connection.out.empty())) {
-        broken_.push_back(id);
+    // Rank 0 last: once it knows the end of a group its process may go, and the
+    // server with it.
+    for (const bool rank_0 : {false, true}) {
+      for (auto& [id, connection] : connections_) {
+        if (connection.rank_0 == rank_0) Write(id, connection);
       }
     }
     Reap();
+  }
+}
+
+void TcpStoreServer::Impl::Write(ConnectionId id, Connection& connection) {
+  if (!connection.socket.WriteSome(connection.out).ok() ||
+      connection.out.size() > kMaxUnsentBytes ||
+      (connection.closing && connection.out.empty())) {
+    broken_.push_back(id);
   }
 }
 
@@ -348,6 +358,7 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
       const GroupTable::MemberId member = next_member_++;
       members_[member] = {id, request, 0};
       connection.members.push_back(member);
+      connection.rank_0 |= rank == 0;
       Deliver(groups_.Join(member, group, rank, size, facts,
                            absl::Nanoseconds(patience), env_->Now()));
       return true;

@@ -129,6 +129,13 @@ DSD_RANK_PROGRAM(ShutdownThenDie) {
   return absl::OkStatus();
 }
 
+DSD_RANK_PROGRAM(ShutdownThenExit) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_RETURN_IF_ERROR(comm->Shutdown());
+  if (rank.rank() == 0) raise(SIGKILL);
+  return absl::OkStatus();
+}
+
 DSD_RANK_PROGRAM(ExitEarly) {
   DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
   if (absl::StrCat(rank.rank()) == rank.argument()) _exit(0);
@@ -223,6 +230,18 @@ TEST_P(DeathTest, AfterShutdownIsNoError) {
     if (rank == GetParam()) continue;
     EXPECT_EQ(results[rank].end, RankResult::End::kReturned);
     EXPECT_EQ(results[rank].status, absl::OkStatus());
+  }
+}
+
+// Rank 0 has the store: what it has just been told, the others must hear too.
+TEST(DeathOfRank0Test, RightAfterShutdownIsNoError) {
+  constexpr int kManyRanks = 8;
+  for (int round = 0; round < 10; ++round) {
+    const auto results = RunRanks(kManyRanks, "ShutdownThenExit", {});
+    for (int rank = 1; rank < kManyRanks; ++rank) {
+      EXPECT_EQ(results[rank].end, RankResult::End::kReturned);
+      EXPECT_EQ(results[rank].status, absl::OkStatus()) << "rank " << rank;
+    }
   }
 }
 
