@@ -2,6 +2,7 @@
 
 #include "dsd/core/transfer/endpoint.h"
 
+#include <array>
 #include <cstring>
 #include <utility>
 
@@ -12,28 +13,37 @@ namespace dsd {
 namespace {
 
 // Dimensions from outermost to innermost with those merged that lie back to
-// back in memory, so that walks have long inner runs.
+// back in all of kViews views, so that walks have long inner runs.
+template <int kViews>
 struct Walk {
   Dims extents;
-  Dims strides;
+  std::array<Dims, kViews> strides;  // in bytes
 };
 
-Walk MergeDims(const StridedView& view, absl::Span<const int64_t> extents) {
-  Walk walk;
+template <int kViews>
+Walk<kViews> MergeDims(const std::array<const StridedView*, kViews>& views,
+                       absl::Span<const int64_t> extents) {
+  Walk<kViews> walk;
   for (size_t d = 0; d < extents.size(); ++d) {
     if (extents[d] == 1) continue;
-    const int64_t stride = view.strides_bytes[d];
-    if (!walk.extents.empty() && walk.strides.back() == stride * extents[d]) {
+    bool merges = !walk.extents.empty();
+    for (int v = 0; v < kViews && merges; ++v) {
+      merges =
+          walk.strides[v].back() == views[v]->strides_bytes[d] * extents[d];
+    }
+    if (merges) {
       walk.extents.back() *= extents[d];
-      walk.strides.back() = stride;
     } else {
       walk.extents.push_back(extents[d]);
-      walk.strides.push_back(stride);
+    }
+    for (int v = 0; v < kViews; ++v) {
+      if (!merges) walk.strides[v].push_back(0);
+      walk.strides[v].back() = views[v]->strides_bytes[d];
     }
   }
   if (walk.extents.empty()) {
     walk.extents.push_back(1);
-    walk.strides.push_back(0);
+    for (Dims& strides : walk.strides) strides.push_back(0);
   }
   return walk;
 }
@@ -44,7 +54,8 @@ template <class Run>
 void ForEachRun(const StridedView& view, absl::Span<const int64_t> extents,
                 int64_t begin, int64_t end, Run run) {
   if (begin >= end) return;
-  const Walk walk = MergeDims(view, extents);
+  const Walk<1> walk = MergeDims<1>({&view}, extents);
+  const Dims& strides = walk.strides[0];
   const int last = static_cast<int>(walk.extents.size()) - 1;
   Dims at(walk.extents.size(), 0);
   int64_t rest = begin;
@@ -52,18 +63,18 @@ void ForEachRun(const StridedView& view, absl::Span<const int64_t> extents,
   for (int d = last; d >= 0; --d) {
     at[d] = rest % walk.extents[d];
     rest /= walk.extents[d];
-    base += at[d] * walk.strides[d];
+    base += at[d] * strides[d];
   }
   for (int64_t left = end - begin; left > 0;) {
     const int64_t count = std::min(walk.extents[last] - at[last], left);
-    run(base, count, walk.strides[last]);
+    run(base, count, strides[last]);
     left -= count;
-    base -= at[last] * walk.strides[last];
+    base -= at[last] * strides[last];
     at[last] = 0;
     for (int d = last - 1; d >= 0; --d) {
-      base += walk.strides[d];
+      base += strides[d];
       if (++at[d] < walk.extents[d]) break;
-      base -= at[d] * walk.strides[d];
+      base -= at[d] * strides[d];
       at[d] = 0;
     }
   }
@@ -128,24 +139,23 @@ void CopyBox(const StridedView& from, const StridedView& to,
       (from.base == to.base && from.strides_bytes == to.strides_bytes)) {
     return;
   }
-  // The last dimension runs in one loop; the others are walked over `to` and
-  // followed in `from`.
-  const int ndim = static_cast<int>(extents.size());
-  const int64_t inner = ndim == 0 ? 1 : extents[ndim - 1];
-  const int64_t to_stride = ndim == 0 ? item_size : to.strides_bytes[ndim - 1];
-  const int64_t from_stride =
-      ndim == 0 ? item_size : from.strides_bytes[ndim - 1];
-  Dims at(ndim, 0);
+  // The last dimension runs in one loop.
+  const Walk<2> walk = MergeDims<2>({&to, &from}, extents);
+  const auto& [to_strides, from_strides] = walk.strides;
+  const int last = static_cast<int>(walk.extents.size()) - 1;
+  const int64_t inner = walk.extents[last];
+  Dims at(walk.extents.size(), 0);
   std::byte* to_row = to.base;
   const std::byte* from_row = from.base;
   for (int64_t row = 0; row < elements / inner; ++row) {
-    CopyRun(to_row, to_stride, from_row, from_stride, inner, item_size);
-    for (int d = ndim - 2; d >= 0; --d) {
-      to_row += to.strides_bytes[d];
-      from_row += from.strides_bytes[d];
-      if (++at[d] < extents[d]) break;
-      to_row -= extents[d] * to.strides_bytes[d];
-      from_row -= extents[d] * from.strides_bytes[d];
+    CopyRun(to_row, to_strides[last], from_row, from_strides[last], inner,
+            item_size);
+    for (int d = last - 1; d >= 0; --d) {
+      to_row += to_strides[d];
+      from_row += from_strides[d];
+      if (++at[d] < walk.extents[d]) break;
+      to_row -= walk.extents[d] * to_strides[d];
+      from_row -= walk.extents[d] * from_strides[d];
       at[d] = 0;
     }
   }
