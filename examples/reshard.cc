@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Moves a set of tensors from a layout over 4 ranks to a layout over 2 ranks, in
-// one process: each rank is a thread. Prints what the planner decided, what the
-// executor moved, and checks every element.
+// Moves a set of tensors from a layout over 4 ranks to a layout over 2 ranks,
+// in one process: each rank is a thread. Prints what the planner decided, what
+// the executor moved, and checks every element.
 //
 //   ./bazelw run //examples:reshard
 
@@ -26,8 +26,8 @@
 
 namespace {
 
-using dsd::DType;
 using dsd::Dims;
+using dsd::DType;
 using dsd::Layout;
 using dsd::Replicate;
 using dsd::Shard;
@@ -47,8 +47,10 @@ absl::StatusOr<std::vector<Named>> MakeTensors() {
 
   std::vector<Named> tensors;
   // Rows over 4 ranks, unevenly (3, 3, 3, 1), to rows over 2.
-  DSD_ASSIGN_OR_RETURN(Layout a, Layout::FromPlacements({10, 6}, four, {Shard(0)}));
-  DSD_ASSIGN_OR_RETURN(Layout b, Layout::FromPlacements({10, 6}, two, {Shard(0)}));
+  DSD_ASSIGN_OR_RETURN(Layout a,
+                       Layout::FromPlacements({10, 6}, four, {Shard(0)}));
+  DSD_ASSIGN_OR_RETURN(Layout b,
+                       Layout::FromPlacements({10, 6}, two, {Shard(0)}));
   tensors.push_back({"embedding.weight", a, b});
   // FSDP over tensor parallelism to columns over 2 ranks.
   DSD_ASSIGN_OR_RETURN(
@@ -100,9 +102,9 @@ absl::Status ForEachElement(Side& side, int rank, Visit visit) {
         for (int d = 0; d < piece.box.ndim(); ++d) {
           address += (at[d] - piece.box.lo[d]) * view->strides_bytes[d];
         }
-        visit(*reinterpret_cast<float*>(address),
-              static_cast<float>(1000 * t +
-                                 dsd::FlatIndex(layout.shape(), at)));
+        visit(
+            *reinterpret_cast<float*>(address),
+            static_cast<float>(1000 * t + dsd::FlatIndex(layout.shape(), at)));
         for (int d = piece.box.ndim() - 1; d >= 0; --d) {
           if (++at[d] < piece.box.hi[d]) break;
           at[d] = piece.box.lo[d];

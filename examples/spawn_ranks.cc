@@ -6,7 +6,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
-#include <poll.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -18,7 +17,6 @@
 #include <utility>
 
 #include "absl/status/statusor.h"
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
@@ -65,19 +63,15 @@ absl::StatusOr<Listener> Listen() {
 
 struct RankProcess {
   pid_t pid = -1;
-  int error_fd = -1;       // the reading end of its standard error
-  std::string last_words;  // at most kLastWords bytes of it
   bool ended = false;
 };
-constexpr size_t kLastWords = 4096;
 
 // Only async-signal-safe calls: the parent may have threads.
-[[noreturn]] void BecomeRank(char* const* argv, char* const* env, int error_fd,
-                             int listen_fd, pid_t parent) {
+[[noreturn]] void BecomeRank(char* const* argv, char* const* env, int listen_fd,
+                             pid_t parent) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (getppid() != parent) _exit(1);  // it died before the line above
   if (listen_fd >= 0) fcntl(listen_fd, F_SETFD, 0);
-  dup2(error_fd, STDERR_FILENO);
   execve(kSelf, argv, env);
   constexpr char kText[] = "could not execute /proc/self/exe\n";
   if (write(STDERR_FILENO, kText, sizeof(kText) - 1) < 0) _exit(126);
@@ -109,66 +103,26 @@ absl::StatusOr<RankProcess> StartRank(int rank, int world_size,
   const std::vector<char*> argv_pointers = Pointers(argv);
   const std::vector<char*> env_pointers = Pointers(env);
 
-  int ends[2];
-  if (pipe2(ends, O_CLOEXEC) != 0) return SystemError("pipe");
   const pid_t parent = getpid();
   RankProcess process;
   process.pid = fork();
   if (process.pid == 0) {
-    BecomeRank(argv_pointers.data(), env_pointers.data(), ends[1],
+    BecomeRank(argv_pointers.data(), env_pointers.data(),
                rank == 0 ? listener.fd : -1, parent);
   }
-  const absl::Status status =
-      process.pid < 0 ? SystemError("fork") : absl::OkStatus();
-  close(ends[1]);
-  process.error_fd = ends[0];
-  if (!status.ok()) {
-    close(ends[0]);
-    return status;
-  }
+  if (process.pid < 0) return SystemError("fork");
   return process;
 }
 
-// Passes on what is there; closes at the end.
-void ForwardErrors(RankProcess& process) {
-  char buffer[4096];
-  const ssize_t count = read(process.error_fd, buffer, sizeof(buffer));
-  if (count < 0 && errno == EINTR) return;
-  if (count <= 0) {
-    close(process.error_fd);
-    process.error_fd = -1;
-    return;
-  }
-  for (ssize_t done = 0; done < count;) {
-    const ssize_t n = write(STDERR_FILENO, buffer + done, count - done);
-    if (n < 0 && errno != EINTR) break;
-    if (n > 0) done += n;
-  }
-  process.last_words.append(buffer, count);
-  if (process.last_words.size() > kLastWords) {
-    process.last_words.erase(0, process.last_words.size() - kLastWords);
-  }
-}
-
-std::string LastLine(absl::string_view text) {
-  text = absl::StripAsciiWhitespace(text);
-  const size_t newline = text.rfind('\n');
-  if (newline != text.npos) text.remove_prefix(newline + 1);
-  return std::string(text);
-}
-
 // Empty for exit code 0.
-std::string DescribeEnd(const RankProcess& process, int wait_status) {
+std::string DescribeEnd(int wait_status) {
   if (WIFSIGNALED(wait_status)) {
     const int number = WTERMSIG(wait_status);
     return absl::StrCat("was killed by signal ", number, " (",
                         strsignal(number), ")");
   }
   const int code = WEXITSTATUS(wait_status);
-  if (code == 0) return "";
-  const std::string words = LastLine(process.last_words);
-  return absl::StrCat("ended with exit code ", code, words.empty() ? "" : ": ",
-                      words);
+  return code == 0 ? "" : absl::StrCat("ended with exit code ", code);
 }
 
 }  // namespace
@@ -200,18 +154,7 @@ absl::Status RunRanks(int world_size,
   absl::Time deadline = absl::InfiniteFuture();
   size_t num_ended = 0;
   while (num_ended < processes.size()) {
-    std::vector<pollfd> polled;
-    std::vector<RankProcess*> owners;
-    for (RankProcess& process : processes) {
-      if (process.error_fd < 0) continue;
-      polled.push_back({process.error_fd, POLLIN, 0});
-      owners.push_back(&process);
-    }
-    // Also the period in which ended processes are looked for.
-    poll(polled.data(), polled.size(), /*timeout=*/20);
-    for (size_t i = 0; i < polled.size(); ++i) {
-      if (polled[i].revents != 0) ForwardErrors(*owners[i]);
-    }
+    absl::SleepFor(absl::Milliseconds(10));
     for (size_t rank = 0; rank < processes.size(); ++rank) {
       RankProcess& process = processes[rank];
       int wait_status = 0;
@@ -221,8 +164,7 @@ absl::Status RunRanks(int world_size,
       }
       process.ended = true;
       ++num_ended;
-      while (process.error_fd >= 0) ForwardErrors(process);
-      const std::string end = DescribeEnd(process, wait_status);
+      const std::string end = DescribeEnd(wait_status);
       if (end.empty()) continue;
       failures.push_back(absl::StrCat("rank ", rank, " ", end));
       if (deadline == absl::InfiniteFuture()) deadline = absl::Now() + kGrace;

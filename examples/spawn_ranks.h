@@ -14,12 +14,12 @@
 namespace dsd_examples {
 
 // Runs `world_size` processes of this program (fork and exec) with `arguments`
-// (argv without argv[0]) and waits for all of them. Their standard error is
-// passed on; they die with this process. OK if all of them ended with exit code
-// 0. After the first that did not, the others have 30 s to end by themselves.
+// (argv without argv[0]) and waits for all of them. They write where this
+// process does, and die with it. OK if all of them ended with exit code 0.
+// After the first that did not, the others have 30 s to end by themselves.
 //
 // Errors: Aborted naming each failed rank, in the order in which they ended,
-// with signal or exit code and its last words; what the system reports.
+// with signal or exit code; what the system reports.
 absl::Status RunRanks(int world_size,
                       const std::vector<std::string>& arguments);
 

@@ -6,6 +6,7 @@
 
 #include "dsd/examples/train_digits.h"
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include <iostream>
 #include <memory>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,16 +31,24 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_replace.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "dsd/core/base/call_options.h"
+#include "dsd/core/base/digest.h"
+#include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/comm/launch.h"
 #include "dsd/core/comm/registry.h"
 #include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/transfer/transfer.h"
 #include "dsd/examples/digits_data.h"
 #include "dsd/examples/spawn_ranks.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/cli/cli.h"
 #include "dsd/frontends/parallel/fully_shard.h"
 #include "dsd/frontends/torch/checkpoint.h"
 #include "dsd/frontends/torch/state_dict.h"
@@ -74,7 +84,9 @@ constexpr char kFooter[] =
     "If the file train.json of the run that saved lies beside the checkpoint, "
     "a "
     "resumed run\ncompares itself with it and fails if they differ.\n"
-    "Exit code: 0, or not 0 with the error of each rank on standard error.";
+    "Exit codes: 0, or 1 with the error of each rank on standard error, or 2 "
+    "for wrong arguments.";
+constexpr int kExitUsage = 2;
 
 constexpr int64_t kBatchSize = 100;
 constexpr double kLearningRate = 3e-3;
@@ -94,6 +106,7 @@ struct Options {
   std::string backend;
   std::string data;
   double timeout_seconds = 120;
+  bool summary = true;  // of the checkpoint, at the end of the run that saves
 
   int64_t SaveStep() const {
     return save_step > 0 ? save_step : std::max<int64_t>(steps / 2, 1);
@@ -132,26 +145,45 @@ struct ClassifierImpl : torch::nn::Module {
   at::Tensor logit_scale;
 };
 
+// Whether standard output is a terminal that can go back in a line.
+bool IsTerminal() {
+  const char* const term = std::getenv("TERM");
+  return isatty(STDOUT_FILENO) != 0 && term != nullptr &&
+         absl::string_view(term) != "dumb";
+}
+
 // One line that is drawn again and again on a terminal; elsewhere lines that
 // stay, ten in all.
 class ProgressLine {
  public:
-  explicit ProgressLine(int64_t total)
-      : total_(total), redraws_(isatty(STDOUT_FILENO) != 0) {}
+  explicit ProgressLine(int64_t total) : total_(total) {}
 
   void Show(int64_t step, double loss, std::optional<double> accuracy) {
-    if (accuracy.has_value()) accuracy_ = accuracy;
-    if (!redraws_ && !accuracy.has_value()) return;
-    constexpr int64_t kWidth = 24;
-    const int64_t filled = kWidth * step / total_;
-    std::cout << (redraws_ ? "\r" : "") << "  [" << std::string(filled, '=')
-              << std::string(kWidth - filled, ' ')
-              << absl::StrFormat("] step %d/%d  loss %.4f", step, total_, loss);
-    if (accuracy_.has_value()) {
-      std::cout << absl::StrFormat("  held-out accuracy %.1f %%",
-                                   100 * *accuracy_);
+    if (accuracy.has_value()) {
+      accuracy_ = accuracy;
+    } else if (!redraws_ || absl::Now() < next_) {
+      return;
     }
-    std::cout << (redraws_ ? "\x1b[K" : "\n") << std::flush;
+    next_ = absl::Now() + absl::Milliseconds(50);
+    const std::string total = absl::StrCat(total_);
+    std::string text = absl::StrFormat("step %*d/%s  loss %.4f", total.size(),
+                                       step, total, loss);
+    if (accuracy_.has_value()) {
+      absl::StrAppendFormat(&text, "  held-out accuracy %.1f %%",
+                            100 * *accuracy_);
+    }
+    // A line that does not fit could not be drawn over.
+    const int64_t columns = redraws_ ? Columns() - 1 : 80;
+    const int64_t text_columns = static_cast<int64_t>(text.size());
+    const int64_t width = std::min<int64_t>(24, columns - text_columns - 5);
+    if (width >= 4) {
+      const int64_t filled = width * step / total_;
+      text = absl::StrCat("  [", std::string(filled, '='),
+                          std::string(width - filled, ' '), "] ", text);
+    }
+    text.resize(std::min<size_t>(text.size(), columns));
+    std::cout << (redraws_ ? "\r" : "") << text << (redraws_ ? "\x1b[K" : "\n")
+              << std::flush;
     open_ = redraws_;
   }
 
@@ -161,8 +193,15 @@ class ProgressLine {
   }
 
  private:
+  static int64_t Columns() {
+    winsize size = {};
+    const bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0;
+    return known && size.ws_col > 0 ? size.ws_col : 80;
+  }
+
   const int64_t total_;
-  const bool redraws_;
+  const bool redraws_ = IsTerminal();
+  absl::Time next_ = absl::InfinitePast();
   std::optional<double> accuracy_;
   bool open_ = false;
 };
@@ -195,10 +234,15 @@ struct Record {
                        {"digest", Hex(digests.whole)},
                        {"digests", keys},
                        {"losses", losses}};
-    std::ofstream file(path);
+    // The old one or the new one, whole.
+    const std::string temporary = path + ".tmp";
+    std::ofstream file(temporary);
     file << json.dump(1) << "\n";
     file.close();
-    if (!file) {
+    std::error_code error;
+    if (file) fs::rename(temporary, path, error);
+    if (!file || error) {
+      fs::remove(temporary, error);
       return absl::UnavailableError(absl::StrCat("cannot write ", path));
     }
     return absl::OkStatus();
@@ -251,46 +295,24 @@ absl::Status CompareDigests(const dsd::checkpoint::CheckpointDigests& saved,
       absl::StrJoin(differing, ", ")));
 }
 
-absl::Status PrintContents(const std::string& directory) {
-  DSD_ASSIGN_OR_RETURN(
-      const std::shared_ptr<const dsd::checkpoint::Checkpoint> checkpoint,
-      dsd::checkpoint::Checkpoint::Open(directory));
-  const dsd::Catalog& catalog = checkpoint->catalog();
-  int width = 0;
-  for (const dsd::TensorSpec& spec : catalog.tensors()) {
-    width = std::max<int>(width, spec.fqn.size());
-  }
-  for (const dsd::checkpoint::StoredObject& object : checkpoint->objects()) {
-    width = std::max<int>(width, object.key.size());
-  }
-  std::cout << absl::StrFormat("  %-*s  %-9s %-11s %s\n", width, "key", "dtype",
-                               "shape", "rows per file");
-  int64_t bytes = 0;
-  for (size_t i = 0; i < catalog.size(); ++i) {
-    const dsd::TensorSpec& spec = catalog[i];
-    std::vector<std::string> rows;
-    for (const dsd::checkpoint::StoredChunk& chunk : checkpoint->Chunks(i)) {
-      rows.push_back(chunk.box.ndim() == 0 ? "-"
-                                           : absl::StrCat(chunk.box.extent(0)));
-      bytes += chunk.box.num_elements() * dsd::ItemSize(spec.dtype);
-    }
-    std::cout << absl::StrFormat(
-        "  %-*s  %-9s %-11s %s\n", width, spec.fqn, dsd::DTypeName(spec.dtype),
-        dsd::DimsToString(spec.shape()), absl::StrJoin(rows, " "));
-  }
-  for (const dsd::checkpoint::StoredObject& object : checkpoint->objects()) {
-    std::cout << absl::StrFormat("  %-*s  object\n", width, object.key);
-  }
-  std::cout << "  " << catalog.size() << " tensors of " << bytes << " bytes, "
-            << checkpoint->objects().size() << " objects\n"
-            << std::flush;
-  return absl::OkStatus();
+// Text in quotes as Python reads it.
+std::string PythonString(const std::string& text) {
+  return absl::StrCat(
+      "\"", absl::StrReplaceAll(text, {{"\\", "\\\\"}, {"\"", "\\\""}}), "\"");
 }
 
-void PrintPython(const std::string& directory) {
-  std::cout << "Open it in Python:\n\n"
+// Where the checkpoint is, what is in it, and how Python opens it.
+absl::Status PrintSummary(const std::string& checkpoint_dir) {
+  const std::string directory = fs::absolute(checkpoint_dir).string();
+  std::ostringstream table, error;
+  const char* const arguments[] = {"dsd", "ls", "--", directory.c_str()};
+  if (dsd::cli::Run(4, arguments, table, error, IsTerminal()) != 0) {
+    return absl::DataLossError(error.str());
+  }
+  std::cout << "\nThe checkpoint is in " << directory << "\n\n"
+            << table.str() << "\nOpen it in Python:\n\n"
             << "    import torch, torch.distributed.checkpoint as dcp\n"
-            << "    path = " << Json(directory).dump() << "\n"
+            << "    path = " << PythonString(directory) << "\n"
             << "    index = dcp.FileSystemReader(path).read_metadata()\n"
             << "    state = {key: torch.empty(item.size, "
                "dtype=item.properties.dtype)\n"
@@ -299,6 +321,7 @@ void PrintPython(const std::string& directory) {
             << "    dcp.load(state, checkpoint_id=path)\n"
             << "    print(state[\"model.fc1.weight\"])\n\n"
             << std::flush;
+  return absl::OkStatus();
 }
 
 // One rank of a run.
@@ -313,18 +336,47 @@ class Job {
             comm, dsd::FullyShardOptions())),
         progress_(options.steps) {}
 
+  // The error, if any, is that of all ranks, unless the group is broken.
   absl::Status Run();
 
  private:
   bool IsRoot() const { return comm_->rank() == 0; }
+  // "4 ranks over gloo".
+  std::string RanksAndBackend() const {
+    return comm_->backend().empty()
+               ? Ranks()
+               : absl::StrCat(Ranks(), " over ", comm_->backend());
+  }
+  std::string Ranks() const {
+    return absl::StrCat(comm_->size(), comm_->size() == 1 ? " rank" : " ranks");
+  }
   absl::Status BuildModel(uint64_t seed);
   absl::StatusOr<double> Step(int64_t step);
   absl::StatusOr<double> HeldOutAccuracy();
   absl::StatusOr<dsd::StateDict> State(int64_t step);
   absl::Status Save(int64_t step);
   absl::StatusOr<int64_t> Load();
+  absl::Status CompareDigestsWithRecord(
+      const std::string& save_id,
+      const dsd::checkpoint::CheckpointDigests& digests);
   absl::Status CompareLosses(int64_t first_step);
+  absl::Status Finish(int64_t first_step);
   absl::StatusOr<int64_t> CountZeroMoments();
+
+  // Makes an error of one rank that of all.
+  absl::Status Together(const absl::Status& local) {
+    return dsd::Agree(comm_, "train_digits", dsd::Digest(), local,
+                      [] { return std::string(); });
+  }
+
+  // Runs a part of the training, in which ranks wait for each other: they hear
+  // at once of an error of this one.
+  template <class Body>
+  absl::Status Compute(Body body) {
+    const absl::Status status = dsd::TorchToStatus(body);
+    if (!status.ok()) comm_->Abort(status);
+    return status;
+  }
 
   // The sum over all ranks.
   template <class T>
@@ -362,7 +414,7 @@ absl::Status Job::BuildModel(uint64_t seed) {
 // before the step.
 absl::StatusOr<double> Job::Step(int64_t step) {
   double loss_sum = 0;
-  DSD_RETURN_IF_ERROR(dsd::TorchToStatus([&] {
+  DSD_RETURN_IF_ERROR(Compute([&] {
     const Examples batch =
         digits_.train
             .Select(BatchIndices(digits_.train.size(), kBatchSize,
@@ -384,7 +436,7 @@ absl::StatusOr<double> Job::Step(int64_t step) {
 
 absl::StatusOr<double> Job::HeldOutAccuracy() {
   int64_t correct = 0;
-  DSD_RETURN_IF_ERROR(dsd::TorchToStatus([&] {
+  DSD_RETURN_IF_ERROR(Compute([&] {
     at::NoGradGuard no_grad;
     const Examples part = digits_.held_out.Part(comm_->rank(), comm_->size());
     correct = model_->forward(part.pixels)
@@ -410,7 +462,7 @@ absl::StatusOr<dsd::StateDict> Job::State(int64_t step) {
 
 absl::StatusOr<int64_t> Job::CountZeroMoments() {
   int64_t zeros = 0;
-  DSD_RETURN_IF_ERROR(dsd::TorchToStatus([&] {
+  DSD_RETURN_IF_ERROR(Together(dsd::TorchToStatus([&] {
     for (const auto& [parameter, state] : optimizer_->state()) {
       const auto& adamw =
           static_cast<const torch::optim::AdamWParamState&>(*state);
@@ -418,7 +470,7 @@ absl::StatusOr<int64_t> Job::CountZeroMoments() {
         zeros += moment.eq(0).sum().item<int64_t>();
       }
     }
-  }));
+  })));
   return Sum(zeros, dsd::DType::kInt64);
 }
 
@@ -433,11 +485,15 @@ absl::Status Job::Save(int64_t step) {
   record_.save_step = step;
   if (!IsRoot()) return absl::OkStatus();
   progress_.Break();
-  std::cout << "Saved step " << step << " from " << comm_->size()
-            << " ranks to " << directory << ":\n  digest of the live state "
+  std::cout << "Saved step " << step << " from " << Ranks() << " to "
+            << directory << ":\n  " << report.payload_bytes_all << " bytes in "
+            << report.tensors << " tensors, cut into " << report.chunks
+            << " shards; " << report.objects
+            << " objects\n  digest of the live state "
             << Hex(record_.digests.whole) << "; " << zeros
-            << " elements of the optimizer's moments are zero\n";
-  return PrintContents(directory);
+            << " elements of the optimizer's moments are zero\n"
+            << std::flush;
+  return absl::OkStatus();
 }
 
 // Returns the step of the checkpoint.
@@ -465,10 +521,10 @@ absl::StatusOr<int64_t> Job::Load() {
   DSD_ASSIGN_OR_RETURN(const dsd::StateDict live, State(*step));
   DSD_ASSIGN_OR_RETURN(const dsd::checkpoint::CheckpointDigests digests,
                        dsd::ComputeDigests(live, comm_));
-  DSD_ASSIGN_OR_RETURN(const auto checkpoint,
-                       dsd::checkpoint::Checkpoint::Open(options_.resume));
+  const auto checkpoint = dsd::checkpoint::Checkpoint::Open(options_.resume);
+  DSD_RETURN_IF_ERROR(Together(checkpoint.status()));
   int64_t stored_bytes = 0;
-  for (const dsd::TensorSpec& spec : checkpoint->catalog().tensors()) {
+  for (const dsd::TensorSpec& spec : (*checkpoint)->catalog().tensors()) {
     stored_bytes +=
         spec.layout.whole().num_elements() * dsd::ItemSize(spec.dtype);
   }
@@ -478,30 +534,40 @@ absl::StatusOr<int64_t> Job::Load() {
                      options_.resume, ", which stores ", stored_bytes));
   }
   if (IsRoot()) {
-    std::cout << "Loaded step " << *step << " on " << comm_->size()
-              << " ranks from " << options_.resume << ":\n  "
-              << report.payload_bytes_all << " bytes read by all ranks, "
-              << stored_bytes << " stored: each once\n";
+    std::cout << "Loaded step " << *step << " on " << Ranks() << " from "
+              << options_.resume << ":\n  " << report.payload_bytes_all
+              << " bytes read by all ranks, " << stored_bytes
+              << " stored: each once\n";
   }
 
-  const std::string record_path = Record::PathFor(options_.resume);
-  DSD_ASSIGN_OR_RETURN(first_run_, Record::Read(record_path));
-  if (first_run_.has_value() && first_run_->save_id != report.save_id) {
+  DSD_RETURN_IF_ERROR(
+      Together(CompareDigestsWithRecord(report.save_id, digests)));
+  return *step;
+}
+
+absl::Status Job::CompareDigestsWithRecord(
+    const std::string& save_id,
+    const dsd::checkpoint::CheckpointDigests& digests) {
+  const std::string path = Record::PathFor(options_.resume);
+  DSD_ASSIGN_OR_RETURN(first_run_, Record::Read(path));
+  if (first_run_.has_value() && first_run_->save_id != save_id) {
     first_run_.reset();
   }
   if (!first_run_.has_value()) {
     if (IsRoot()) {
-      std::cout << "  no record of the run that saved it in " << record_path
-                << ": nothing to compare with\n";
+      std::cout << "  no record of the run that saved it in " << path
+                << ": nothing to compare with\n"
+                << std::flush;
     }
-    return *step;
+    return absl::OkStatus();
   }
   DSD_RETURN_IF_ERROR(CompareDigests(first_run_->digests, digests));
   if (IsRoot()) {
     std::cout << "  digest of the live state " << Hex(digests.whole)
-              << ", as at the save: equal bit for bit\n";
+              << ", as at the save: equal bit for bit\n"
+              << std::flush;
   }
-  return *step;
+  return absl::OkStatus();
 }
 
 absl::Status Job::CompareLosses(int64_t first_step) {
@@ -522,9 +588,9 @@ absl::Status Job::CompareLosses(int64_t first_step) {
     if (!(difference <= worst)) worst = difference;
   }
   const std::string text = absl::StrFormat(
-      "losses of steps %d to %d on %d ranks differ by %.2g at most from those "
-      "of the first run on %d",
-      first_step, last, comm_->size(), worst, first_run_->world_size);
+      "losses of steps %d to %d on %s differ by %.2g at most from those of the "
+      "first run on %d",
+      first_step, last, Ranks(), worst, first_run_->world_size);
   if (!(worst <= tolerance)) {
     return absl::DataLossError(
         absl::StrFormat("%s, expected %g at most", text, tolerance));
@@ -537,19 +603,26 @@ absl::Status Job::CompareLosses(int64_t first_step) {
 
 absl::Status Job::Run() {
   at::set_num_threads(1);  // ranks share the cores
-  DSD_ASSIGN_OR_RETURN(digits_, LoadDigits(options_.data));
   const bool resuming = !options_.resume.empty();
-  // A run that resumes begins with other values, which the load must replace.
-  DSD_RETURN_IF_ERROR(BuildModel(options_.seed + (resuming ? 1 : 0)));
+  const auto prepare = [&]() -> absl::Status {
+    DSD_ASSIGN_OR_RETURN(digits_, LoadDigits(options_.data));
+    // A run that resumes begins with other values, which the load must replace.
+    DSD_RETURN_IF_ERROR(BuildModel(options_.seed + (resuming ? 1 : 0)));
+    // Better now than after half of the training.
+    if (resuming) return absl::OkStatus();
+    return dsd::Env::Real()->files().CreateDirs(options_.out);
+  };
+  DSD_RETURN_IF_ERROR(Together(prepare()));
   record_.world_size = comm_->size();
   record_.seed = options_.seed;
   if (IsRoot()) {
     int64_t mine = 0;
     for (const at::Tensor& p : model_->parameters()) mine += p.numel();
-    std::cout << (resuming ? "Resuming" : "Training") << " on " << comm_->size()
-              << " ranks over " << comm_->backend() << ": "
-              << digits_.train.size() << " digits, " << kHeldOut
-              << " held out; rank 0 holds " << mine << " parameters\n";
+    std::cout << (resuming ? "Resuming" : "Training") << " on "
+              << RanksAndBackend() << ": " << digits_.train.size()
+              << " digits, " << kHeldOut << " held out; rank 0 holds " << mine
+              << " parameters\n"
+              << std::flush;
   }
 
   int64_t done = 0;
@@ -569,7 +642,8 @@ absl::Status Job::Run() {
     DSD_ASSIGN_OR_RETURN(const double loss, Step(step));
     record_.losses.push_back(loss);
     if (observer_) {
-      DSD_RETURN_IF_ERROR(observer_(step, comm_->rank(), *model_, *optimizer_));
+      DSD_RETURN_IF_ERROR(
+          Together(observer_(step, comm_->rank(), *model_, *optimizer_)));
     }
     std::optional<double> accuracy;
     if (step % report_every == 0 || step == options_.steps) {
@@ -580,13 +654,17 @@ absl::Status Job::Run() {
       DSD_RETURN_IF_ERROR(Save(step));
     }
   }
-  if (!IsRoot()) return absl::OkStatus();
+  return Together(IsRoot() ? Finish(first_step) : absl::OkStatus());
+}
+
+absl::Status Job::Finish(int64_t first_step) {
   progress_.Break();
+  const bool resuming = !options_.resume.empty();
   if (first_run_.has_value()) return CompareLosses(first_step);
   if (resuming) return absl::OkStatus();
   DSD_RETURN_IF_ERROR(record_.Write(Record::PathFor(options_.CheckpointDir())));
-  PrintPython(options_.CheckpointDir());
-  return absl::OkStatus();
+  return options_.summary ? PrintSummary(options_.CheckpointDir())
+                          : absl::OkStatus();
 }
 
 // This process is a rank.
@@ -603,11 +681,10 @@ absl::Status RunRank(const Options& options, const dsd::LaunchInfo& launch,
   DSD_ASSIGN_OR_RETURN(const std::unique_ptr<dsd::Communicator> comm,
                        dsd::ConnectWorld(launch, world));
   const absl::Status status = Job(options, comm.get(), observer).Run();
-  if (!status.ok()) {
-    comm->Abort(status);  // so that the others end with this text
-    return status;
-  }
-  return comm->Shutdown();
+  dsd::CallOptions call;
+  call.timeout = options.Timeout();
+  const absl::Status left = comm->Shutdown(call);
+  return status.ok() ? left : status;
 }
 
 std::vector<std::string> RankArguments(const Options& options,
@@ -620,7 +697,7 @@ std::vector<std::string> RankArguments(const Options& options,
       "--out",       options.out,
       "--data",      options.data,
       "--timeout",   absl::StrCat(options.timeout_seconds),
-  };
+      "--no-summary"};
   if (!options.backend.empty()) {
     arguments.insert(arguments.end(), {"--backend", options.backend});
   }
@@ -637,13 +714,18 @@ absl::Status RunAll(const Options& options) {
     return RunRanks(options.resume_ranks,
                     RankArguments(options, options.resume));
   }
+  if (options.SaveStep() == options.steps) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--save-step is ", options.save_step,
+                     ", expected less than --steps, which is ", options.steps,
+                     ": the run that resumes goes on from there"));
+  }
   DSD_RETURN_IF_ERROR(RunRanks(options.ranks, RankArguments(options, "")))
       << "first run";
   DSD_RETURN_IF_ERROR(RunRanks(options.resume_ranks,
                                RankArguments(options, options.CheckpointDir())))
       << "run that resumes";
-  std::cout << "The checkpoint is in " << options.CheckpointDir() << "\n";
-  return absl::OkStatus();
+  return PrintSummary(options.CheckpointDir());
 }
 
 // Under `bazel run` the user's directory is another one than ours.
@@ -654,6 +736,21 @@ std::string UserPath(const std::string& path) {
     absolute = fs::path(directory) / absolute;
   }
   return absolute.lexically_normal().string();
+}
+
+// Numbers from `low` to `high`.
+CLI::Validator Between(double low, double high) {
+  return CLI::Validator(
+      [low, high](std::string& text) {
+        double number;
+        if (absl::SimpleAtod(text, &number) && number >= low &&
+            number <= high) {
+          return std::string();
+        }
+        return absl::StrFormat("is \"%s\", expected a number from %g to %.7g",
+                               text, low, high);
+      },
+      "");
 }
 
 std::string DefaultOut() {
@@ -671,6 +768,9 @@ absl::Status Run(Options options, const CLI::App& app,
     return absl::InvalidArgumentError(
         absl::StrCat("--save-step is ", options.save_step,
                      ", expected at most --steps, which is ", options.steps));
+  }
+  if (options.out.empty()) {
+    return absl::InvalidArgumentError("--out is empty, expected a folder");
   }
   options.out = UserPath(options.out);
   if (!options.resume.empty()) options.resume = UserPath(options.resume);
@@ -704,47 +804,65 @@ int TrainDigitsMain(int argc, char** argv, const StepObserver& observer) {
   options.out = DefaultOut();
   CLI::App app(kDescription, "train_digits");
   app.footer(kFooter);
-  app.add_option("--ranks", options.ranks, "Ranks of the first run.")
-      ->check(CLI::Range(1, 64))
+  app.get_formatter()->column_width(24);
+  app.add_option("--ranks", options.ranks, "Ranks of the first run, 1 to 64.")
+      ->check(Between(1, 64))
+      ->type_name("N")
       ->capture_default_str();
   app.add_option("--resume-ranks", options.resume_ranks,
                  "Ranks of the run that starts from the checkpoint.")
-      ->check(CLI::Range(1, 64))
+      ->check(Between(1, 64))
+      ->type_name("N")
       ->capture_default_str();
   app.add_option("--steps", options.steps,
                  absl::StrCat("Training steps in all, of ", kBatchSize,
                               " digits each."))
-      ->check(CLI::Range(int64_t{2}, int64_t{1000000}))
+      ->check(Between(2, 1e6))
+      ->type_name("N")
       ->capture_default_str();
   app.add_option("--save-step", options.save_step,
                  "Step after which to save. Default: half of --steps.")
-      ->check(CLI::PositiveNumber);
+      ->check(Between(1, 1e6))
+      ->type_name("N");
   app.add_option("--out", options.out,
                  "Where to put the checkpoint (in the folder \"checkpoint\") "
-                 "and the record of the run (train.json). All ranks must see "
+                 "and the\nrecord of the run (train.json). All ranks must see "
                  "it.")
+      ->type_name("DIR")
       ->capture_default_str();
   app.add_option("--resume", options.resume,
                  "Only start from this checkpoint, on --resume-ranks ranks, "
-                 "and go on to the last step.");
+                 "and go\non to the last step.")
+      ->type_name("DIR");
   app.add_option("--backend", options.backend,
                  absl::StrCat("What moves bytes between ranks. Linked: ",
                               absl::StrJoin(dsd::LinkedBackends(), ", "),
-                              ". Default: the build's."));
-  app.add_option("--hidden", options.hidden, "Widths of the hidden layers.")
+                              ".\nDefault: the build's."))
+      ->type_name("NAME");
+  app.add_option("--hidden", options.hidden,
+                 "Widths of the hidden layers. Default: 130,66.")
       ->delimiter(',')
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+      ->check(Between(1, 65536))
+      ->type_name("N,N,");
   app.add_option("--seed", options.seed,
                  "For initial values and the order of the digits.")
+      ->type_name("N")
       ->capture_default_str();
   app.add_option("--data", options.data,
-                 "The digits as CSV. Default: those that Bazel fetched.");
+                 "The digits as CSV. Default: those that Bazel fetched.")
+      ->type_name("FILE");
   app.add_option("--timeout", options.timeout_seconds,
                  "Seconds to wait for all ranks to arrive.")
-      ->check(CLI::PositiveNumber)
+      ->check(Between(0.001, 86400))
+      ->type_name("N")
       ->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
+  // For the ranks that this program starts itself.
+  app.add_flag("!--no-summary", options.summary)->group("");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? EXIT_SUCCESS : kExitUsage;
+  }
   const absl::Status status = Run(std::move(options), app, observer);
   if (status.ok()) return EXIT_SUCCESS;
   // In one write, so that ranks do not mix their lines.

@@ -3,10 +3,11 @@
 // What Gloo does not do, and what this file therefore does: it does not wake a
 // wait when a peer dies in the middle of a message (Cancel does, by aborting
 // each wait); it must not lose a buffer that an open connection may still write
-// to (the connections are closed first); its own time limits close every
-// connection (so a deadline is final here, too); it aborts the process if a
-// message is longer than the receive (Communicator's tags make that
-// impossible).
+// to (the connections are closed first); its own time limits are one per wait,
+// also while connecting, and close every connection (so a deadline is final
+// here, too); it aborts the process if a message is longer than the receive
+// (Communicator's tags make that impossible); it closes connections one per
+// tick of its event loop (so the loop is kept busy then).
 
 #include "dsd/backends/gloo/gloo_backend.h"
 
@@ -15,14 +16,18 @@
 #include <gloo/transport/pair.h>
 #include <gloo/transport/tcp/attr.h>
 #include <gloo/transport/tcp/device.h>
+#include <gloo/transport/tcp/loop.h>
 #include <gloo/transport/unbound_buffer.h>
 #include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -58,7 +63,6 @@ absl::Status CancelledStatus() { return absl::AbortedError("cancelled"); }
 // Calls `body`, whose exceptions become `code`: Gloo throws for everything.
 template <class Body>
 absl::Status Guard(absl::StatusCode code, absl::string_view what, Body body) {
-  const SigpipeBlock block;
   try {
     body();
     return absl::OkStatus();
@@ -69,13 +73,44 @@ absl::Status Guard(absl::StatusCode code, absl::string_view what, Body body) {
   }
 }
 
+// Gloo waits for a tick of the event loop for each connection that it closes:
+// 10 ms if nothing happens. While one of these lives the loop does not rest.
+class BusyLoop final : public ::gloo::transport::tcp::Handler {
+ public:
+  explicit BusyLoop(::gloo::transport::tcp::Device& device)
+      : device_(device), event_(eventfd(1, EFD_NONBLOCK | EFD_CLOEXEC)) {
+    // Without it everything is only slower.
+    registered_ = event_.valid() &&
+                  Guard(absl::StatusCode::kInternal, "watch", [&] {
+                    device_.registerDescriptor(event_.fd(), EPOLLIN, this);
+                  }).ok();
+  }
+  BusyLoop(const BusyLoop&) = delete;
+  ~BusyLoop() {
+    if (!registered_) return;
+    Guard(absl::StatusCode::kInternal, "unwatch", [&] {
+      device_.unregisterDescriptor(event_.fd(), this);
+    }).IgnoreError();
+  }
+
+  void handleEvents(int) override {}  // it stays readable
+
+ private:
+  ::gloo::transport::tcp::Device& device_;
+  const Socket event_;
+  bool registered_;
+};
+
 class GlooEngine final : public Engine {
  public:
   explicit GlooEngine(const EngineOptions& options) : options_(options) {}
 
   ~GlooEngine() override {
-    // In this order: a context refers to its device by a raw pointer.
-    context_.reset();
+    if (context_ != nullptr) {
+      const BusyLoop busy(*device_);
+      context_.reset();
+    }
+    // Last: a context refers to its device by a raw pointer.
     device_.reset();
   }
 
@@ -88,7 +123,7 @@ class GlooEngine final : public Engine {
  private:
   class Batch;
 
-  absl::Status OpenDevice();
+  absl::Status OpenDevice(absl::Time deadline);
   absl::Status ConnectPairs(absl::Time deadline);
   std::chrono::milliseconds TimeLeft(absl::Time deadline) const {
     const absl::Duration left =
@@ -99,7 +134,7 @@ class GlooEngine final : public Engine {
   void Close();
 
   const EngineOptions options_;
-  std::shared_ptr<::gloo::transport::Device> device_;
+  std::shared_ptr<::gloo::transport::tcp::Device> device_;
   // Set by Connect with all its pairs, constant afterwards.
   std::shared_ptr<::gloo::transport::Context> context_;
 
@@ -195,7 +230,7 @@ class GlooEngine::Batch final : public EngineBatch {
   std::vector<Op> ops_;
 };
 
-absl::Status GlooEngine::OpenDevice() {
+absl::Status GlooEngine::OpenDevice(absl::Time deadline) {
   ::gloo::transport::tcp::attr attr;
   std::string why;
   const char* const interface = getenv(kInterfaceVariable);
@@ -210,13 +245,21 @@ absl::Status GlooEngine::OpenDevice() {
     attr.hostname = "127.0.0.1";
     why = "loopback";
   } else {
-    DSD_ASSIGN_OR_RETURN(attr.hostname, AddressTowards(host));
+    DSD_ASSIGN_OR_RETURN(attr.hostname,
+                         AddressTowards(options_.env, host, deadline));
     why = absl::StrCat("address ", attr.hostname, " towards ", host, "; set ",
                        kInterfaceVariable, " to use another");
   }
+  // The event loop's thread inherits the mask.
+  const SigpipeBlock block;
   return Guard(absl::StatusCode::kInvalidArgument,
-               absl::StrCat("open a network device (", why, ")"),
-               [&] { device_ = ::gloo::transport::tcp::CreateDevice(attr); });
+               absl::StrCat("open a network device (", why, ")"), [&] {
+                 device_ =
+                     std::dynamic_pointer_cast<::gloo::transport::tcp::Device>(
+                         ::gloo::transport::tcp::CreateDevice(attr));
+                 if (device_ == nullptr)
+                   throw std::runtime_error("no TCP device");
+               });
 }
 
 absl::Status GlooEngine::ConnectPairs(absl::Time deadline) {
@@ -248,36 +291,55 @@ absl::Status GlooEngine::ConnectPairs(absl::Time deadline) {
   for (int peer = 0; peer < size; ++peer) {
     if (peer == options_.rank) continue;
     if (cancelled_) return CancelledStatus();
-    DSD_ASSIGN_OR_RETURN(
-        const std::string address,
-        options_.store->Get(absl::StrCat("gloo/", peer, "/", options_.rank),
-                            deadline));
+    const absl::StatusOr<std::string> address = options_.store->Get(
+        absl::StrCat("gloo/", peer, "/", options_.rank), deadline);
+    if (absl::IsDeadlineExceeded(address.status())) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("rank ", peer, " has not said where it listens"));
+    }
+    DSD_RETURN_IF_ERROR(address);
     const absl::Status status =
         Guard(absl::StatusCode::kUnavailable,
               absl::StrCat("connect to rank ", peer), [&] {
                 context_->getPair(peer)->connect(
-                    std::vector<char>(address.begin(), address.end()));
+                    std::vector<char>(address->begin(), address->end()));
               });
-    if (cancelled_) return CancelledStatus();
-    if (!status.ok() && options_.env->Now() >= deadline) {
-      return absl::DeadlineExceededError(status.message());
+    if (options_.env->Now() >= deadline) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("no connection to rank ", peer, " in time"));
     }
+    if (cancelled_) return CancelledStatus();
     DSD_RETURN_IF_ERROR(status);
   }
   return absl::OkStatus();
 }
 
 absl::Status GlooEngine::Connect(absl::Time deadline) {
-  DSD_RETURN_IF_ERROR(OpenDevice());
+  DSD_RETURN_IF_ERROR(OpenDevice(deadline));
+  absl::Mutex mu;
+  bool over = false;
+  // Gloo's limit for one connection would count anew for each.
+  const std::unique_ptr<EnvThread> limit =
+      options_.env->StartThread("dsd_gloo_limit", [&] {
+        absl::MutexLock lock(&mu);
+        if (!options_.env->Await(mu, absl::Condition(&over), deadline)) {
+          Cancel();
+        }
+      });
   const absl::Status status = ConnectPairs(deadline);
-  absl::MutexLock lock(&mu_);
-  connecting_ = false;
+  {
+    absl::MutexLock lock(&mu_);
+    connecting_ = false;
+  }
+  absl::MutexLock lock(&mu);
+  over = true;
   return status;
 }
 
 absl::StatusOr<std::unique_ptr<EngineBatch>> GlooEngine::Start(
     absl::Span<const EngineSend> sends, absl::Span<const EngineRecv> recvs) {
   if (cancelled_) return CancelledStatus();
+  const SigpipeBlock block;
   auto batch = std::make_unique<Batch>(this);
   for (const EngineRecv& recv : recvs) {
     DSD_RETURN_IF_ERROR(batch->Post(recv.peer, /*is_send=*/false, recv.tag,
@@ -310,6 +372,7 @@ void GlooEngine::Close() {
   cancelled_ = true;
   absl::MutexLock lock(&close_mu_);
   if (std::exchange(closed_, true)) return;
+  const BusyLoop busy(*device_);
   for (int peer = 0; peer < options_.world_size; ++peer) {
     if (peer == options_.rank) continue;
     Guard(absl::StatusCode::kUnavailable, "close", [&] {

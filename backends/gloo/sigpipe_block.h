@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Keeps a write to a broken connection from ending the process. Gloo writes
-// without MSG_NOSIGNAL, and a library must not change what the program does
-// with signals.
+// without MSG_NOSIGNAL (when a message is posted, and in its own thread), and a
+// library must not change what the program does with signals.
 
 #ifndef DSD_BACKENDS_GLOO_SIGPIPE_BLOCK_H_
 #define DSD_BACKENDS_GLOO_SIGPIPE_BLOCK_H_

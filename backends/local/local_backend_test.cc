@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "dsd/core/base/status_macros.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -42,6 +43,33 @@ TEST(LocalBackendTest, LeavingWithoutShutdownFailsTheOthers) {
               ElementsAre(IsStatus(absl::StatusCode::kUnavailable, "rank 1"),
                           absl::OkStatus(),
                           IsStatus(absl::StatusCode::kUnavailable, "rank 1")));
+}
+
+// All ranks return an error that they agree on, none calls Shutdown, and one is
+// slow to take the message that lets it return.
+TEST(LocalBackendTest, RanksThatGiveUpTogetherDoNotBlameEachOther) {
+  RankThreadsOptions options;
+  options.shutdown = false;
+  const absl::Status verdict = absl::NotFoundError("no such checkpoint");
+  const std::vector<absl::Status> statuses = RunRankThreads(
+      3,
+      [&](Communicator& comm) -> absl::Status {
+        std::vector<std::byte> in(1);
+        const std::vector<std::byte> out(1);
+        DSD_ASSIGN_OR_RETURN(
+            PendingExchange pending,
+            comm.StartExchange({{(comm.rank() + 1) % 3, out}},
+                               {{(comm.rank() + 2) % 3, absl::MakeSpan(in)}},
+                               "verdict"));
+        // The others have left by then, or are about to.
+        if (comm.rank() == 2) {
+          comm.env()->SleepUntil(comm.env()->Now() + absl::Milliseconds(100));
+        }
+        DSD_RETURN_IF_ERROR(pending.Wait());
+        return verdict;
+      },
+      options);
+  EXPECT_THAT(statuses, ElementsAre(verdict, verdict, verdict));
 }
 
 TEST(LocalBackendTest, AnAbsentRankIsNamed) {

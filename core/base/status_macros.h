@@ -69,17 +69,14 @@ const absl::Status& AsStatus(const absl::StatusOr<T>& status_or) {
 
 // Returns from the function if `expr` (a Status or StatusOr) is an error.
 // Context may be streamed: DSD_RETURN_IF_ERROR(f()) << "while packing";
-// The switch keeps an `else` of the caller's from binding to the `if` in here.
-#define DSD_RETURN_IF_ERROR(expr)                                             \
-  switch (0)                                                                  \
-  case 0:                                                                     \
-  default:                                                                    \
-    if (absl::Status dsd_internal_status = ::dsd::internal::AsStatus((expr)); \
-        dsd_internal_status.ok()) {                                           \
-    } else /* NOLINT */                                                       \
-      return ::dsd::internal::StatusAnnotator(std::move(dsd_internal_status))
+// A loop and no `if`, so that an `else` of the caller's cannot bind to it.
+#define DSD_RETURN_IF_ERROR(expr)                                            \
+  for (absl::Status dsd_internal_status = ::dsd::internal::AsStatus((expr)); \
+       !dsd_internal_status.ok();)                                           \
+  return ::dsd::internal::StatusAnnotator(std::move(dsd_internal_status))
 
-// Assigns the value of `expr` (a StatusOr) to `lhs`, or returns its error.
+// Assigns the value of `expr` (a StatusOr) to `lhs`, or returns its error. Two
+// statements: not for an unbraced `if`.
 #define DSD_ASSIGN_OR_RETURN(lhs, expr) \
   DSD_INTERNAL_ASSIGN_OR_RETURN(        \
       DSD_INTERNAL_CONCAT(dsd_internal_statusor_, __LINE__), lhs, expr)

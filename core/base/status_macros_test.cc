@@ -22,6 +22,23 @@ TEST(StatusMacrosTest, ReturnsErrorsWithContext) {
   EXPECT_EQ(run(absl::OkStatus()), absl::CancelledError("went on"));
 }
 
+// Compiling it is half of the test: warnings are errors.
+TEST(StatusMacrosTest, IsOneStatementForIfAndElse) {
+  const auto run = [](bool check, const absl::Status& status) -> absl::Status {
+    if (check)
+      DSD_RETURN_IF_ERROR(status) << "checked";
+    else
+      return absl::CancelledError("not checked");
+    if (!check) DSD_RETURN_IF_ERROR(absl::InternalError("not reached"));
+    for (int i = 0; i < 2; ++i) DSD_RETURN_IF_ERROR(status);
+    return absl::OkStatus();
+  };
+  EXPECT_EQ(run(true, absl::OkStatus()), absl::OkStatus());
+  EXPECT_EQ(run(true, absl::DataLossError("torn")),
+            absl::DataLossError("checked: torn"));
+  EXPECT_EQ(run(false, absl::OkStatus()), absl::CancelledError("not checked"));
+}
+
 TEST(StatusMacrosTest, KeepsPayloads) {
   absl::Status status = absl::DataLossError("torn");
   status.SetPayload("where", absl::Cord("here"));

@@ -18,7 +18,6 @@
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/comm/communicator_internal.h"
-#include "dsd/core/comm/envelope.h"
 #include "dsd/core/comm/reduce.h"
 
 namespace dsd {
@@ -28,8 +27,8 @@ namespace {
 constexpr int64_t kSmallBroadcastBytes = 256 << 10;
 constexpr int64_t kChunkBytes = 4 << 20;
 constexpr int kChunksInFlight = 4;
-// A blob and its length ride in one envelope.
-constexpr int64_t kFirstBlobBytes = Envelope::kMaxInline - sizeof(int64_t);
+// What every rank sends of its blob, however short it is, with its length.
+constexpr int64_t kFirstBlobBytes = (1 << 10) - sizeof(int64_t);
 // All parts of an all-reduce that are not worth a second round.
 constexpr int64_t kSmallReduceBytes = 64 << 10;
 // What a reduction stages per rank that takes part, all together.

@@ -15,6 +15,7 @@
 #include "absl/strings/str_split.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/communicator_internal.h"
+#include "dsd/core/comm/duration_text.h"
 #include "dsd/core/comm/envelope.h"
 #include "dsd/core/comm/registry.h"
 #include "xxhash.h"
@@ -22,9 +23,11 @@
 namespace dsd {
 namespace {
 
-// Data connections often break a moment before the store knows who died.
-constexpr absl::Duration kVerdictPatience = absl::Seconds(1);
-constexpr absl::Duration kAskPatience = absl::Milliseconds(500);
+constexpr absl::Duration kAskPatience = absl::Seconds(1);
+// Data connections often break a moment before the store knows who died, and
+// while a rank whose time is over still asks the others.
+constexpr absl::Duration kVerdictPatience = absl::Seconds(5);
+constexpr absl::Duration kGoodbyePatience = absl::Seconds(1);
 constexpr absl::Duration kCancelPeriod = absl::Milliseconds(20);
 constexpr absl::Duration kMaxTimeout = absl::Hours(24);
 constexpr size_t kMaxRanksNamed = 8;
@@ -33,51 +36,46 @@ std::string Quoted(absl::string_view text) {
   return absl::StrCat("\"", absl::Utf8SafeCHexEscape(text), "\"");
 }
 
-// A duration as a person would give it.
-std::string Rounded(absl::Duration duration) {
-  return absl::FormatDuration(
-      absl::Trunc(duration + absl::Microseconds(500), absl::Milliseconds(1)));
+size_t CallBytes(const Call& call) {
+  return std::min(call.text.size(), kMaxEnvelopeCall);
+}
+
+// Of a payload that rides in the envelope. The receiver's call is the sender's,
+// by digest, when it looks there.
+size_t PayloadOffset(const Call& call) {
+  return sizeof(EnvelopeHead) + CallBytes(call);
+}
+
+size_t EnvelopeBytes(const Call& call, size_t payload_bytes) {
+  return PayloadOffset(call) +
+         (payload_bytes <= kMaxInlinePayload ? payload_bytes : 0);
 }
 
 }  // namespace
 
 // What an engine sees of the store: its own keys, and waits that end when the
 // group fails, since a rank that has died sets no key.
-class Communicator::EngineStore final : public Store {
+class Communicator::EngineStore final : public ForwardingStore {
  public:
   EngineStore(Core* core, absl::string_view prefix,
               const std::shared_ptr<Store>& store)
-      : core_(core), store_(MakePrefixStore(prefix, store)) {}
+      : ForwardingStore(MakePrefixStore(prefix, store)), core_(core) {}
 
-  absl::Status Set(absl::string_view key, absl::string_view value,
-                   absl::Time deadline) override {
-    return store_->Set(key, value, deadline);
-  }
   absl::StatusOr<std::string> Get(absl::string_view key,
                                   absl::Time deadline) override {
     while (true) {
       const absl::Time until =
           std::min(deadline, core_->env->Now() + kCancelPeriod);
-      absl::StatusOr<std::string> value = store_->Get(key, until);
+      absl::StatusOr<std::string> value = to_->Get(key, until);
       if (!absl::IsDeadlineExceeded(value.status()) || until == deadline) {
         return value;
       }
       if (!core_->status().ok()) return absl::AbortedError("cancelled");
     }
   }
-  absl::StatusOr<int64_t> Add(absl::string_view key, int64_t delta,
-                              absl::Time deadline) override {
-    return store_->Add(key, delta, deadline);
-  }
-  absl::StatusOr<std::unique_ptr<Membership>> Join(
-      const MemberOptions& options, absl::Time deadline) override {
-    return store_->Join(options, deadline);
-  }
-  std::string server_host() const override { return store_->server_host(); }
 
  private:
   Core* const core_;  // owns the engine that has this store
-  const std::shared_ptr<Store> store_;
 };
 
 Call::Call(std::string t, absl::Span<const int64_t> terms)
@@ -138,14 +136,20 @@ absl::Status Communicator::Core::CheckAlive(absl::string_view call) {
   return absl::OkStatus();
 }
 
-void Communicator::Core::Fail(const absl::Status& status, bool tell) {
+bool Communicator::Core::Fail(const absl::Status& status, bool tell) {
   {
     absl::MutexLock lock(&mu);
-    if (!error.ok()) return;
+    if (!error.ok()) return false;
     error = status;
     if (cancellable != nullptr) cancellable->Cancel();
   }
   if (tell && membership != nullptr) membership->Fail(status);
+  return true;
+}
+
+absl::Status Communicator::Core::FailDuring(const absl::Status& status,
+                                            absl::string_view call) {
+  return Fail(status, /*tell=*/true) ? status : ErrorDuring(call);
 }
 
 absl::Status Communicator::Core::EngineFailed(const absl::Status& found,
@@ -164,10 +168,10 @@ absl::Status Communicator::Core::EngineFailed(const absl::Status& found,
                                                     : absl::ZeroDuration()));
   }
   if (known) return ErrorDuring(call);
-  Fail(absl::Status(found.code(), absl::StrCat(found.message(), " (", call, " ",
-                                               Here(), ")")),
-       /*tell=*/true);
-  return status();
+  return FailDuring(
+      absl::Status(found.code(),
+                   absl::StrCat(found.message(), " (", call, " ", Here(), ")")),
+      call);
 }
 
 std::string Communicator::Core::Answer(absl::string_view question) {
@@ -243,11 +247,11 @@ absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
     absl::StrAppend(&why, "; no message came from rank ", peer,
                     absent.empty() ? absl::StrCat(", which ", peer_does) : "");
   }
-  Fail(absl::Status(code, absl::StrCat(active.call.text, " ", Here(),
-                                       " did not finish within ",
-                                       Rounded(active.timeout), ": ", why)),
-       /*tell=*/true);
-  return status();
+  return FailDuring(
+      absl::Status(code, absl::StrCat(active.call.text, " ", Here(),
+                                      " did not finish within ",
+                                      DurationText(active.timeout), ": ", why)),
+      active.call.text);
 }
 
 void Communicator::Core::WatchCancel(const std::atomic<bool>* cancel,
@@ -325,7 +329,7 @@ struct PendingExchange::Impl {
     int peer;
     absl::Span<std::byte> data;
     uint64_t sequence;
-    const Envelope* envelope;
+    const std::byte* envelope;
     // Where its messages stand in the list given to the engine.
     size_t envelope_index;
     size_t payload_index;  // kNone: rides in the envelope
@@ -352,7 +356,7 @@ struct PendingExchange::Impl {
   std::unique_ptr<ActiveCall> own;  // if it is a call by itself
   const ActiveCall* active = nullptr;
   bool finished = false;
-  std::unique_ptr<Envelope[]> envelopes;
+  std::unique_ptr<std::byte[]> envelopes;
   std::vector<Incoming> incoming;
   std::vector<std::shared_ptr<bool>> self_done;
   // Destroyed first: until then the engine may touch all of the above.
@@ -366,15 +370,16 @@ absl::Status PendingExchange::Impl::Explain(const absl::Status& status,
 }
 
 absl::Status PendingExchange::Impl::Check(const Incoming& in) {
-  const Envelope& e = *in.envelope;
-  if (e.magic != Envelope::kMagic || e.version != Envelope::kVersion) {
+  EnvelopeHead e;
+  std::memcpy(&e, in.envelope, sizeof(e));
+  if (e.magic != EnvelopeHead::kMagic || e.version != EnvelopeHead::kVersion) {
     return absl::FailedPreconditionError(absl::StrCat(
         "rank ", in.peer, " sends messages of format ", absl::Hex(e.magic), " ",
-        e.version, ", expected ", absl::Hex(Envelope::kMagic), " ",
-        Envelope::kVersion, "; use the same dsd on all ranks"));
+        e.version, ", expected ", absl::Hex(EnvelopeHead::kMagic), " ",
+        EnvelopeHead::kVersion, "; use the same dsd on all ranks"));
   }
   if (e.generation != core->generation || e.lane != lane->id ||
-      e.sequence != in.sequence || e.call_size > Envelope::kMaxCall) {
+      e.sequence != in.sequence || e.call_size > kMaxEnvelopeCall) {
     return absl::InternalError(absl::StrCat(
         "message ", in.sequence, " from rank ", in.peer, " on lane ",
         Quoted(lane->name), " says that it is message ", e.sequence,
@@ -382,9 +387,10 @@ absl::Status PendingExchange::Impl::Check(const Incoming& in) {
   }
   if (e.call_digest != active->call.digest ||
       e.payload_size != in.data.size()) {
-    return lane->Mismatch(in.peer, absl::string_view(e.call, e.call_size),
-                          e.payload_size, active->call.text, in.data.size(),
-                          in.sequence);
+    const absl::string_view call(
+        reinterpret_cast<const char*>(in.envelope + sizeof(e)), e.call_size);
+    return lane->Mismatch(in.peer, call, e.payload_size, active->call.text,
+                          in.data.size(), in.sequence);
   }
   return absl::OkStatus();
 }
@@ -402,7 +408,8 @@ absl::Status PendingExchange::Impl::WaitForAll() {
     }
     if (in.payload_index == kNone) {
       if (!in.data.empty()) {
-        std::memcpy(in.data.data(), in.envelope->payload, in.data.size());
+        std::memcpy(in.data.data(), in.envelope + PayloadOffset(active->call),
+                    in.data.size());
       }
     } else if (const absl::Status status =
                    batch->WaitReceived(in.payload_index, active->deadline);
@@ -505,8 +512,8 @@ Communicator::Lane::Begin(Call call, const CallOptions& options,
     return core->TimeIsOver(*active, -1);
   }
   if (active->cancel != nullptr && active->cancel->load()) {
-    core->Fail(core->Cancelled(active->call.text), /*tell=*/true);
-    return core->status();
+    return core->FailDuring(core->Cancelled(active->call.text),
+                            active->call.text);
   }
   return active;
 }
@@ -522,10 +529,13 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
   impl->lane = this;
   impl->active = &active;
   impl->finished = true;  // until something is posted
-  impl->envelopes.reset(new Envelope[sends.size() + recvs.size()]);
-  Envelope* envelope = impl->envelopes.get();
-  const auto bytes_of = [](Envelope* e) {
-    return absl::MakeSpan(reinterpret_cast<std::byte*>(e), sizeof(Envelope));
+  // A receive must have room for what another call of its peer might send.
+  size_t room = recvs.size() * kMaxEnvelopeBytes;
+  for (const SendOp& op : sends) room += EnvelopeBytes(call, op.data.size());
+  impl->envelopes.reset(new std::byte[room]);
+  std::byte* envelope = impl->envelopes.get();
+  const auto take = [&](size_t bytes) {
+    return absl::MakeSpan(std::exchange(envelope, envelope + bytes), bytes);
   };
 
   std::vector<EngineRecv> engine_recvs;
@@ -543,11 +553,10 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
                                        envelope,
                                        engine_recvs.size(),
                                        PendingExchange::Impl::kNone};
-    engine_recvs.push_back(
-        {op.peer,
-         MessageTag(id, sequence, MessagePart::kEnvelope, Envelope::kSize),
-         bytes_of(envelope++)});
-    if (op.data.size() > Envelope::kMaxInline) {
+    engine_recvs.push_back({op.peer,
+                            MessageTag(id, sequence, MessagePart::kEnvelope, 0),
+                            take(kMaxEnvelopeBytes)});
+    if (op.data.size() > kMaxInlinePayload) {
       in.payload_index = engine_recvs.size();
       engine_recvs.push_back(
           {op.peer,
@@ -566,29 +575,27 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
       continue;
     }
     const uint64_t sequence = next_send[op.peer]++;
-    Envelope& e = *envelope;
-    std::memset(static_cast<void*>(&e), 0, sizeof(e));
-    e.magic = Envelope::kMagic;
-    e.version = Envelope::kVersion;
-    e.call_size = static_cast<uint16_t>(
-        std::min<size_t>(call.text.size(), Envelope::kMaxCall));
+    EnvelopeHead e;
+    e.call_size = static_cast<uint16_t>(CallBytes(call));
     e.generation = core->generation;
     e.lane = id;
     e.sequence = sequence;
     e.payload_size = op.data.size();
     e.call_digest = call.digest;
-    std::memcpy(e.call, call.text.data(), e.call_size);
+    const absl::Span<std::byte> bytes =
+        take(EnvelopeBytes(call, op.data.size()));
+    std::memcpy(bytes.data(), &e, sizeof(e));
+    std::memcpy(bytes.data() + sizeof(e), call.text.data(), e.call_size);
     engine_sends.push_back(
-        {op.peer,
-         MessageTag(id, sequence, MessagePart::kEnvelope, Envelope::kSize),
-         bytes_of(envelope++)});
-    if (op.data.size() > Envelope::kMaxInline) {
+        {op.peer, MessageTag(id, sequence, MessagePart::kEnvelope, 0), bytes});
+    if (op.data.size() > kMaxInlinePayload) {
       engine_sends.push_back(
           {op.peer,
            MessageTag(id, sequence, MessagePart::kPayload, op.data.size()),
            op.data});
     } else if (!op.data.empty()) {
-      std::memcpy(e.payload, op.data.data(), op.data.size());
+      std::memcpy(bytes.data() + PayloadOffset(call), op.data.data(),
+                  op.data.size());
     }
   }
 
@@ -658,7 +665,9 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
   member.group = absl::StrCat(options.group, "#", options.generation);
   member.rank = options.rank;
   member.size = options.world_size;
-  member.facts = absl::StrCat("backend \"", descriptor->name, "\"");
+  member.facts =
+      absl::StrCat("backend \"", descriptor->name, "\", messages of format ",
+                   EnvelopeHead::kVersion);
   Core* const raw = core.get();
   member.on_failure = [raw](const absl::Status& status) {
     raw->Fail(status, /*tell=*/false);
@@ -709,7 +718,14 @@ Communicator::~Communicator() {
   Core& core = *lane_->core;
   {
     absl::MutexLock lock(&core.mu);
-    if (core.shut_down) return;
+    if (core.shut_down || !core.error.ok()) return;
+  }
+  // Ranks that give up together, over an error that all of them know, have no
+  // Shutdown; none may take the end of another for the cause, or miss a message
+  // that is under way.
+  if (core.membership != nullptr &&
+      core.membership->Leave(core.env->Now() + kGoodbyePatience).ok()) {
+    return;
   }
   core.Fail(absl::UnavailableError(
                 absl::StrCat("rank ", core.rank, " left group ",

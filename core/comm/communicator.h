@@ -99,8 +99,10 @@ class Communicator {
   static absl::StatusOr<std::unique_ptr<Communicator>> Create(
       const CommunicatorOptions& options);
 
-  // Of Create's: fails the group if Shutdown was not called (Unavailable on the
-  // others); returns within 2 s. Of OpenLane's: nothing.
+  // Of Create's, without Shutdown and on a group that has not failed: waits up
+  // to a second for all other ranks to leave, too, as they do after an error
+  // that they have agreed on; if they do not, the group fails (Unavailable on
+  // the others, naming this rank). Returns within 2 s. Of OpenLane's: nothing.
   ~Communicator();
 
   int rank() const;

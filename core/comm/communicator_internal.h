@@ -53,8 +53,12 @@ struct Communicator::Core {
   absl::Status CheckAlive(absl::string_view call);
 
   // Records `status` as the first error if there is none, tells the other ranks
-  // if it came from this one, and ends all waits.
-  void Fail(const absl::Status& status, bool tell);
+  // if it came from this one, and ends all waits. Returns whether it is the
+  // first.
+  bool Fail(const absl::Status& status, bool tell);
+
+  // Fails and tells; returns `status`, or the first error if that is another.
+  absl::Status FailDuring(const absl::Status& status, absl::string_view call);
 
   // What to return for an error of the engine during `call`, waiting a moment
   // for the store's verdict, which knows better who is gone.

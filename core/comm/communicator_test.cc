@@ -114,10 +114,11 @@ TEST(CommunicatorTest, TheFirstReasonOfAnAbortStays) {
 
 // On the wire, so it must not change by accident.
 TEST(EnvelopeTest, LayoutAndTags) {
-  EXPECT_EQ(offsetof(Envelope, generation), 8);
-  EXPECT_EQ(offsetof(Envelope, call), 48);
-  EXPECT_EQ(offsetof(Envelope, payload), 240);
-  EXPECT_EQ(Envelope::kMaxInline, 784);
+  EXPECT_EQ(offsetof(EnvelopeHead, version), 4);
+  EXPECT_EQ(offsetof(EnvelopeHead, generation), 8);
+  EXPECT_EQ(offsetof(EnvelopeHead, payload_size), 32);
+  EXPECT_EQ(sizeof(EnvelopeHead), 48);
+  EXPECT_EQ(kMaxEnvelopeBytes, 48 + 192 + 16384);
   // Different sizes, parts and numbers of one lane never share a tag.
   const uint64_t lane = 0x1234;
   EXPECT_NE(MessageTag(lane, 1, MessagePart::kPayload, 100),

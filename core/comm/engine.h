@@ -24,9 +24,10 @@ class Env;
 class Store;
 
 // `tag` names one message from one rank to another: Communicator never uses a
-// tag twice between the same two ranks in one direction. A send and a receive
-// of one tag agree on the size; a send or receive whose counterpart has another
-// tag never matches anything and is ended by Cancel. `peer` is never this rank.
+// tag twice between the same two ranks in one direction. A send may be shorter
+// than the receive of its tag, which then fills the front of its memory, and is
+// never longer; a send or receive whose counterpart has another tag never
+// matches anything and is ended by Cancel. `peer` is never this rank.
 struct EngineSend {
   int peer;
   uint64_t tag;

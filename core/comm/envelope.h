@@ -9,40 +9,41 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "absl/strings/string_view.h"
-
 namespace dsd {
 
-// Travels as a message of its own, of fixed size, so that the receiver knows
-// what the sender means before it must trust a size. A payload that fits rides
-// along; a larger one is the next message, straight from and to the caller's
-// memory. The size is part of that message's tag: a payload of another size
-// than expected matches no receive, whatever the backend would do with it.
-struct Envelope {
+// An envelope is this head, the text of the call (for people; may be cut), and
+// the payload if it is small: one message, so that small ones cost one. It says
+// what the sender means before the receiver must trust a size. A larger payload
+// is the next message, straight from and to the caller's memory; the size is
+// part of that message's tag, so one of another size than expected matches no
+// receive, whatever the backend would do with it.
+struct EnvelopeHead {
   static constexpr uint32_t kMagic = 0x6d647364;  // "dsdm"
-  static constexpr uint16_t kVersion = 1;
-  static constexpr size_t kSize = 1024;
-  static constexpr size_t kMaxCall = 192;
-  static constexpr size_t kMaxInline = kSize - 48 - kMaxCall;
+  static constexpr uint16_t kVersion = 2;
 
-  uint32_t magic;
-  uint16_t version;
-  uint16_t call_size;
-  uint64_t generation;
-  uint64_t lane;
-  uint64_t sequence;
-  uint64_t payload_size;
-  uint64_t call_digest;  // of the call with all that ranks must agree on
-  char call[kMaxCall];   // for people; may be cut
-  std::byte payload[kMaxInline];
+  uint32_t magic = kMagic;
+  uint16_t version = kVersion;
+  uint16_t call_size = 0;
+  uint64_t generation = 0;
+  uint64_t lane = 0;
+  uint64_t sequence = 0;
+  uint64_t payload_size = 0;
+  uint64_t call_digest = 0;  // of the call with all that ranks must agree on
 };
-static_assert(sizeof(Envelope) == Envelope::kSize);
-static_assert(std::is_trivially_copyable_v<Envelope>);
+static_assert(sizeof(EnvelopeHead) == 48);
+static_assert(std::is_trivially_copyable_v<EnvelopeHead>);
+
+inline constexpr size_t kMaxEnvelopeCall = 192;
+// Up to here a copy costs less than a message.
+inline constexpr size_t kMaxInlinePayload = size_t{16} << 10;
+inline constexpr size_t kMaxEnvelopeBytes =
+    sizeof(EnvelopeHead) + kMaxEnvelopeCall + kMaxInlinePayload;
 
 enum class MessagePart : uint64_t { kEnvelope = 0, kPayload = 1 };
 
 // The engine's name for one message. Different for different arguments, up to
-// collisions of a 64-bit hash between lanes.
+// collisions of a 64-bit hash between lanes. `size`: of a payload; 0 for an
+// envelope.
 inline uint64_t MessageTag(uint64_t lane, uint64_t sequence, MessagePart part,
                            uint64_t size) {
   const auto mix =

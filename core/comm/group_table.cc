@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "dsd/core/comm/duration_text.h"
 
 namespace dsd {
 namespace {
@@ -114,20 +115,6 @@ std::vector<GroupTable::Event> GroupTable::Join(
   return events;
 }
 
-std::vector<GroupTable::Event> GroupTable::DissolveIfAllLeft(Group& group) {
-  for (const auto& [rank, place] : group.places) {
-    if (place.state != State::kLeaving) return {};
-  }
-  std::vector<Event> events;
-  for (const auto& [rank, place] : group.places) {
-    events.push_back({place.id, EventKind::kLeft, absl::OkStatus()});
-    seats_.erase(place.id);
-  }
-  group.places.clear();
-  group.dissolved = true;
-  return events;
-}
-
 std::vector<GroupTable::Event> GroupTable::Leave(MemberId member) {
   const auto seat = seats_.find(member);
   if (seat == seats_.end()) {
@@ -139,7 +126,17 @@ std::vector<GroupTable::Event> GroupTable::Leave(MemberId member) {
     return {{member, EventKind::kLeft, group.failure}};
   }
   group.places.at(seat->second.rank).state = State::kLeaving;
-  return DissolveIfAllLeft(group);
+  for (const auto& [rank, place] : group.places) {
+    if (place.state != State::kLeaving) return {};
+  }
+  std::vector<Event> events;
+  for (const auto& [rank, place] : group.places) {
+    events.push_back({place.id, EventKind::kLeft, absl::OkStatus()});
+    seats_.erase(place.id);
+  }
+  group.places.clear();
+  group.dissolved = true;
+  return events;
 }
 
 std::vector<GroupTable::Event> GroupTable::Fail(MemberId member,
@@ -160,11 +157,8 @@ std::vector<GroupTable::Event> GroupTable::Remove(MemberId member,
   const State state = group.places.at(rank).state;
   group.places.erase(rank);
   seats_.erase(seat);
-  if (!group.failure.ok()) return {};
-  // One that the others still wait for may come again; one that has said
-  // goodbye may go.
-  if (state == State::kJoining) return {};
-  if (state == State::kLeaving) return DissolveIfAllLeft(group);
+  // One that the others still wait for may come again.
+  if (!group.failure.ok() || state == State::kJoining) return {};
   return FailGroup(
       group, absl::UnavailableError(absl::StrCat("rank ", rank, " ", how)), -1);
 }
@@ -182,9 +176,9 @@ std::vector<GroupTable::Event> GroupTable::Expire(absl::Time now) {
     for (int rank = 0; rank < group.size; ++rank) {
       if (!group.places.contains(rank)) absent.push_back(rank);
     }
-    const absl::Status status = absl::DeadlineExceededError(absl::StrCat(
-        RankList(absent), " of ", group.size, " did not connect within ",
-        absl::FormatDuration(patience)));
+    const absl::Status status = absl::DeadlineExceededError(
+        absl::StrCat(RankList(absent), " of ", group.size,
+                     " did not connect within ", DurationText(patience)));
     std::vector<Event> failed = FailGroup(group, status, -1);
     events.insert(events.end(), failed.begin(), failed.end());
   }

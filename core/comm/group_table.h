@@ -44,13 +44,13 @@ class GroupTable {
                           int size, absl::string_view facts,
                           absl::Duration patience, absl::Time now);
 
-  // Answered by one kLeft event.
+  // Answered by one kLeft event, when all members of the group have called it.
   std::vector<Event> Leave(MemberId member);
 
   std::vector<Event> Fail(MemberId member, const absl::Status& status);
 
-  // The member is gone. If it has not left, and nobody expected it to, the
-  // group fails with Unavailable: rank <r> <how>.
+  // The member is gone. If others are at work, the group fails with
+  // Unavailable: rank <r> <how>.
   std::vector<Event> Remove(MemberId member, absl::string_view how);
 
   // Joins whose time is over.
@@ -88,7 +88,6 @@ class GroupTable {
 
   std::vector<Event> FailGroup(Group& group, const absl::Status& status,
                                int except_rank);
-  std::vector<Event> DissolveIfAllLeft(Group& group);
 
   absl::btree_map<std::string, Group> groups_;
   absl::flat_hash_map<MemberId, Seat> seats_;

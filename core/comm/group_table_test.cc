@@ -85,13 +85,17 @@ TEST(GroupTableTest, AFailureReachesAllButItsOrigin) {
                                    "12 failed: DATA_LOSS: bad"));
 }
 
-TEST(GroupTableTest, AfterItsGoodbyeAMemberMayDie) {
+// The others may still wait for it: only when all leave is the end no death.
+TEST(GroupTableTest, AMemberThatDiesWhileLeavingFailsTheOthers) {
   GroupTable table;
   for (int rank = 0; rank < 3; ++rank) Join(table, rank);
   table.Leave(10);
   table.Leave(11);
-  EXPECT_THAT(Text(table.Remove(10, "died")), IsEmpty());
-  EXPECT_THAT(Text(table.Leave(12)), ElementsAre("11 left: OK", "12 left: OK"));
+  EXPECT_THAT(Text(table.Remove(10, "died")),
+              ElementsAre("11 left: UNAVAILABLE: rank 0 died",
+                          "12 failed: UNAVAILABLE: rank 0 died"));
+  EXPECT_THAT(Text(table.Leave(12)),
+              ElementsAre("12 left: UNAVAILABLE: rank 0 died"));
 }
 
 TEST(GroupTableTest, AMemberThatDiesWhileJoiningMayComeAgain) {

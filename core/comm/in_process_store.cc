@@ -12,6 +12,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/duration_text.h"
 #include "dsd/core/comm/group_table.h"
 #include "dsd/core/comm/store.h"
 
@@ -41,7 +43,7 @@ class InProcessStore final
     if (!env_->Await(mu_, absl::Condition(&present), deadline)) {
       return absl::DeadlineExceededError(
           absl::StrCat("key \"", key, "\" was not set within ",
-                       absl::FormatDuration(deadline - start)));
+                       DurationText(deadline - start)));
     }
     return values_.at(key);
   }
@@ -50,14 +52,12 @@ class InProcessStore final
                               absl::Time) override {
     absl::MutexLock lock(&mu_);
     std::string& value = values_[key];
-    int64_t number = 0;
-    if (!value.empty() && !absl::SimpleAtoi(value, &number)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("key \"", key, "\" holds no decimal number"));
+    DSD_RETURN_IF_ERROR(AddToCounter(key, delta, value));
+    int64_t sum = 0;
+    if (!absl::SimpleAtoi(value, &sum)) {
+      return absl::InternalError("store: a sum is no number");
     }
-    number += delta;
-    value = absl::StrCat(number);
-    return number;
+    return sum;
   }
 
   absl::StatusOr<std::unique_ptr<Membership>> Join(
@@ -198,8 +198,7 @@ absl::StatusOr<std::unique_ptr<Membership>> InProcessStore::Join(
     failures = Apply(groups_.Join(id, options.group, options.rank, options.size,
                                   options.facts, deadline - now, now));
     const auto answered = [&] { return member->joined.has_value(); };
-    if (failures.empty() &&
-        !env_->Await(mu_, absl::Condition(&answered), deadline)) {
+    if (!env_->Await(mu_, absl::Condition(&answered), deadline)) {
       failures = Apply(groups_.Expire(deadline));
     }
     joined = *member->joined;
@@ -210,37 +209,48 @@ absl::StatusOr<std::unique_ptr<Membership>> InProcessStore::Join(
   return std::make_unique<Handle>(shared_from_this(), id, member);
 }
 
-class PrefixStore final : public Store {
+class PrefixStore final : public ForwardingStore {
  public:
   PrefixStore(absl::string_view prefix, std::shared_ptr<Store> store)
-      : prefix_(absl::StrCat(prefix, "/")), store_(std::move(store)) {}
+      : ForwardingStore(std::move(store)), prefix_(absl::StrCat(prefix, "/")) {}
 
   absl::Status Set(absl::string_view key, absl::string_view value,
                    absl::Time deadline) override {
-    return store_->Set(absl::StrCat(prefix_, key), value, deadline);
+    return to_->Set(absl::StrCat(prefix_, key), value, deadline);
   }
   absl::StatusOr<std::string> Get(absl::string_view key,
                                   absl::Time deadline) override {
-    return store_->Get(absl::StrCat(prefix_, key), deadline);
+    return to_->Get(absl::StrCat(prefix_, key), deadline);
   }
   absl::StatusOr<int64_t> Add(absl::string_view key, int64_t delta,
                               absl::Time deadline) override {
-    return store_->Add(absl::StrCat(prefix_, key), delta, deadline);
+    return to_->Add(absl::StrCat(prefix_, key), delta, deadline);
   }
   absl::StatusOr<std::unique_ptr<Membership>> Join(
       const MemberOptions& options, absl::Time deadline) override {
     MemberOptions prefixed = options;
     prefixed.group = absl::StrCat(prefix_, options.group);
-    return store_->Join(prefixed, deadline);
+    return to_->Join(prefixed, deadline);
   }
-  std::string server_host() const override { return store_->server_host(); }
 
  private:
   const std::string prefix_;
-  const std::shared_ptr<Store> store_;
 };
 
 }  // namespace
+
+absl::Status AddToCounter(absl::string_view key, int64_t delta,
+                          std::string& value) {
+  int64_t number = 0;
+  if ((!value.empty() && !absl::SimpleAtoi(value, &number)) ||
+      __builtin_add_overflow(number, delta, &number)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("key \"", key, "\" holds no decimal number to which ",
+                     delta, " can be added"));
+  }
+  value = absl::StrCat(number);
+  return absl::OkStatus();
+}
 
 std::shared_ptr<Store> MakeInProcessStore(Env* env) {
   return std::make_shared<InProcessStore>(env);

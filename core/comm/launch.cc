@@ -222,8 +222,12 @@ absl::StatusOr<LaunchInfo> FromSlurm(Reader& reader) {
   LaunchInfo info;
   info.launcher = "slurm";
   reader.set_because("SLURM_STEP_ID is set");
-  DSD_RETURN_IF_ERROR(ReadRanks(
-      reader, {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""}, info));
+  // In the shell of an allocation SLURM_NTASKS may speak of the allocation.
+  const absl::string_view size = reader.Has("SLURM_STEP_NUM_TASKS")
+                                     ? "SLURM_STEP_NUM_TASKS"
+                                     : "SLURM_NTASKS";
+  DSD_RETURN_IF_ERROR(
+      ReadRanks(reader, {"SLURM_PROCID", size, "SLURM_LOCALID", ""}, info));
   if (reader.Has("SLURM_STEP_TASKS_PER_NODE")) {
     DSD_ASSIGN_OR_RETURN(const int node,
                          reader.NumberOr("SLURM_NODEID", 0, kMaxHosts, 0));
@@ -271,12 +275,12 @@ absl::StatusOr<LaunchInfo> FromMpi(Reader& reader, absl::string_view launcher,
 
 absl::StatusOr<LaunchInfo> LaunchFromEnvironment(const EnvironmentMap& env) {
   Reader reader(env);
-  // torchrun may itself run inside a job of the others.
+  // The innermost launcher counts: torchrun may run inside a job of any other,
+  // and mpirun starts its ranks through steps of Slurm. There PMI_RANK alone is
+  // srun's own (--mpi=pmi2); mpiexec sets MPI_LOCALRANKID, too.
   if (reader.Has("RANK") || reader.Has("WORLD_SIZE")) {
     return FromTorchrun(reader);
   }
-  // sbatch alone, without srun, leaves SLURM_PROCID=0 and no step.
-  if (reader.Has("SLURM_STEP_ID")) return FromSlurm(reader);
   if (reader.Has("OMPI_COMM_WORLD_RANK") ||
       reader.Has("OMPI_COMM_WORLD_SIZE")) {
     return FromMpi(reader, "openmpi",
@@ -284,11 +288,15 @@ absl::StatusOr<LaunchInfo> LaunchFromEnvironment(const EnvironmentMap& env) {
                     "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"},
                    "PMIX_NAMESPACE");
   }
-  if (reader.Has("PMI_RANK") || reader.Has("PMI_SIZE")) {
+  // sbatch alone, without srun, leaves SLURM_PROCID=0 and no step.
+  const bool in_step = reader.Has("SLURM_STEP_ID");
+  if (reader.Has("MPI_LOCALRANKID") ||
+      (!in_step && (reader.Has("PMI_RANK") || reader.Has("PMI_SIZE")))) {
     return FromMpi(
         reader, "mpich",
         {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"}, "");
   }
+  if (in_step) return FromSlurm(reader);
   return LaunchInfo();
 }
 

@@ -147,6 +147,34 @@ TEST(LaunchTest, SlurmNodeLists) {
   }
 }
 
+// The shell of an allocation of 7 tasks is a step of one.
+TEST(LaunchTest, SlurmTellsTheStepFromTheAllocation) {
+  EnvironmentMap env = With(kSlurm, "SLURM_STEP_NUM_TASKS", "1");
+  env["SLURM_PROCID"] = "0";
+  EXPECT_EQ(LaunchFromEnvironment(env)->world_size, 1);
+}
+
+// mpirun and mpiexec start ranks on other hosts through srun, one step per job
+// and one task per host, and people call them from the shell of a step.
+TEST(LaunchTest, MpirunInsideAStepOfSlurm) {
+  for (const EnvironmentMap& inner :
+       {kOpenMpi, With(kHydra, "MASTER_PORT", "29501")}) {
+    EnvironmentMap env = kSlurm;
+    for (const auto& [name, value] : inner) env[name] = value;
+    const LaunchInfo expected = *LaunchFromEnvironment(inner);
+    const LaunchInfo info = *LaunchFromEnvironment(env);
+    EXPECT_EQ(info.launcher, expected.launcher);
+    EXPECT_EQ(info.rank, expected.rank);
+    EXPECT_EQ(info.world_size, expected.world_size);
+    EXPECT_EQ(info.master_port, expected.master_port);
+  }
+  // srun --mpi=pmi2
+  const LaunchInfo info = *LaunchFromEnvironment(
+      With(With(kSlurm, "PMI_RANK", "6"), "PMI_SIZE", "7"));
+  EXPECT_EQ(info.launcher, "slurm");
+  EXPECT_EQ(info.local_world_size, 1);
+}
+
 // What sbatch alone leaves behind is no launch.
 TEST(LaunchTest, SlurmWithoutAStep) {
   EXPECT_EQ(LaunchFromEnvironment(Without(kSlurm, "SLURM_STEP_ID"))->launcher,

@@ -13,20 +13,33 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <utility>
 
+#include "absl/base/attributes.h"
+#include "absl/base/no_destructor.h"
+#include "absl/base/thread_annotations.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/duration_text.h"
 
 namespace dsd {
 namespace {
 
 constexpr absl::Duration kFirstRetry = absl::Milliseconds(10);
 constexpr absl::Duration kLastRetry = absl::Milliseconds(500);
+// For one address of several.
+constexpr absl::Duration kAttempt = absl::Seconds(5);
 constexpr int kBacklog = 4096;
+// When a silent connection is asked for a sign of life, how often, and how many
+// times in vain.
+constexpr int kKeepAliveIdleSeconds = 20;
+constexpr int kKeepAlivePeriodSeconds = 5;
+constexpr int kKeepAliveProbes = 4;
 
 std::string ErrnoText(int error) {
   return std::string(absl::ErrnoToStatus(error, "").message());
@@ -37,22 +50,88 @@ absl::Status ConnectionLost(int error) {
       absl::StrCat("connection lost: ", ErrnoText(error)));
 }
 
+ABSL_CONST_INIT std::atomic<Resolver> resolver_for_testing{nullptr};
+
 using AddressList = std::unique_ptr<addrinfo, decltype(&freeaddrinfo)>;
 
-// Asks the system's resolver, which may take its own time.
-absl::StatusOr<AddressList> Resolve(absl::string_view host, int port) {
+absl::StatusOr<AddressList> LookUp(const std::string& host, int port,
+                                   int flags) {
   addrinfo hints = {};
   hints.ai_family = AF_UNSPEC;
   hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_NUMERICSERV;
+  hints.ai_flags = AI_NUMERICSERV | flags;
   addrinfo* found = nullptr;
-  const int error = getaddrinfo(std::string(host).c_str(),
-                                absl::StrCat(port).c_str(), &hints, &found);
+  const Resolver other = resolver_for_testing.load();
+  const int error = (other == nullptr ? getaddrinfo : other)(
+      host.c_str(), absl::StrCat(port).c_str(), &hints, &found);
   if (error != 0) {
     return absl::UnavailableError(
         absl::StrCat("host \"", host, "\" is unknown: ", gai_strerror(error)));
   }
   return AddressList(found, &freeaddrinfo);
+}
+
+// The system's resolver takes its own time and cannot be interrupted.
+struct LookUpThread {
+  struct State {
+    absl::Mutex mu;
+    absl::StatusOr<AddressList> result ABSL_GUARDED_BY(mu) =
+        AddressList(nullptr, &freeaddrinfo);
+    bool done ABSL_GUARDED_BY(mu) = false;
+
+    bool IsDone() {
+      absl::MutexLock lock(&mu);
+      return done;
+    }
+  };
+  std::shared_ptr<State> state;
+  std::unique_ptr<EnvThread> thread;
+};
+
+// Those that outlived who asked. Joined when they have ended, by whoever leaves
+// the next.
+struct AbandonedLookUps {
+  absl::Mutex mu;
+  std::vector<LookUpThread> threads ABSL_GUARDED_BY(mu);
+
+  void Add(LookUpThread thread) {
+    absl::MutexLock lock(&mu);
+    threads.erase(
+        std::remove_if(threads.begin(), threads.end(),
+                       [](const LookUpThread& t) { return t.state->IsDone(); }),
+        threads.end());
+    threads.push_back(std::move(thread));
+  }
+};
+
+absl::StatusOr<AddressList> Resolve(Env* env, absl::string_view host_view,
+                                    int port, absl::Time deadline) {
+  const std::string host(host_view);
+  absl::StatusOr<AddressList> number = LookUp(host, port, AI_NUMERICHOST);
+  if (number.ok()) return number;
+
+  LookUpThread look_up;
+  look_up.state = std::make_shared<LookUpThread::State>();
+  const absl::Time start = env->Now();
+  look_up.thread =
+      env->StartThread("dsd_resolve", [state = look_up.state, host, port] {
+        absl::StatusOr<AddressList> result = LookUp(host, port, 0);
+        absl::MutexLock lock(&state->mu);
+        state->result = std::move(result);
+        state->done = true;
+      });
+  {
+    LookUpThread::State& state = *look_up.state;
+    absl::MutexLock lock(&state.mu);
+    if (env->Await(state.mu, absl::Condition(&state.done), deadline)) {
+      return std::move(state.result);
+    }
+  }
+  static absl::NoDestructor<AbandonedLookUps> abandoned;
+  abandoned->Add(std::move(look_up));
+  return absl::DeadlineExceededError(
+      absl::StrCat("the system has not found the address of host \"", host,
+                   "\" within ", DurationText(deadline - start)));
 }
 
 absl::StatusOr<std::string> HostOf(const sockaddr_storage& address,
@@ -72,9 +151,19 @@ Socket NewSocket(int family, int type) {
   return Socket(socket(family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
 }
 
-void SetNoDelay(const Socket& connection) {
-  const int on = 1;
-  setsockopt(connection.fd(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+// Small messages go at once, and a host that is gone is noticed.
+void Prepare(const Socket& connection) {
+  const auto set = [&](int level, int option, int value) {
+    setsockopt(connection.fd(), level, option, &value, sizeof(value));
+  };
+  set(IPPROTO_TCP, TCP_NODELAY, 1);
+  set(SOL_SOCKET, SO_KEEPALIVE, 1);
+  set(IPPROTO_TCP, TCP_KEEPIDLE, kKeepAliveIdleSeconds);
+  set(IPPROTO_TCP, TCP_KEEPINTVL, kKeepAlivePeriodSeconds);
+  set(IPPROTO_TCP, TCP_KEEPCNT, kKeepAliveProbes);
+  set(IPPROTO_TCP, TCP_USER_TIMEOUT,
+      1000 *
+          (kKeepAliveIdleSeconds + kKeepAlivePeriodSeconds * kKeepAliveProbes));
 }
 
 // One attempt at one address.
@@ -88,14 +177,18 @@ absl::Status TryConnect(Env* env, const addrinfo& address, absl::Time deadline,
     }
     pollfd poll = {connection.fd(), POLLOUT, 0};
     DSD_ASSIGN_OR_RETURN(const int ready,
-                         env->Poll(absl::MakeSpan(&poll, 1), deadline));
+                         env->Poll(absl::MakeSpan(&poll, 1),
+                                   std::min(deadline, env->Now() + kAttempt)));
     if (ready == 0) return absl::DeadlineExceededError("no answer");
     int error = 0;
     socklen_t size = sizeof(error);
     getsockopt(connection.fd(), SOL_SOCKET, SO_ERROR, &error, &size);
     if (error != 0) return absl::UnavailableError(ErrnoText(error));
   }
-  SetNoDelay(connection);
+  if (IsConnectedToItself(connection)) {
+    return absl::UnavailableError("nobody listens");
+  }
+  Prepare(connection);
   out = std::move(connection);
   return absl::OkStatus();
 }
@@ -232,8 +325,10 @@ std::string HostPort(absl::string_view host, int port) {
                                       : absl::StrCat(host, ":", port);
 }
 
-absl::StatusOr<Socket> ListenAt(absl::string_view host, int port) {
-  DSD_ASSIGN_OR_RETURN(const AddressList addresses, Resolve(host, port));
+absl::StatusOr<Socket> ListenAt(Env* env, absl::string_view host, int port,
+                                absl::Time deadline) {
+  DSD_ASSIGN_OR_RETURN(const AddressList addresses,
+                       Resolve(env, host, port, deadline));
   absl::Status last;
   for (const addrinfo* a = addresses.get(); a != nullptr; a = a->ai_next) {
     Socket listener = NewSocket(a->ai_family, SOCK_STREAM);
@@ -287,7 +382,7 @@ absl::StatusOr<Socket> AcceptFrom(const Socket& listener) {
     Socket connection(
         accept4(listener.fd(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
     if (connection.valid()) {
-      SetNoDelay(connection);
+      Prepare(connection);
       return connection;
     }
     switch (errno) {
@@ -309,7 +404,8 @@ absl::StatusOr<Socket> ConnectTo(Env* env, absl::string_view host, int port,
   std::string why;
   while (true) {
     // A name may become known while the job starts.
-    const absl::StatusOr<AddressList> addresses = Resolve(host, port);
+    const absl::StatusOr<AddressList> addresses =
+        Resolve(env, host, port, deadline);
     if (addresses.ok()) {
       for (const addrinfo* a = addresses->get(); a != nullptr; a = a->ai_next) {
         Socket connection;
@@ -323,15 +419,17 @@ absl::StatusOr<Socket> ConnectTo(Env* env, absl::string_view host, int port,
     if (env->Now() + pause >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("nobody answers at ", HostPort(host, port), " within ",
-                       absl::FormatDuration(deadline - start), " (", why, ")"));
+                       DurationText(deadline - start), " (", why, ")"));
     }
     env->SleepUntil(env->Now() + pause);
     pause = std::min(2 * pause, kLastRetry);
   }
 }
 
-absl::StatusOr<std::string> AddressTowards(absl::string_view host) {
-  DSD_ASSIGN_OR_RETURN(const AddressList addresses, Resolve(host, 9));
+absl::StatusOr<std::string> AddressTowards(Env* env, absl::string_view host,
+                                           absl::Time deadline) {
+  DSD_ASSIGN_OR_RETURN(const AddressList addresses,
+                       Resolve(env, host, 9, deadline));
   for (const addrinfo* a = addresses.get(); a != nullptr; a = a->ai_next) {
     // Connecting a datagram socket sends nothing; it only picks a route.
     const Socket probe = NewSocket(a->ai_family, SOCK_DGRAM);
@@ -341,6 +439,20 @@ absl::StatusOr<std::string> AddressTowards(absl::string_view host) {
   }
   return absl::UnavailableError(
       absl::StrCat("there is no route to \"", host, "\""));
+}
+
+bool IsConnectedToItself(const Socket& connection) {
+  sockaddr_storage ends[2] = {};
+  socklen_t sizes[2] = {sizeof(ends[0]), sizeof(ends[1])};
+  return getsockname(connection.fd(), reinterpret_cast<sockaddr*>(&ends[0]),
+                     &sizes[0]) == 0 &&
+         getpeername(connection.fd(), reinterpret_cast<sockaddr*>(&ends[1]),
+                     &sizes[1]) == 0 &&
+         memcmp(&ends[0], &ends[1], sizeof(ends[0])) == 0;
+}
+
+Resolver SetResolverForTesting(Resolver resolver) {
+  return resolver_for_testing.exchange(resolver);
 }
 
 }  // namespace dsd

@@ -16,7 +16,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 
-struct sockaddr_storage;
+struct addrinfo;
 
 namespace dsd {
 
@@ -74,9 +74,13 @@ class Waker {
 // "host:port", with brackets around a numeric IPv6 host.
 std::string HostPort(absl::string_view host, int port);
 
-// Listens at `host` (a name or a number) and nowhere else. Port 0: any.
-// FailedPrecondition if the port is taken or the host is not this one.
-absl::StatusOr<Socket> ListenAt(absl::string_view host, int port);
+// Hosts are names or numbers. A name is looked up by the system, in a thread
+// that is left to itself if it is not done at the deadline.
+
+// Listens at `host` and nowhere else. Port 0: any. FailedPrecondition if the
+// port is taken or the host is not this one.
+absl::StatusOr<Socket> ListenAt(Env* env, absl::string_view host, int port,
+                                absl::Time deadline);
 
 // Takes over a listening socket inherited from the parent process; the original
 // stays open.
@@ -86,12 +90,23 @@ absl::StatusOr<Socket> AdoptListener(int fd);
 absl::StatusOr<Socket> AcceptFrom(const Socket& listener);
 
 // Connects, trying again while nobody listens. DeadlineExceeded names the last
-// reason.
+// reason. If the other host vanishes without a word, the connection ends within
+// a minute.
 absl::StatusOr<Socket> ConnectTo(Env* env, absl::string_view host, int port,
                                  absl::Time deadline);
 
 // The number of this host on the interface that leads to `host`.
-absl::StatusOr<std::string> AddressTowards(absl::string_view host);
+absl::StatusOr<std::string> AddressTowards(Env* env, absl::string_view host,
+                                           absl::Time deadline);
+
+// Whether both ends of a connection are this one socket, as may happen to who
+// connects to a free port of this host.
+bool IsConnectedToItself(const Socket& connection);
+
+// Stands in for getaddrinfo; null: the system's. Returns the one before.
+using Resolver = int (*)(const char* host, const char* port,
+                         const addrinfo* hints, addrinfo** found);
+Resolver SetResolverForTesting(Resolver resolver);
 
 }  // namespace dsd
 

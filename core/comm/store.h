@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -36,7 +37,8 @@ class Store {
                                           absl::Time deadline) = 0;
 
   // Adds to a decimal counter (0 if absent) and returns the new value.
-  // InvalidArgument if the value is no decimal number.
+  // InvalidArgument if the value is no decimal number or the sum none of 64
+  // bits.
   virtual absl::StatusOr<int64_t> Add(absl::string_view key, int64_t delta,
                                       absl::Time deadline) = 0;
 
@@ -51,6 +53,37 @@ class Store {
   // if they are threads of one process.
   virtual std::string server_host() const = 0;
 };
+
+// Passes every call on; for stores that change some of them.
+class ForwardingStore : public Store {
+ public:
+  explicit ForwardingStore(std::shared_ptr<Store> to) : to_(std::move(to)) {}
+
+  absl::Status Set(absl::string_view key, absl::string_view value,
+                   absl::Time deadline) override {
+    return to_->Set(key, value, deadline);
+  }
+  absl::StatusOr<std::string> Get(absl::string_view key,
+                                  absl::Time deadline) override {
+    return to_->Get(key, deadline);
+  }
+  absl::StatusOr<int64_t> Add(absl::string_view key, int64_t delta,
+                              absl::Time deadline) override {
+    return to_->Add(key, delta, deadline);
+  }
+  absl::StatusOr<std::unique_ptr<Membership>> Join(
+      const MemberOptions& options, absl::Time deadline) override {
+    return to_->Join(options, deadline);
+  }
+  std::string server_host() const override { return to_->server_host(); }
+
+ protected:
+  std::shared_ptr<Store> to_;
+};
+
+// What Add does to a value, for stores.
+absl::Status AddToCounter(absl::string_view key, int64_t delta,
+                          std::string& value);
 
 // For ranks that are threads of one process.
 std::shared_ptr<Store> MakeInProcessStore(Env* env);

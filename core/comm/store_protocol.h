@@ -129,18 +129,18 @@ class FrameReader {
   bool ok_ = true;
 };
 
-// Takes the first whole frame from the front of `buffer` into `body` (without
-// its length). Returns nullopt if the frame is longer than `max_bytes`, else
+// Moves the first whole frame from the front of `left` to `body` (without its
+// length). Returns nullopt if the frame is longer than `max_bytes`, else
 // whether there was one.
-inline std::optional<bool> TakeFrame(std::string& buffer, size_t max_bytes,
-                                     std::string& body) {
-  if (buffer.size() < kFrameHeaderBytes) return false;
+inline std::optional<bool> TakeFrame(absl::string_view& left, size_t max_bytes,
+                                     absl::string_view& body) {
+  if (left.size() < kFrameHeaderBytes) return false;
   uint32_t size;
-  std::memcpy(&size, buffer.data(), sizeof(size));
+  std::memcpy(&size, left.data(), sizeof(size));
   if (size > max_bytes) return std::nullopt;
-  if (buffer.size() < kFrameHeaderBytes + size) return false;
-  body.assign(buffer, kFrameHeaderBytes, size);
-  buffer.erase(0, kFrameHeaderBytes + size);
+  if (left.size() < kFrameHeaderBytes + size) return false;
+  body = left.substr(kFrameHeaderBytes, size);
+  left.remove_prefix(kFrameHeaderBytes + size);
   return true;
 }
 

@@ -2,7 +2,9 @@
 //
 // The store of a job whose ranks are processes: rank 0 serves it, all ranks
 // (rank 0 too) are its clients. A client's connection lives as long as the
-// process uses the store; its end without a goodbye is the death of its rank.
+// process uses the store; its end without a goodbye is the death of its rank. A
+// host that vanishes without a word (power, cable) is noticed within a minute;
+// a process that is stopped is not: that is for deadlines.
 //
 // It trusts its network, as the libraries under it do: whoever can reach the
 // port can take part.
@@ -39,9 +41,10 @@ struct TcpStoreServerOptions {
 // (within a second) and closes all connections.
 class TcpStoreServer {
  public:
-  // Errors: FailedPrecondition if the port is in use or `host` is another host.
+  // Errors: FailedPrecondition if the port is in use or `host` is another host;
+  // Unavailable, DeadlineExceeded if `host` is a name that nobody knows.
   static absl::StatusOr<std::unique_ptr<TcpStoreServer>> Start(
-      Env* env, const TcpStoreServerOptions& options);
+      Env* env, const TcpStoreServerOptions& options, absl::Time deadline);
   ~TcpStoreServer();
 
   int port() const;

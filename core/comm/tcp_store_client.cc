@@ -15,6 +15,7 @@
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/duration_text.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/store_protocol.h"
 #include "dsd/core/comm/tcp_store.h"
@@ -150,9 +151,9 @@ class TcpStore final : public Store,
       requests_.erase(id);
       out_ += FrameWriter(FrameKind::kForget, id).Finish();
       waker_.Wake();
-      return {absl::DeadlineExceededError(absl::StrCat(
-                  Where(), " gave no answer about \"", what, "\" within ",
-                  absl::FormatDuration(deadline - start))),
+      return {absl::DeadlineExceededError(
+                  absl::StrCat(Where(), " gave no answer about \"", what,
+                               "\" within ", DurationText(deadline - start))),
               ""};
     }
     Answer answer = std::move(*request.answer);
@@ -221,14 +222,16 @@ void TcpStore::Run() {
     if (!ready.ok()) continue;
     waker_.Clear();
     const absl::StatusOr<bool> open = socket_.ReadSome(in, kReadBytes);
-    std::string body;
+    absl::string_view left = in;
+    absl::string_view body;
     while (true) {
-      const std::optional<bool> whole = TakeFrame(in, kMaxFrameBytes, body);
+      const std::optional<bool> whole = TakeFrame(left, kMaxFrameBytes, body);
       if (whole.has_value() && !*whole) break;
       if (!whole.has_value() || !Receive(body)) {
         return Lose("it sent what is not understood");
       }
     }
+    in.erase(0, in.size() - left.size());
     if (!open.ok()) return Lose(std::string(open.status().message()));
     if (!*open) return Lose("");
   }
@@ -440,7 +443,7 @@ absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
       // A connection that ends before the greeting is no answer either.
       return absl::DeadlineExceededError(absl::StrCat(
           "nobody answers at ", HostPort(options.host, options.port),
-          " within ", absl::FormatDuration(deadline - start), " (",
+          " within ", DurationText(deadline - start), " (",
           store.status().message(), ")"));
     }
     env->SleepUntil(env->Now() + kRetry);

@@ -10,13 +10,13 @@
 
 #include "absl/container/btree_map.h"
 #include "absl/container/flat_hash_map.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/group_table.h"
 #include "dsd/core/comm/socket.h"
+#include "dsd/core/comm/store.h"
 #include "dsd/core/comm/store_protocol.h"
 #include "dsd/core/comm/tcp_store.h"
 
@@ -104,6 +104,16 @@ class TcpStoreServer::Impl {
              absl::string_view value = "");
   void Deliver(const std::vector<GroupTable::Event>& events);
   void FinishQuestion(uint64_t id);
+  // Forgets those who wait for keys.
+  template <class Predicate>
+  void StopWaiting(Predicate who) {
+    absl::erase_if(waiting_, [&](auto& entry) {
+      std::vector<Asker>& askers = entry.second;
+      askers.erase(std::remove_if(askers.begin(), askers.end(), who),
+                   askers.end());
+      return askers.empty();
+    });
+  }
   // Forgets connections marked as broken; their members have died.
   void Reap();
 
@@ -233,17 +243,18 @@ void TcpStoreServer::Impl::Accept() {
 void TcpStoreServer::Impl::Read(ConnectionId id, Connection& connection) {
   const absl::StatusOr<bool> open =
       connection.socket.ReadSome(connection.in, kReadBytes);
-  std::string body;
+  absl::string_view left = connection.in;
+  absl::string_view body;
   while (!connection.closing) {
-    const std::optional<bool> whole =
-        TakeFrame(connection.in,
-                  connection.greeted ? kMaxFrameBytes : kMaxHelloBytes, body);
+    const std::optional<bool> whole = TakeFrame(
+        left, connection.greeted ? kMaxFrameBytes : kMaxHelloBytes, body);
     if (!whole.has_value() || (*whole && !Handle(id, connection, body))) {
       broken_.push_back(id);
       return;
     }
     if (!*whole) break;
   }
+  connection.in.erase(0, connection.in.size() - left.size());
   if (!open.ok() || !*open) broken_.push_back(id);
 }
 
@@ -325,27 +336,14 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
       const int64_t delta = reader.Get<int64_t>();
       if (!reader.ok()) return false;
       std::string& value = values_[key];
-      int64_t number = 0;
-      if ((!value.empty() && !absl::SimpleAtoi(value, &number)) ||
-          __builtin_add_overflow(number, delta, &number)) {
-        Reply(asker, absl::InvalidArgumentError(absl::StrCat(
-                         "key \"", key, "\" holds no decimal number to which ",
-                         delta, " can be added")));
-        return true;
-      }
-      value = absl::StrCat(number);
-      Reply(asker, absl::OkStatus(), value);
+      const absl::Status status = AddToCounter(key, delta, value);
+      Reply(asker, status, value);
       return true;
     }
     case FrameKind::kForget: {
-      for (auto& [key, askers] : waiting_) {
-        askers.erase(std::remove_if(askers.begin(), askers.end(),
-                                    [&](const Asker& other) {
-                                      return other.connection == id &&
-                                             other.request == request;
-                                    }),
-                     askers.end());
-      }
+      StopWaiting([&](const Asker& other) {
+        return other.connection == id && other.request == request;
+      });
       return true;
     }
     case FrameKind::kJoin: {
@@ -504,12 +502,7 @@ void TcpStoreServer::Impl::Reap() {
     const std::vector<GroupTable::MemberId> members =
         std::move(it->second.members);
     connections_.erase(it);
-    for (auto& [key, askers] : waiting_) {
-      askers.erase(
-          std::remove_if(askers.begin(), askers.end(),
-                         [&](const Asker& a) { return a.connection == id; }),
-          askers.end());
-    }
+    StopWaiting([&](const Asker& asker) { return asker.connection == id; });
     for (const GroupTable::MemberId member : members) {
       Deliver(groups_.Remove(member, "died (its connection to rank 0 closed)"));
       members_.erase(member);
@@ -529,11 +522,11 @@ TcpStoreServer::~TcpStoreServer() = default;
 int TcpStoreServer::port() const { return impl_->port(); }
 
 absl::StatusOr<std::unique_ptr<TcpStoreServer>> TcpStoreServer::Start(
-    Env* env, const TcpStoreServerOptions& options) {
-  DSD_ASSIGN_OR_RETURN(Socket listener,
-                       options.listen_fd >= 0
-                           ? AdoptListener(options.listen_fd)
-                           : ListenAt(options.host, options.port));
+    Env* env, const TcpStoreServerOptions& options, absl::Time deadline) {
+  DSD_ASSIGN_OR_RETURN(Socket listener, options.listen_fd >= 0
+                                            ? AdoptListener(options.listen_fd)
+                                            : ListenAt(env, options.host,
+                                                       options.port, deadline));
   DSD_ASSIGN_OR_RETURN(const int port, listener.LocalPort());
   DSD_ASSIGN_OR_RETURN(Waker waker, Waker::Create());
   return absl::WrapUnique(new TcpStoreServer(std::make_unique<Impl>(

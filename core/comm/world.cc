@@ -20,34 +20,16 @@ namespace {
 constexpr char kGroup[] = "world";
 
 // Rank 0's store is served as long as it is used.
-class ServedStore final : public Store {
+class ServedStore final : public ForwardingStore {
  public:
   ServedStore(std::unique_ptr<TcpStoreServer> server,
               std::shared_ptr<Store> client)
-      : server_(std::move(server)), client_(std::move(client)) {}
-
-  absl::Status Set(absl::string_view key, absl::string_view value,
-                   absl::Time deadline) override {
-    return client_->Set(key, value, deadline);
-  }
-  absl::StatusOr<std::string> Get(absl::string_view key,
-                                  absl::Time deadline) override {
-    return client_->Get(key, deadline);
-  }
-  absl::StatusOr<int64_t> Add(absl::string_view key, int64_t delta,
-                              absl::Time deadline) override {
-    return client_->Add(key, delta, deadline);
-  }
-  absl::StatusOr<std::unique_ptr<Membership>> Join(
-      const MemberOptions& options, absl::Time deadline) override {
-    return client_->Join(options, deadline);
-  }
-  std::string server_host() const override { return client_->server_host(); }
+      : ForwardingStore(std::move(client)), server_(std::move(server)) {}
+  // The client goes first and says what it has left to say.
+  ~ServedStore() override { to_.reset(); }
 
  private:
-  // The client goes first and says what it has left to say.
   const std::unique_ptr<TcpStoreServer> server_;
-  const std::shared_ptr<Store> client_;
 };
 
 struct Address {
@@ -96,11 +78,11 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
     server_options.last_group = absl::StrCat(kGroup, "#0");
     if (launch.agent_store) {
       DSD_ASSIGN_OR_RETURN(server_options.host,
-                           AddressTowards(launch.master_addr));
+                           AddressTowards(env, launch.master_addr, deadline));
       server_options.port = 0;
     }
     absl::StatusOr<std::unique_ptr<TcpStoreServer>> started =
-        TcpStoreServer::Start(env, server_options);
+        TcpStoreServer::Start(env, server_options, deadline);
     if (!started.ok()) {
       return Annotate(started.status(),
                       absl::StrCat("serve the store of rank 0 at MASTER_ADDR ",

@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/status_matchers.h"
+#include "absl/strings/str_cat.h"
 #include "dsd/core/fqn/module_wrapper.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -36,7 +37,7 @@ ModuleNode Leaf(std::string name, std::vector<std::string> tensors) {
   node.name = std::move(name);
   for (std::string& tensor : tensors) {
     node.tensors.push_back(
-        {std::move(tensor), TensorKind::kParameter, NewTensor(), 0});
+        {std::move(tensor), EntryKind::kParameter, NewTensor(), 0});
   }
   return node;
 }
@@ -64,14 +65,14 @@ FqnTable BuildOk(const ModuleNode& root) {
 
 TEST(FqnTableTest, KeysAreInModuleOrder) {
   ModuleNode root = Leaf("", {"scale"});
-  root.tensors.push_back({"running", TensorKind::kBuffer, NewTensor(), 7});
+  root.tensors.push_back({"running", EntryKind::kBuffer, NewTensor(), 7});
   root.children.push_back(Leaf("b", {"weight", "bias"}));
   root.children.push_back(Leaf("a", {"weight"}));
   root.children[0].children.push_back(Leaf("deep", {"w"}));
   const FqnTable table = BuildOk(root);
   EXPECT_THAT(Fqns(table), ElementsAre("scale", "running", "b.weight", "b.bias",
                                        "b.deep.w", "a.weight"));
-  EXPECT_EQ(table.entries()[1].kind, TensorKind::kBuffer);
+  EXPECT_EQ(table.entries()[1].kind, EntryKind::kBuffer);
   EXPECT_EQ(table.entries()[1].slot, 7);
   EXPECT_EQ(table.Find("b.deep.w"), 4);
   EXPECT_EQ(table.Find("b.deep"), std::nullopt);
@@ -108,7 +109,7 @@ TEST(FqnTableTest, ChildThatIsOnlyCalledLikeAWrapperSegmentStays) {
 
 TEST(FqnTableTest, WrapperKeepsItsOtherChildrenAndTensors) {
   ModuleNode root = Wrap("", kFsdpSegment, Leaf("", {"weight"}));
-  root.tensors.push_back({"scale", TensorKind::kBuffer, NewTensor(), 0});
+  root.tensors.push_back({"scale", EntryKind::kBuffer, NewTensor(), 0});
   root.children.push_back(Leaf("adapter", {"weight"}));
   EXPECT_THAT(Fqns(BuildOk(root)),
               ElementsAre("scale", "weight", "adapter.weight"));
@@ -136,7 +137,7 @@ TEST(FqnTableTest, OtherViewOfTheStorageIsAnotherTensor) {
 
 TEST(FqnTableTest, EqualFqnsAreAnErrorThatNamesBothPaths) {
   ModuleNode root = Wrap("", kFsdpSegment, Leaf("", {"weight"}));
-  root.tensors.push_back({"weight", TensorKind::kParameter, NewTensor(), 0});
+  root.tensors.push_back({"weight", EntryKind::kParameter, NewTensor(), 0});
   EXPECT_THAT(FqnTable::Build(root).status(),
               StatusIs(absl::StatusCode::kAlreadyExists,
                        AllOf(HasSubstr("\"weight\""),
@@ -150,6 +151,83 @@ TEST(FqnTableTest, WrapperWithoutItsChildIsAnError) {
   EXPECT_THAT(FqnTable::Build(root).status(),
               StatusIs(absl::StatusCode::kInvalidArgument,
                        AllOf(HasSubstr("\"net\""), HasSubstr("\"module\""))));
+}
+
+// 146053: the name a dict shows need not be the path of the tensor.
+TEST(FqnTableTest, ModifiersHideAChildWithAllThatIsInIt) {
+  ModuleNode root;
+  root.children.push_back(Leaf("tok", {"scale"}));
+  root.children[0].children.push_back(Leaf("embedding", {"weight", "bias"}));
+  root.children[0].children.push_back(Leaf("other", {"weight"}));
+  root.children[0].modifiers = {{"weight", "embedding"}};
+  const FqnTable table = BuildOk(root);
+  EXPECT_THAT(Fqns(table), ElementsAre("tok.scale", "tok.weight", "tok.bias",
+                                       "tok.other.weight"));
+  EXPECT_EQ(table.entries()[1].raw_path, "tok.embedding.weight");
+}
+
+TEST(FqnTableTest, ModifiersThatCollideAreAnError) {
+  ModuleNode root;
+  root.children.push_back(Leaf("a", {"weight"}));
+  root.children.push_back(Leaf("b", {"weight"}));
+  root.modifiers = {{"weight", "a"}, {"weight", "b"}};
+  EXPECT_THAT(FqnTable::Build(root).status(),
+              StatusIs(absl::StatusCode::kAlreadyExists,
+                       AllOf(HasSubstr("\"a.weight\""),
+                             HasSubstr("\"b.weight\""))));
+}
+
+TEST(FqnTableTest, ModifiersOfWhatIsNotThereAreAnError) {
+  ModuleNode root;
+  root.children.push_back(Leaf("a", {"weight"}));
+  root.modifiers = {{"weight", "b"}};
+  EXPECT_THAT(FqnTable::Build(root).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("no child of that name")));
+  root.modifiers = {{"bias", "a"}};
+  EXPECT_THAT(FqnTable::Build(root).status(),
+              StatusIs(absl::StatusCode::kInvalidArgument,
+                       HasSubstr("nothing has that name there")));
+}
+
+TEST(FqnTableTest, TieOfWhatIsSavedAndWhatIsNotIsNamedByTheFirst) {
+  ModuleNode root;
+  root.children.push_back(Leaf("cache", {"table"}));
+  root.children.push_back(Leaf("net", {"table"}));
+  root.children[0].tensors[0].kind = EntryKind::kNonPersistentBuffer;
+  root.children[1].tensors[0].kind = EntryKind::kBuffer;
+  root.children[1].tensors[0].identity = root.children[0].tensors[0].identity;
+  const FqnTable table = BuildOk(root);
+  EXPECT_EQ(table.canonical(0).fqn, "net.table");
+}
+
+TEST(FqnTableTest, ModulesAreKnownByNameAndObject) {
+  const int objects[3] = {};
+  ModuleNode root = Wrap("", kDdpSegment, Leaf("", {"w"}));
+  root.children[0].object = &objects[0];
+  root.children[0].children.push_back(Leaf("a", {"w"}));
+  root.children[0].children.push_back(Leaf("b", {"w"}));
+  root.children[0].children[0].object = &objects[1];
+  root.children[0].children[1].object = &objects[1];  // shared
+  std::vector<std::string> names;
+  const FqnTable table = BuildOk(root);
+  for (const FqnTable::Module& module : table.modules()) {
+    names.push_back(
+        absl::StrCat(module.fqn, "/",
+                     module.object == nullptr
+                         ? -1
+                         : static_cast<const int*>(module.object) - objects));
+  }
+  EXPECT_THAT(names, ElementsAre("/-1", "/0", "a/1", "b/1"));
+}
+
+// Names are opaque apart from the dots between them.
+TEST(FqnTableTest, UnusualNames) {
+  ModuleNode root = Leaf("", {"", " ", "a/b", "\xc3\xa9", "module", "0"});
+  root.children.push_back(Leaf("0", {"\n\"'"}));
+  EXPECT_THAT(Fqns(BuildOk(root)),
+              ElementsAre("", " ", "a/b", "\xc3\xa9", "module", "0",
+                          "0.\n\"'"));
 }
 
 TEST(FqnTableTest, DeepTreesDoNotExhaustTheStack) {

@@ -13,11 +13,14 @@
 #include <vector>
 
 #include "absl/container/inlined_vector.h"
+#include "absl/strings/string_view.h"
+#include "dsd/core/fqn/fqn_modifiers.h"
 
 namespace dsd {
 
 // What a tensor is in memory. Two tensors are aliases (tied weights) if all of
-// it is equal. Never a data pointer: empty tensors share one.
+// it is equal. Never a data pointer; a tensor without elements is only the same
+// as itself, since empty shards of several parameters may lie at one place.
 struct TensorIdentity {
   const void* storage = nullptr;
   int64_t offset = 0;
@@ -35,24 +38,38 @@ struct TensorIdentity {
   }
 };
 
-enum class TensorKind : uint8_t { kParameter, kBuffer };
+enum class EntryKind : uint8_t {
+  kParameter,
+  kBuffer,
+  kNonPersistentBuffer,  // has a name, is in no state dict
+  kExtraState,           // not a tensor: what a module says about itself
+};
+
+// The last segment of an extra state's FQN.
+inline constexpr absl::string_view kExtraStateName = "_extra_state";
 
 // One module and what is below it. A module or tensor that is registered twice
 // is described twice.
 struct ModuleNode {
   struct Tensor {
     std::string name;
-    TensorKind kind = TensorKind::kParameter;
-    TensorIdentity identity;
-    size_t slot = 0;  // the describing frontend's own number
+    EntryKind kind = EntryKind::kParameter;
+    TensorIdentity identity;  // of an extra state: its object as the storage
+    size_t slot = 0;          // the describing frontend's own number
   };
 
-  std::string name;                  // in the parent; empty for the root
-  std::vector<Tensor> tensors;       // parameters, then buffers, as registered
+  std::string name;  // in the parent; empty for the root
+  // Parameters, buffers, extra state, each as registered.
+  std::vector<Tensor> tensors;
   std::vector<ModuleNode> children;  // as registered
   // If the module is a wrapper (ModuleWrapper): the name of the child whose
   // segment is left out of FQNs.
   std::optional<std::string> wrapped_child;
+  // Of FqnModifiers: the segments of these children are left out as well.
+  std::vector<FqnModifier> modifiers;
+  // The address of the module, equal for a module that is described twice; null
+  // if it cannot be asked for as an object.
+  const void* object = nullptr;
 };
 
 }  // namespace dsd

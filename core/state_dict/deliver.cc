@@ -2,7 +2,9 @@
 
 #include "dsd/core/state_dict/deliver.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <string>
 #include <utility>
@@ -13,12 +15,16 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/mesh.h"
+#include "dsd/core/state_dict/state_dict_ops.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
+#include "dsd/core/transfer/transfer.h"
+#include "dsd/core/value/flatten.h"
 
 namespace dsd {
 namespace {
@@ -31,19 +37,18 @@ struct Item {
 
 class Delivery {
  public:
-  Delivery(const StateDictOptions& options, const Mover& mover)
+  Delivery(const StateDictOptions& options, const Mover& mover,
+           const std::vector<Holder>& destinations)
       : options_(options),
         mover_(mover),
+        receives_(std::binary_search(destinations.begin(), destinations.end(),
+                                     mover.self())),
         source_(mover.NewEndpoint()),
-        target_(options.full_state_dict && options.cpu_offload
-                    ? DeviceMesh::Iota({1}, RootHolder(mover))
-                    : mover.replicas(),
+        target_(*DeviceMesh::Create({static_cast<int64_t>(destinations.size())},
+                                    destinations),
                 mover.self()) {}
 
-  bool receives() const {
-    return !options_.full_state_dict || !options_.cpu_offload ||
-           mover_.rank() == 0;
-  }
+  bool receives() const { return receives_; }
 
   absl::Status Collect(StateDict& root) {
     absl::Status status;
@@ -92,12 +97,16 @@ class Delivery {
     const c10::TensorOptions tensor_options =
         c10::TensorOptions(from.scalar_type()).device(DeviceFor(from));
     if (!options_.full_state_dict) {
-      DSD_ASSIGN_OR_RETURN(item.result, OffloadTarget(from, tensor_options));
+      DSD_ASSIGN_OR_RETURN(
+          item.result, MapLocalTensors(from, [&](const at::Tensor& local) {
+            return TorchToStatus(
+                [&] { return at::empty(local.sizes(), tensor_options); });
+          }));
       return target_.Add(name, *item.result);
     }
     DSD_ASSIGN_OR_RETURN(Layout layout, target_.ReplicatedLayout(from.shape()));
     std::vector<at::Tensor> locals;
-    if (receives()) {
+    if (receives_) {
       DSD_ASSIGN_OR_RETURN(at::Tensor whole, TorchToStatus([&] {
                              return at::empty(ToIntArrayRef(from.shape()),
                                               tensor_options);
@@ -110,40 +119,159 @@ class Delivery {
                        mover_.self(), std::move(locals));
   }
 
-  static Holder RootHolder(const Mover& mover) {
-    return mover.comm() == nullptr ? mover.self() : 0;
-  }
-
-  static absl::StatusOr<TensorValue> OffloadTarget(
-      const TensorValue& from, const c10::TensorOptions& tensor_options) {
-    std::vector<at::Tensor> locals;
-    DSD_RETURN_IF_ERROR(TorchToStatus([&] {
-      for (const at::Tensor& local : from.locals()) {
-        locals.push_back(at::empty(local.sizes(), tensor_options));
-      }
-    }));
-    if (from.is_plain()) return TensorValue(std::move(locals[0]));
-    Sharding sharding{from.layout(), from.holder()};
-    if (from.layout().kind() == Layout::Kind::kBoxes) {
-      return TensorValue::FromBoxes(std::move(sharding), from.scalar_type(),
-                                    std::move(locals));
-    }
-    return TensorValue::Sharded(std::move(sharding), std::move(locals[0]));
-  }
-
   const StateDictOptions& options_;
   const Mover& mover_;
+  const bool receives_;
   TensorEndpoint source_;
   TensorEndpoint target_;
   std::vector<Item> items_;
 };
 
+DigestBuilder FullGetParameters(const StateDictOptions& options,
+                                const std::vector<Holder>& destinations) {
+  DigestBuilder parameters;
+  parameters.Add("get")
+      .Add(static_cast<int64_t>(options.cpu_offload))
+      .Add(destinations);
+  return parameters;
+}
+
+// A tensor, or elements [begin, end) of it, or an object if `tensor` is null.
+struct Piece {
+  Path path;
+  const Value* value;
+  const TensorValue* tensor;
+  int64_t begin = 0;
+  int64_t end = 0;
+  bool is_whole = true;
+};
+
+// Everything in `root`, in order, cut so that no piece is over `max_bytes` (or
+// one element).
+absl::StatusOr<std::vector<Piece>> CutIntoPieces(const Value& root,
+                                                 int64_t max_bytes) {
+  std::vector<Piece> pieces;
+  absl::Status status;
+  VisitLeaves<TensorValue>(root, [&](const Path& path, const Value& value) {
+    const auto* tensor = value.get_if<TensorValue>();
+    if (tensor == nullptr) {
+      pieces.push_back({path, &value, nullptr});
+      return;
+    }
+    if (!tensor->defined()) {
+      status.Update(absl::InvalidArgumentError(
+          absl::StrCat("\"", JoinPath(path), "\": the tensor is undefined")));
+      return;
+    }
+    const absl::StatusOr<DType> dtype = ToDType(tensor->scalar_type());
+    if (!dtype.ok()) {
+      status.Update(
+          Annotate(dtype.status(), absl::StrCat("\"", JoinPath(path), "\"")));
+      return;
+    }
+    const int64_t total = Box::Whole(tensor->shape()).num_elements();
+    const int64_t step = std::max<int64_t>(1, max_bytes / ItemSize(*dtype));
+    if (total <= step) {
+      pieces.push_back({path, &value, tensor, 0, total});
+      return;
+    }
+    for (int64_t begin = 0; begin < total; begin += step) {
+      pieces.push_back({path, &value, tensor, begin,
+                        std::min(begin + step, total), /*is_whole=*/false});
+    }
+  });
+  DSD_RETURN_IF_ERROR(status);
+  return pieces;
+}
+
+int64_t BytesOf(const Piece& piece) {
+  return piece.tensor == nullptr ? 0
+                                 : (piece.end - piece.begin) *
+                                       static_cast<int64_t>(c10::elementSize(
+                                           piece.tensor->scalar_type()));
+}
+
+absl::Status AddToBatch(const Piece& piece, const StateDictOptions& options,
+                        const std::vector<Holder>& destinations, Holder self,
+                        TensorEndpoint& source, TensorEndpoint& target,
+                        at::Tensor* out) {
+  const std::string name = JoinPath(piece.path);
+  const TensorValue& tensor = *piece.tensor;
+  DSD_RETURN_IF_ERROR(source.Add(name, tensor));
+  DSD_ASSIGN_OR_RETURN(const DType dtype, ToDType(tensor.scalar_type()));
+  std::vector<at::Tensor> locals;
+  if (std::binary_search(destinations.begin(), destinations.end(), self)) {
+    DSD_ASSIGN_OR_RETURN(*out, TorchToStatus([&] {
+      return at::empty(
+          piece.is_whole ? ToIntArrayRef(tensor.shape())
+                         : c10::IntArrayRef(piece.end - piece.begin),
+          c10::TensorOptions(tensor.scalar_type())
+              .device(options.cpu_offload || tensor.locals().empty()
+                          ? c10::Device(c10::kCPU)
+                          : tensor.locals()[0].device()));
+    }));
+    locals.push_back(*out);
+  }
+  if (piece.is_whole) {
+    DSD_ASSIGN_OR_RETURN(Layout layout,
+                         target.ReplicatedLayout(tensor.shape()));
+    return target.Add({name, dtype, std::move(layout)}, self,
+                      std::move(locals));
+  }
+  std::vector<FlatInterval> intervals;
+  for (const Holder holder : destinations) {
+    intervals.push_back({holder, piece.begin, piece.end});
+  }
+  DSD_ASSIGN_OR_RETURN(
+      Layout layout,
+      Layout::FromFlatIntervals(tensor.shape(), std::move(intervals)));
+  return target.Add({name, dtype, std::move(layout)}, self, std::move(locals));
+}
+
 }  // namespace
+
+absl::StatusOr<std::vector<Holder>> Destinations(
+    const StateDictOptions& options, const Mover& mover) {
+  std::vector<Holder> holders;
+  if (options.full_state_dict_ranks.has_value()) {
+    for (const int rank : *options.full_state_dict_ranks) {
+      if (rank < 0 || rank >= mover.world_size()) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("full_state_dict_ranks: there is no rank ", rank,
+                         " in a world of ", mover.world_size()));
+      }
+      holders.push_back(mover.comm() == nullptr ? mover.self() : rank);
+    }
+    if (holders.empty()) {
+      return absl::InvalidArgumentError(
+          "full_state_dict_ranks is empty: name the ranks that are to receive "
+          "the state");
+    }
+    std::sort(holders.begin(), holders.end());
+    holders.erase(std::unique(holders.begin(), holders.end()), holders.end());
+    return holders;
+  }
+  if (mover.comm() == nullptr) return std::vector<Holder>{mover.self()};
+  const int count = options.cpu_offload ? 1 : mover.world_size();
+  for (int rank = 0; rank < count; ++rank) holders.push_back(rank);
+  return holders;
+}
 
 absl::Status Deliver(absl::Status local, const StateDictOptions& options,
                      Mover& mover, const CallClock& clock, StateDict& root) {
+  if (!options.full_state_dict && options.full_state_dict_ranks.has_value()) {
+    return absl::InvalidArgumentError(
+        "full_state_dict_ranks needs full_state_dict = true: shards stay where "
+        "they are");
+  }
   if (!options.full_state_dict && !options.cpu_offload) return local;
-  Delivery delivery(options, mover);
+  std::vector<Holder> destinations = {mover.self()};
+  if (options.full_state_dict) {
+    absl::StatusOr<std::vector<Holder>> ranks = Destinations(options, mover);
+    local.Update(ranks.status());
+    if (ranks.ok()) destinations = *std::move(ranks);
+  }
+  Delivery delivery(options, mover, destinations);
   if (local.ok()) local = delivery.Collect(root);
   if (!options.full_state_dict) {
     DSD_RETURN_IF_ERROR(local);
@@ -153,18 +281,84 @@ absl::Status Deliver(absl::Status local, const StateDictOptions& options,
     delivery.Replace();
     return absl::OkStatus();
   }
-  DigestBuilder parameters;
-  parameters.Add("get").Add(static_cast<int64_t>(options.cpu_offload));
   bool changed = false;
-  DSD_RETURN_IF_ERROR(mover.Move("full get", delivery.source(),
-                                 delivery.target(), parameters.Finish(), local,
-                                 clock, &changed));
+  DSD_RETURN_IF_ERROR(
+      mover.Move("full get", delivery.source(), delivery.target(),
+                 FullGetParameters(options, destinations).Finish(), local,
+                 clock, &changed));
   if (!delivery.receives()) {
     root = StateDict();
     return absl::OkStatus();
   }
   delivery.Replace();
   return absl::OkStatus();
+}
+
+absl::Status Stream(absl::Status local, const StateDictOptions& options,
+                    const StreamOptions& stream, Mover& mover,
+                    const CallClock& clock, const StateDict& root,
+                    StreamVisitor visit) {
+  StateDictOptions full = options;
+  full.full_state_dict = true;
+  std::vector<Holder> destinations = {mover.self()};
+  absl::StatusOr<std::vector<Holder>> ranks = Destinations(full, mover);
+  local.Update(ranks.status());
+  if (ranks.ok()) destinations = *std::move(ranks);
+  const bool receives = std::binary_search(destinations.begin(),
+                                           destinations.end(), mover.self());
+  const Value tree{StateDict(root)};
+  std::vector<Piece> pieces;
+  if (local.ok()) {
+    absl::StatusOr<std::vector<Piece>> cut =
+        CutIntoPieces(tree, stream.batch_bytes);
+    local.Update(cut.status());
+    if (cut.ok()) pieces = *std::move(cut);
+  }
+  const Digest parameters =
+      FullGetParameters(options, destinations).Add(stream.batch_bytes).Finish();
+  size_t next = 0;
+  do {
+    size_t end = next;
+    int64_t bytes = 0;
+    TensorEndpoint source = mover.NewEndpoint();
+    TensorEndpoint target(
+        *DeviceMesh::Create({static_cast<int64_t>(destinations.size())},
+                            destinations),
+        mover.self());
+    std::vector<at::Tensor> tensors;
+    for (; local.ok() && end < pieces.size() &&
+           (end == next || bytes + BytesOf(pieces[end]) <= stream.batch_bytes);
+         ++end) {
+      bytes += BytesOf(pieces[end]);
+      tensors.emplace_back();
+      if (pieces[end].tensor == nullptr) continue;
+      local =
+          Annotate(AddToBatch(pieces[end], options, destinations, mover.self(),
+                              source, target, &tensors.back()),
+                   absl::StrCat("\"", JoinPath(pieces[end].path), "\""));
+    }
+    bool changed = false;
+    DSD_RETURN_IF_ERROR(mover.Move("stream the state", source, target,
+                                   parameters, local, clock, &changed));
+    mover.ForgetPlan();
+    for (; next < end; ++next) {
+      if (!receives || !local.ok()) continue;
+      const Piece& piece = pieces[next];
+      at::Tensor& tensor = tensors[tensors.size() - (end - next)];
+      StreamedValue streamed{piece.path, JoinPath(piece.path)};
+      streamed.value = piece.tensor == nullptr
+                           ? *piece.value
+                           : Value(TensorValue(std::move(tensor)));
+      if (piece.tensor != nullptr) streamed.shape = piece.tensor->shape();
+      streamed.begin = piece.begin;
+      streamed.end = piece.end;
+      streamed.is_whole = piece.is_whole;
+      local = Annotate(visit(streamed), absl::StrCat("\"", streamed.key, "\""));
+    }
+  } while (next < pieces.size());
+  return Agree(
+      mover.comm(), "stream the state", Digest(), local,
+      [] { return std::string(); }, clock.Left());
 }
 
 }  // namespace dsd

@@ -40,7 +40,7 @@ at::Tensor ShardOf(const at::Tensor& whole, const Layout& layout,
   return local;
 }
 
-void FakeModel::Add(std::string name, at::Tensor tensor, TensorKind kind) {
+void FakeModel::Add(std::string name, at::Tensor tensor, EntryKind kind) {
   tensors_.emplace_back(std::move(name), std::move(tensor));
   kinds_.push_back(kind);
 }

@@ -21,7 +21,7 @@ namespace dsd::test {
 class FakeModel : public ModelSource {
  public:
   void Add(std::string name, at::Tensor tensor,
-           TensorKind kind = TensorKind::kParameter);
+           EntryKind kind = EntryKind::kParameter);
 
   // Adds this rank's shard of `whole` and enters it into
   // ShardingTable::Global(). Returns the shard.
@@ -37,7 +37,7 @@ class FakeModel : public ModelSource {
 
  private:
   std::vector<std::pair<std::string, at::Tensor>> tensors_;
-  std::vector<TensorKind> kinds_;
+  std::vector<EntryKind> kinds_;
   int describe_calls_ = 0;
 };
 

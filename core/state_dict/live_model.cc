@@ -2,7 +2,9 @@
 
 #include "dsd/core/state_dict/live_model.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -12,17 +14,40 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/tensor/memory_overlap.h"
 #include "dsd/core/tensor/sharding_table.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
 
 namespace dsd {
 
+namespace {
+
+// IdentityOf(tensor) == id, at a fraction of the cost.
+bool HasIdentity(const at::Tensor& tensor, const TensorIdentity& id) {
+  const at::IntArrayRef sizes = tensor.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), id.sizes.begin(),
+                  id.sizes.end())) {
+    return false;
+  }
+  if (!tensor.has_storage() || tensor.numel() == 0) {
+    return id.storage == tensor.unsafeGetTensorImpl();
+  }
+  const at::IntArrayRef strides = tensor.strides();
+  return id.storage == tensor.storage().unsafeGetStorageImpl() &&
+         id.offset == tensor.storage_offset() &&
+         std::equal(strides.begin(), strides.end(), id.strides.begin(),
+                    id.strides.end());
+}
+
+}  // namespace
+
 TensorIdentity IdentityOf(const at::Tensor& tensor) {
   TensorIdentity id;
   id.sizes.assign(tensor.sizes().begin(), tensor.sizes().end());
-  // Without a storage (sparse) the tensor is only the same as itself.
-  if (!tensor.has_storage()) {
+  // Without a storage (sparse) the tensor is only the same as itself. So it is
+  // without elements: empty shards of different parameters lie at one place.
+  if (!tensor.has_storage() || tensor.numel() == 0) {
     id.storage = tensor.unsafeGetTensorImpl();
     return id;
   }
@@ -32,11 +57,16 @@ TensorIdentity IdentityOf(const at::Tensor& tensor) {
   return id;
 }
 
-bool LiveModel::IsUnchanged(const std::vector<at::Tensor>& tensors) const {
-  if (tables_built_ == 0 || tensors.size() != tensors_.size()) return false;
+bool LiveModel::IsUnchanged(const std::vector<at::Tensor>& tensors,
+                            const std::vector<ExtraState*>& extra_states,
+                            int64_t revision) const {
+  if (tables_built_ == 0 || tensors.size() != tensors_.size() ||
+      extra_states != extra_states_ || revision != revision_) {
+    return false;
+  }
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!tensors[i].is_same(tensors_[i]) ||
-        !(IdentityOf(tensors[i]) == identities_[i])) {
+        !HasIdentity(tensors[i], identities_[i])) {
       return false;
     }
   }
@@ -45,11 +75,20 @@ bool LiveModel::IsUnchanged(const std::vector<at::Tensor>& tensors) const {
 
 absl::Status LiveModel::Refresh(Mover& mover) {
   DSD_ASSIGN_OR_RETURN(std::vector<at::Tensor> tensors, source_->Tensors());
-  if (!IsUnchanged(tensors)) {
+  DSD_ASSIGN_OR_RETURN(std::vector<ExtraState*> extra_states,
+                       source_->ExtraStates());
+  const int64_t revision = source_->revision();
+  const uint64_t shardings = ShardingTable::Global().generation();
+  if (IsUnchanged(tensors, extra_states, revision)) {
+    if (values_are_current_ && shardings == shardings_) return absl::OkStatus();
+  } else {
     DSD_ASSIGN_OR_RETURN(const ModuleNode tree, source_->Describe());
     DSD_ASSIGN_OR_RETURN(table_, FqnTable::Build(tree));
     ++tables_built_;
     tensors_ = std::move(tensors);
+    extra_states_ = std::move(extra_states);
+    revision_ = revision;
+    has_overlap_.reset();
     identities_.clear();
     for (const at::Tensor& tensor : tensors_) {
       identities_.push_back(IdentityOf(tensor));
@@ -57,17 +96,25 @@ absl::Status LiveModel::Refresh(Mover& mover) {
     group_of_.clear();
     group_of_identity_.clear();
     for (const FqnTable::Entry& entry : table_.entries()) {
+      if (entry.kind == EntryKind::kExtraState) continue;
       group_of_.emplace(tensors_[entry.slot].unsafeGetTensorImpl(),
                         entry.group);
       group_of_identity_.emplace(identities_[entry.slot], entry.group);
     }
   }
 
+  ++version_;
+  values_are_current_ = false;
+  shardings_ = shardings;
   values_.clear();
   values_.reserve(table_.groups().size());
   std::optional<Holder> self;
   if (mover.comm() != nullptr) self = mover.rank();
   for (size_t group = 0; group < table_.groups().size(); ++group) {
+    if (extra_state(group) != nullptr) {
+      values_.push_back(TensorValue(at::Tensor()));
+      continue;
+    }
     DSD_ASSIGN_OR_RETURN(at::Tensor alias,
                          TorchToStatus([&] { return tensor(group).detach(); }));
     std::optional<Sharding> sharding =
@@ -97,7 +144,19 @@ absl::Status LiveModel::Refresh(Mover& mover) {
     values_.push_back(*std::move(value));
   }
   mover.set_self(self.value_or(0));
+  values_are_current_ = true;
   return absl::OkStatus();
+}
+
+bool LiveModel::has_overlap() {
+  if (!has_overlap_.has_value()) {
+    std::vector<at::Tensor> distinct;
+    for (size_t group = 0; group < table_.groups().size(); ++group) {
+      if (extra_state(group) == nullptr) distinct.push_back(tensor(group));
+    }
+    has_overlap_ = FindOverlap(distinct).has_value();
+  }
+  return *has_overlap_;
 }
 
 absl::StatusOr<size_t> LiveModel::GroupOf(const at::Tensor& tensor) const {

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,12 +41,24 @@ class LiveModel {
 
   const FqnTable& table() const { return table_; }
 
-  // Per group of the table: an alias without autograd history.
+  // Per group of the table: an alias without autograd history. Undefined for an
+  // extra state.
   const TensorValue& value(size_t group) const { return values_[group]; }
-  // Per group: the tensor that the model has.
+  // Per group: the tensor that the model has. Not for extra states.
   const at::Tensor& tensor(size_t group) const {
     return tensors_[table_.canonical(group).slot];
   }
+  // Of an entry of the table that is a tensor.
+  const at::Tensor& tensor(const FqnTable::Entry& entry) const {
+    return tensors_[entry.slot];
+  }
+  // Null for a tensor.
+  ExtraState* extra_state(size_t group) const {
+    const FqnTable::Entry& entry = table_.canonical(group);
+    return entry.kind == EntryKind::kExtraState ? extra_states_[entry.slot]
+                                                : nullptr;
+  }
+  bool has_extra_states() const { return !extra_states_.empty(); }
   const std::string& fqn(size_t group) const {
     return table_.canonical(group).fqn;
   }
@@ -53,20 +66,36 @@ class LiveModel {
   // The group of a tensor of the model. NotFound otherwise.
   absl::StatusOr<size_t> GroupOf(const at::Tensor& tensor) const;
 
+  // Whether two tensors that are not aliases have elements in common. Found out
+  // once for a table.
+  bool has_overlap();
+
   int64_t tables_built() const { return tables_built_; }
 
+  // Grows when table() or a value() becomes another one.
+  int64_t version() const { return version_; }
+
  private:
-  // Whether table_ and group_of_ still hold for `tensors`.
-  bool IsUnchanged(const std::vector<at::Tensor>& tensors) const;
+  // Whether table_ and group_of_ still hold for these.
+  bool IsUnchanged(const std::vector<at::Tensor>& tensors,
+                   const std::vector<ExtraState*>& extra_states,
+                   int64_t revision) const;
 
   ModelSource* source_;
   FqnTable table_;
   std::vector<at::Tensor> tensors_;         // by slot
   std::vector<TensorIdentity> identities_;  // by slot
-  std::vector<TensorValue> values_;         // by group
+  std::vector<ExtraState*> extra_states_;   // by slot
+  int64_t revision_ = 0;
+  std::vector<TensorValue> values_;  // by group
+  std::optional<bool> has_overlap_;
   absl::flat_hash_map<const c10::TensorImpl*, size_t> group_of_;
   absl::flat_hash_map<TensorIdentity, size_t> group_of_identity_;
   int64_t tables_built_ = 0;
+  int64_t version_ = 0;
+  // Whether values_ is complete, and as of which generation of ShardingTable.
+  bool values_are_current_ = false;
+  uint64_t shardings_ = 0;
 };
 
 }  // namespace dsd

@@ -43,6 +43,7 @@ absl::Status MismatchReport::ToStatus(bool strict) const {
     AddKeys("missing optimizer state", missing_state, sections);
     AddKeys("unexpected optimizer state", unexpected_state, sections);
     if (!sections.empty()) {
+      if (!hint.empty()) sections.push_back(hint);
       sections.push_back("set strict = false to use what matches");
     }
   }

@@ -22,6 +22,8 @@ struct MismatchReport {
   std::vector<std::string> unexpected_state;
   // Complete sentences about values that fit nowhere, whatever `strict` is.
   std::vector<std::string> misfits;
+  // What may explain unexpected keys; empty if nothing.
+  std::string hint;
 
   // InvalidArgument that lists it all; OK if nothing is wrong. Missing and
   // unexpected keys are wrong only if `strict`.

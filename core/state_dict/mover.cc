@@ -71,36 +71,60 @@ absl::StatusOr<const Plan*> Mover::PlanFor(const Catalog& source,
   return &plans_.front().plan;
 }
 
+Digest Mover::Prepared::Fingerprint(const Digest& parameters) const {
+  return DigestBuilder()
+      .Add(parameters)
+      .Add(source_digest)
+      .Add(target_digest)
+      .Finish();
+}
+
+std::string Mover::Prepared::Describe(const Digest& parameters) const {
+  return absl::StrCat("options ", parameters.Hex().substr(0, 8), ", from ",
+                      DescribeCatalog(source->catalog()), " to ",
+                      DescribeCatalog(target->catalog()));
+}
+
+Mover::Prepared Mover::Prepare(TensorEndpoint& source, TensorEndpoint& target,
+                               const absl::Status& local) {
+  Prepared prepared{&source, &target, source.catalog().Fingerprint(),
+                    target.catalog().Fingerprint(), local};
+  if (local.ok()) {
+    prepared.status = PlanFor(source.catalog(), prepared.source_digest,
+                              target.catalog(), prepared.target_digest)
+                          .status();
+  }
+  return prepared;
+}
+
+absl::Status Mover::MoveAgreed(const Prepared& prepared,
+                               const CallClock& clock) {
+  DSD_ASSIGN_OR_RETURN(
+      const Plan* const plan,
+      PlanFor(prepared.source->catalog(), prepared.source_digest,
+              prepared.target->catalog(), prepared.target_digest));
+  TransferOptions options;
+  options.call = clock.Left();
+  DSD_ASSIGN_OR_RETURN(
+      last_transfer_,
+      Transfer(*plan, *prepared.source, *prepared.target, comm_, options));
+  return absl::OkStatus();
+}
+
 absl::Status Mover::Move(absl::string_view what, TensorEndpoint& source,
                          TensorEndpoint& target, const Digest& parameters,
                          const absl::Status& local, const CallClock& clock,
                          bool* changed) {
-  const Digest source_digest = source.catalog().Fingerprint();
-  const Digest target_digest = target.catalog().Fingerprint();
-  const absl::StatusOr<const Plan*> plan =
-      local.ok() ? PlanFor(source.catalog(), source_digest, target.catalog(),
-                           target_digest)
-                 : local;
+  const Prepared prepared = Prepare(source, target, local);
   DSD_RETURN_IF_ERROR(Agree(
-      comm_, what,
-      DigestBuilder()
-          .Add(parameters)
-          .Add(source_digest)
-          .Add(target_digest)
-          .Finish(),
-      plan.status(),
-      [&] {
-        return absl::StrCat("options ", parameters.Hex().substr(0, 8),
-                            ", from ", DescribeCatalog(source.catalog()),
-                            " to ", DescribeCatalog(target.catalog()));
-      },
-      clock.Left()));
+      comm_, what, prepared.Fingerprint(parameters), prepared.status,
+      [&] { return prepared.Describe(parameters); }, clock.Left()));
   *changed = true;
-  TransferOptions options;
-  options.call = clock.Left();
-  DSD_ASSIGN_OR_RETURN(last_transfer_,
-                       Transfer(**plan, source, target, comm_, options));
-  return absl::OkStatus();
+  return MoveAgreed(prepared, clock);
+}
+
+void Mover::ForgetPlan() {
+  if (!plans_.empty()) plans_.pop_front();
 }
 
 absl::Status Mover::MoveLocally(TensorEndpoint& source, TensorEndpoint& target,

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <string>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -67,21 +68,48 @@ class Mover {
 
   TensorEndpoint NewEndpoint() const { return {replicas_, self_}; }
 
-  // Moves all tensors of equal names from `source` to `target`, after all ranks
-  // agree on both catalogs and on `parameters` and none brings an error in
-  // `local`. Collective. A plan is made once for a pair of catalogs.
-  // Errors: of Agree, PlanForRank and Transfer. *changed is set to true when
-  // the agreement is done and target memory may have been written.
+  // Two sides of a movement that may come about.
+  struct Prepared {
+    TensorEndpoint* source;
+    TensorEndpoint* target;
+    Digest source_digest;
+    Digest target_digest;
+    absl::Status status;  // whether this rank can do it
+
+    // What all ranks must agree on, and the same in words.
+    Digest Fingerprint(const Digest& parameters) const;
+    std::string Describe(const Digest& parameters) const;
+  };
+
+  // Makes and keeps the plan that moves all tensors of equal names. Sends
+  // nothing. Status: `local` if it is an error, else of PlanForRank. The
+  // endpoints are borrowed and do not change any more.
+  Prepared Prepare(TensorEndpoint& source, TensorEndpoint& target,
+                   const absl::Status& local);
+
+  // Moves. Collective; all ranks have agreed on Fingerprint(). Errors: of
+  // PlanForRank and Transfer.
+  absl::Status MoveAgreed(const Prepared& prepared, const CallClock& clock);
+
+  // Prepare and MoveAgreed, after all ranks agree on both catalogs and on
+  // `parameters` and none brings an error in `local`. Errors: of Agree also.
+  // *changed is set to true when the agreement is done and target memory may
+  // have been written.
   absl::Status Move(absl::string_view what, TensorEndpoint& source,
                     TensorEndpoint& target, const Digest& parameters,
                     const absl::Status& local, const CallClock& clock,
                     bool* changed);
+
+  // Drops the newest plan: it will not be used again.
+  void ForgetPlan();
 
   // The same between memory of this rank only; no message.
   absl::Status MoveLocally(TensorEndpoint& source, TensorEndpoint& target,
                            const CallClock& clock);
 
   const TransferStats& last_transfer() const { return last_transfer_; }
+  // Of a movement that needed no plan.
+  void set_last_transfer(const TransferStats& stats) { last_transfer_ = stats; }
   int64_t plans_made() const { return plans_made_; }
 
  private:

@@ -1,58 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Optimizer state as a dict keyed by FQN, nested or flat, and back.
+// An optimizer state dict on its way into live optimizers.
 
 #ifndef DSD_CORE_STATE_DICT_OPTIMIZER_STATE_H_
 #define DSD_CORE_STATE_DICT_OPTIMIZER_STATE_H_
 
 #include <cstddef>
-#include <cstdint>
-#include <list>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
-#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "dsd/core/state_dict/live_model.h"
+#include "dsd/core/state_dict/local_copy.h"
 #include "dsd/core/state_dict/mismatch_report.h"
+#include "dsd/core/state_dict/optimizer_dict.h"
+#include "dsd/core/state_dict/optimizer_reader.h"
 #include "dsd/core/state_dict/sources.h"
 #include "dsd/core/state_dict/state_dict.h"
 
 namespace dsd {
 
-// A tensor of a dict and the live one that it is to fill.
-struct TensorPair {
-  std::string name;
-  TensorValue source;
-  TensorValue target;
-};
-
-// The nested dict of all `optimizers`: aliases of live state, inert state in
-// tensors of its own for trainable parameters that have none. Changes nothing.
-// Errors: NotFound if an optimizer has a tensor that is not in the model.
-absl::StatusOr<StateDict> GetOptimizerState(
-    const LiveModel& model, absl::Span<OptimizerSource* const> optimizers);
-
-// The flat form of a nested dict.
-// Errors: InvalidArgument for state that the flat form cannot express (lists,
-// text), naming the key.
-absl::StatusOr<StateDict> FlattenOptimizerState(const StateDict& nested);
-
-// A dict on its way into optimizers: parse and check, allocate, fill (by the
-// caller), commit. Borrows everything. Thread-compatible.
+// Parse and check, allocate, fill (by the caller), commit. Borrows everything,
+// the dicts of Parse too. Thread-compatible.
 class OptimizerLoad {
  public:
+  // `policy`: of tensors of the state; kDefault is kKeep.
   OptimizerLoad(const LiveModel& model,
-                absl::Span<OptimizerSource* const> optimizers, bool strict)
-      : model_(model), optimizers_(optimizers), strict_(strict) {}
+                absl::Span<OptimizerSource* const> optimizers, bool strict,
+                DTypePolicy policy = DTypePolicy::kDefault)
+      : model_(model),
+        optimizers_(optimizers),
+        strict_(strict),
+        policy_(policy) {}
 
-  // Reads the dict of either form and adds what does not fit to `report`.
-  // Errors: InvalidArgument if it is not an optimizer dict.
-  absl::Status Parse(const StateDict& dict, MismatchReport& report);
+  // Reads the dict of any form and adds what does not fit to `report`.
+  // `model_dict`: of the same state, or null. A parameter that was tied to
+  // another one there gets that one's state if it has none of its own.
+  // Errors: InvalidArgument if it is not an optimizer dict, or if two groups
+  // have one parameter; FailedPrecondition for an optimizer with one state for
+  // all of its parameters if they are sharded.
+  absl::Status Parse(const StateDict& dict, MismatchReport& report,
+                     const StateDict* model_dict = nullptr);
 
   // Makes the tensors that will be the new state and adds them to `pairs` with
   // their sources.
@@ -62,18 +56,10 @@ class OptimizerLoad {
   absl::Status Commit();
 
  private:
-  // What a dict says about parameters, by the names it uses.
-  struct Loaded {
-    absl::flat_hash_map<std::string, const StateDict*> state;
-    absl::flat_hash_map<std::string, size_t> group;
-    std::vector<ObjectDict> groups;
-    std::list<StateDict> owned;  // of `state`, if made here
-  };
-
   struct ParamLoad {
     size_t param;
     size_t model_group;
-    const StateDict* loaded;  // null: nothing saved, state is cleared
+    const StateDict* loaded;  // null: nothing saved
     StateDict result;
   };
 
@@ -85,24 +71,34 @@ class OptimizerLoad {
     std::vector<ParamLoad> params;
   };
 
-  static absl::StatusOr<Loaded> ReadNested(const StateDict& dict);
-  absl::StatusOr<Loaded> ReadFlat(const StateDict& dict) const;
   absl::Status ParseGroup(OptimizerSource* optimizer, size_t group,
-                          MismatchReport& report);
-  // The names under which a dict may know the tensor, canonical first.
-  std::vector<absl::string_view> NamesOf(size_t model_group) const;
-  void CheckState(const GroupLoad& group, const ParamLoad& param,
-                  MismatchReport& report) const;
+                          ParameterOwners& owners, MismatchReport& report);
+  // What the dict knows the tensor by: the first of its names, canonical first,
+  // for which `find` does not give `none`.
+  template <class Find, class Result>
+  Result FindByName(size_t model_group, Find find, Result none) const;
+  // The state of a parameter that was tied to this one; null if there is none.
+  const StateDict* StateOfTied(size_t model_group);
+  void MergeHyperparameters(GroupLoad& load, MismatchReport& report) const;
+  std::string ContradictionOf(const GroupLoad& load,
+                              const PathSegment& key) const;
+  void CheckState(const GroupLoad& group, const ObjectDict& hyperparameters,
+                  const ParamLoad& param, MismatchReport& report) const;
+  void CheckOrder(const GroupLoad& group, MismatchReport& report) const;
   absl::Status PrepareParam(const GroupLoad& group, ParamLoad& param,
-                            std::vector<TensorPair>& pairs);
-  std::string UniqueName(std::string name);
+                            std::vector<TensorPair>& pairs,
+                            std::vector<TensorPair>& free_form);
 
   const LiveModel& model_;
   absl::Span<OptimizerSource* const> optimizers_;
   const bool strict_;
-  Loaded loaded_;
+  const DTypePolicy policy_;
+  std::optional<OptimizerDict> dict_;
+  const StateDict* model_dict_ = nullptr;
+  // Names of model_dict_ by tensor; made when first needed.
+  std::optional<absl::flat_hash_map<const void*, std::vector<std::string>>>
+      tied_;
   std::vector<GroupLoad> groups_;
-  absl::flat_hash_set<std::string> names_;
 };
 
 }  // namespace dsd

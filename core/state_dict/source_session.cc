@@ -2,24 +2,36 @@
 
 #include "dsd/core/state_dict/source_session.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "ATen/core/Tensor.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
 #include "c10/core/ScalarType.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
-#include "dsd/core/state_dict/broadcast.h"
 #include "dsd/core/state_dict/deliver.h"
+#include "dsd/core/state_dict/joint.h"
+#include "dsd/core/state_dict/key_map.h"
+#include "dsd/core/state_dict/local_copy.h"
 #include "dsd/core/state_dict/mismatch_report.h"
+#include "dsd/core/state_dict/model_state.h"
 #include "dsd/core/state_dict/optimizer_state.h"
+#include "dsd/core/state_dict/outline.h"
+#include "dsd/core/state_dict/state_dict_ops.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
+#include "dsd/core/tensor/torch_boundary.h"
 
 namespace dsd {
 namespace {
@@ -34,67 +46,51 @@ StateDict TakePart(StateDict& root, const char* key) {
   return std::move(*part->get_if<StateDict>());
 }
 
-// What `value` is not, as the new value of a live tensor; empty if it fits.
-std::string MisfitOf(const std::string& fqn, const Value& value,
-                     const TensorValue& live) {
-  const auto* tensor = value.get_if<TensorValue>();
-  if (tensor == nullptr || !tensor->defined()) {
-    return absl::StrCat(
-        "\"", fqn, "\": expected a tensor, found ",
-        tensor == nullptr ? value.kind_name() : "an undefined one");
+bool SharesMemory(const TensorValue& value,
+                  const absl::flat_hash_set<const void*>& storages) {
+  for (const at::Tensor& local : value.locals()) {
+    if (local.defined() && local.has_storage() &&
+        storages.contains(local.storage().unsafeGetStorageImpl())) {
+      return true;
+    }
   }
-  if (tensor->shape() != live.shape()) {
-    return absl::StrCat("\"", fqn, "\": shape in the dict is ",
-                        DimsToString(tensor->shape()), ", in the model ",
-                        DimsToString(live.shape()));
-  }
-  if (!c10::canCast(tensor->scalar_type(), live.scalar_type())) {
-    return absl::StrCat("\"", fqn, "\": type in the dict is ",
-                        c10::toString(tensor->scalar_type()), ", in the model ",
-                        c10::toString(live.scalar_type()),
-                        ", which would lose values");
-  }
-  for (const at::Tensor& local : live.locals()) {
-    for (int64_t d = 0; d < local.dim(); ++d) {
-      if (local.size(d) > 1 && local.stride(d) == 0) {
-        return absl::StrCat("\"", fqn,
-                            "\": the live tensor is expanded (several elements "
-                            "share memory) and cannot be filled; make it "
-                            "contiguous");
+  return false;
+}
+
+// `source`, or a copy of it if it is not `target` itself: its memory is that of
+// a live tensor, which may be filled first.
+absl::StatusOr<TensorValue> Detached(const TensorPair& pair) {
+  const absl::Span<const at::Tensor> from = pair.source.locals();
+  const absl::Span<const at::Tensor> to = pair.target.locals();
+  const bool is_itself =
+      from.size() == 1 && to.size() == 1 &&
+      IdentityOf(from[0]) == IdentityOf(to[0]) &&
+      pair.source.is_plain() == pair.target.is_plain() &&
+      (pair.source.is_plain() ||
+       Layout::SameGeometry(pair.source.layout(), pair.target.layout()));
+  if (is_itself) return pair.source;
+  return MapLocalTensors(pair.source, [](const at::Tensor& local) {
+    return TorchToStatus([&] { return local.detach().clone(); });
+  });
+}
+
+absl::Status DetachSources(std::vector<TensorPair>& pairs) {
+  absl::flat_hash_set<const void*> targets;
+  targets.reserve(pairs.size());
+  for (const TensorPair& pair : pairs) {
+    for (const at::Tensor& local : pair.target.locals()) {
+      if (local.defined() && local.has_storage() && local.numel() > 0) {
+        targets.insert(local.storage().unsafeGetStorageImpl());
       }
     }
   }
-  return "";
-}
-
-void MatchModel(const StateDict& dict, const LiveModel& live,
-                MismatchReport& report, std::vector<TensorPair>& pairs) {
-  const FqnTable& table = live.table();
-  for (size_t group = 0; group < table.groups().size(); ++group) {
-    // Tied tensors: one of their names is enough.
-    const Value* value = nullptr;
-    for (const size_t entry : table.groups()[group]) {
-      value = dict.Find(table.entries()[entry].fqn);
-      if (value != nullptr) break;
-    }
-    const std::string& fqn = live.fqn(group);
-    if (value == nullptr) {
-      report.model.missing_keys.push_back(fqn);
-      continue;
-    }
-    std::string misfit = MisfitOf(fqn, *value, live.value(group));
-    if (!misfit.empty()) {
-      report.misfits.push_back(std::move(misfit));
-      continue;
-    }
-    pairs.push_back({absl::StrCat(kModelKey, ".", fqn),
-                     *value->get_if<TensorValue>(), live.value(group)});
+  for (TensorPair& pair : pairs) {
+    if (!SharesMemory(pair.source, targets)) continue;
+    absl::StatusOr<TensorValue> from = Detached(pair);
+    DSD_RETURN_IF_ERROR(from) << "\"" << pair.name << "\"";
+    pair.source = *std::move(from);
   }
-  for (size_t i = 0; i < dict.size(); ++i) {
-    if (!table.Find(dict.key_text(i)).has_value()) {
-      report.model.unexpected_keys.push_back(dict.key_text(i));
-    }
-  }
+  return absl::OkStatus();
 }
 
 absl::Status AddPairs(const std::vector<TensorPair>& pairs,
@@ -111,6 +107,109 @@ void AddTo(DigestBuilder& digest, const std::vector<std::string>& texts) {
   for (const std::string& text : texts) digest.Add(absl::string_view(text));
 }
 
+// What a rank says about a set before anything else. Bytes of one size.
+struct Greeting {
+  absl::StatusCode local_code = absl::StatusCode::kOk;    // without the dicts
+  absl::StatusCode attempt_code = absl::StatusCode::kOk;  // with them
+  bool has_model = false;
+  bool has_optimizer = false;
+  Digest call;     // what is set, and how
+  Digest attempt;  // from where to where
+};
+
+absl::StatusOr<std::vector<Greeting>> Greet(const Greeting& mine,
+                                            Communicator& comm,
+                                            const CallOptions& call) {
+  std::string bytes = {
+      static_cast<char>(mine.local_code), static_cast<char>(mine.attempt_code),
+      static_cast<char>(mine.has_model), static_cast<char>(mine.has_optimizer)};
+  for (const Digest* digest : {&mine.call, &mine.attempt}) {
+    bytes.append(reinterpret_cast<const char*>(digest->bytes.data()),
+                 digest->bytes.size());
+  }
+  DSD_ASSIGN_OR_RETURN(
+      const std::vector<std::string> blobs,
+      comm.AllGatherBlobs(bytes, static_cast<int64_t>(bytes.size()), call));
+  std::vector<Greeting> all;
+  for (const std::string& blob : blobs) {
+    if (blob.size() != bytes.size()) {
+      return absl::InternalError("set: a rank sent a malformed greeting");
+    }
+    Greeting other;
+    other.local_code = static_cast<absl::StatusCode>(blob[0]);
+    other.attempt_code = static_cast<absl::StatusCode>(blob[1]);
+    other.has_model = blob[2] != 0;
+    other.has_optimizer = blob[3] != 0;
+    const char* at = blob.data() + 4;
+    for (Digest* digest : {&other.call, &other.attempt}) {
+      std::memcpy(digest->bytes.data(), at, digest->bytes.size());
+      at += digest->bytes.size();
+    }
+    all.push_back(other);
+  }
+  return all;
+}
+
+std::string DescribeOptions(const StateDictOptions& options) {
+  return absl::StrCat(
+      "strict = ", options.strict,
+      ", broadcast_from_rank0 = ", options.broadcast_from_rank0,
+      ", source_rank = ",
+      options.source_rank.has_value() ? absl::StrCat(*options.source_rank)
+                                      : "none",
+      ", replica_ranks ", options.replica_ranks.empty() ? "not set" : "set",
+      ", assign = ", options.assign,
+      ", dtype_policy = ", static_cast<int>(options.dtype_policy));
+}
+
+// The ranks whose dict counts, ascending.
+std::vector<int> HoldersOf(const std::vector<Greeting>& all,
+                           std::optional<int> chosen, bool Greeting::*has) {
+  std::vector<int> holders;
+  for (int rank = 0; rank < static_cast<int>(all.size()); ++rank) {
+    if (all[rank].*has && chosen.value_or(rank) == rank) {
+      holders.push_back(rank);
+    }
+  }
+  return holders;
+}
+
+// Makes `part` what all ranks are to set, kept in `shared` if it came from
+// others. Collective. An error that only this rank sees goes to `local`.
+absl::Status SharePart(const std::vector<int>& holders, const Mover& mover,
+                       const CallClock& clock, bool may_be_left_out,
+                       Value& shared, const StateDict*& part,
+                       absl::Status& local) {
+  if (static_cast<int>(holders.size()) == mover.world_size()) {
+    return absl::OkStatus();
+  }
+  shared = StateDict();
+  if (!holders.empty()) {
+    const bool is_holder =
+        std::binary_search(holders.begin(), holders.end(), mover.rank());
+    absl::StatusOr<Value> outline =
+        ShareOutline(is_holder ? Value(*part) : Value(), holders, *mover.comm(),
+                     clock.Left());
+    DSD_RETURN_IF_ERROR(mover.comm()->status());
+    if (!outline.ok()) {
+      local.Update(outline.status());
+    } else if (!outline->is<StateDict>()) {
+      local.Update(absl::DataLossError("another rank sent no dict"));
+    } else {
+      shared = *std::move(outline);
+    }
+  }
+  part = shared.get_if<StateDict>();
+  if (may_be_left_out && part->empty()) part = nullptr;
+  return absl::OkStatus();
+}
+
+// The verdict of a call that cannot end well.
+absl::Status Refusal(absl::Status verdict) {
+  return verdict.ok() ? absl::InternalError("ranks first disagree, then agree")
+                      : verdict;
+}
+
 }  // namespace
 
 absl::Status SourceSession::CheckOptions(Parts parts) const {
@@ -119,11 +218,26 @@ absl::Status SourceSession::CheckOptions(Parts parts) const {
         "broadcast_from_rank0 needs full_state_dict = true: rank 0 must have "
         "whole tensors");
   }
+  if (options_.broadcast_from_rank0 && options_.source_rank.value_or(0) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "broadcast_from_rank0 and source_rank = ", *options_.source_rank,
+        " exclude each other"));
+  }
+  if (const std::optional<int> rank = SourceRank();
+      rank.has_value() && (*rank < 0 || *rank >= mover_.world_size())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("source_rank: there is no rank ", *rank, " in a world of ",
+                     mover_.world_size()));
+  }
   if (parts.optimizer && !parts.model && optimizers_.empty()) {
     return absl::InvalidArgumentError(
         "no optimizers were given, but their state dict was asked for");
   }
   return absl::OkStatus();
+}
+
+std::optional<int> SourceSession::SourceRank() const {
+  return options_.broadcast_from_rank0 ? 0 : options_.source_rank;
 }
 
 absl::Status SourceSession::Describe(Parts parts,
@@ -136,17 +250,21 @@ absl::Status SourceSession::Describe(Parts parts,
   }
   DSD_RETURN_IF_ERROR(live_.Refresh(mover_));
   if (parts.model) {
-    for (const FqnTable::Entry& entry : live_.table().entries()) {
-      if (options_.ignore_frozen_params &&
-          entry.kind == TensorKind::kParameter &&
-          !live_.tensor(entry.group).requires_grad()) {
-        continue;
-      }
-      out.model.Set(entry.fqn, Value(live_.value(entry.group)));
+    // Aliases of the same tensors make the same dict. Extra states and whether
+    // a parameter is frozen are asked anew.
+    const bool is_kept = !options_.ignore_frozen_params &&
+                         !live_.has_extra_states() &&
+                         model_version_ == live_.version();
+    if (!is_kept) {
+      DSD_ASSIGN_OR_RETURN(model_dict_, GetModelState(live_, options_));
+      model_dict_.Share();
+      model_version_ = live_.version();
     }
+    out.model = model_dict_;
   }
   if (parts.optimizer && !optimizers_.empty()) {
-    DSD_ASSIGN_OR_RETURN(out.optimizer, GetOptimizerState(live_, optimizers_));
+    DSD_ASSIGN_OR_RETURN(out.optimizer,
+                         optimizer_reader_.Read(live_, optimizers_));
   }
   return absl::OkStatus();
 }
@@ -159,6 +277,9 @@ absl::StatusOr<ModelAndOptimizerStateDict> SourceSession::GetParts(
   StateDict root;
   root.Set(kModelKey, Value(std::move(out.model)));
   root.Set(kOptimizerKey, Value(std::move(out.optimizer)));
+  if (options_.full_state_dict) {
+    DSD_RETURN_IF_ERROR(JoinIfRanksDiffer(local, clock, root));
+  }
   DSD_RETURN_IF_ERROR(Deliver(local, options_, mover_, clock, root));
   out.model = TakePart(root, kModelKey);
   out.optimizer = TakePart(root, kOptimizerKey);
@@ -166,6 +287,52 @@ absl::StatusOr<ModelAndOptimizerStateDict> SourceSession::GetParts(
     DSD_ASSIGN_OR_RETURN(out.optimizer, FlattenOptimizerState(out.optimizer));
   }
   return out;
+}
+
+absl::Status SourceSession::JoinIfRanksDiffer(const absl::Status& local,
+                                              const CallClock& clock,
+                                              StateDict& root) const {
+  if (options_.replica_ranks.empty() || mover_.world_size() == 1) {
+    return absl::OkStatus();
+  }
+  DSD_ASSIGN_OR_RETURN(root, JoinDicts("full get", local, root,
+                                       &options_.replica_ranks, mover_, clock));
+  return absl::OkStatus();
+}
+
+absl::Status SourceSession::StreamParts(Parts parts, StreamVisitor visit,
+                                        const StreamOptions& stream,
+                                        const CallOptions& call) {
+  const CallClock clock(mover_.env(), call);
+  ModelAndOptimizerStateDict out;
+  absl::Status local = Describe(parts, out);
+  if (local.ok() && options_.flatten_optimizer_state_dict) {
+    absl::StatusOr<StateDict> flat = FlattenOptimizerState(out.optimizer);
+    local.Update(flat.status());
+    if (flat.ok()) out.optimizer = *std::move(flat);
+  }
+  StateDict root;
+  if (parts.optimizer) {
+    root.Set(kModelKey, Value(std::move(out.model)));
+    root.Set(kOptimizerKey, Value(std::move(out.optimizer)));
+  } else {
+    root = std::move(out.model);
+  }
+  DSD_RETURN_IF_ERROR(JoinIfRanksDiffer(local, clock, root));
+  return Stream(local, options_, stream, mover_, clock, root, visit);
+}
+
+absl::Status SourceSession::StreamModel(StreamVisitor visit,
+                                        const StreamOptions& stream,
+                                        const CallOptions& call) {
+  return StreamParts({/*model=*/true, /*optimizer=*/false}, visit, stream,
+                     call);
+}
+
+absl::Status SourceSession::StreamAll(StreamVisitor visit,
+                                      const StreamOptions& stream,
+                                      const CallOptions& call) {
+  return StreamParts({/*model=*/true, /*optimizer=*/true}, visit, stream, call);
 }
 
 absl::StatusOr<StateDict> SourceSession::GetModel(const CallOptions& call) {
@@ -202,6 +369,135 @@ absl::StatusOr<IncompatibleKeys> SourceSession::Set(const StateDict& model,
   return SetParts("set state dict", &model, &optimizer, call);
 }
 
+struct SourceSession::Attempt {
+  Attempt(LiveModel& live, absl::Span<OptimizerSource* const> optimizers,
+          const StateDictOptions& options, const Mover& mover)
+      : model_load(live, options),
+        optimizer_load(live, optimizers, options.strict, options.dtype_policy),
+        source(mover.NewEndpoint()),
+        target(mover.NewEndpoint()) {}
+
+  // The dicts under the model's names, if there is a key map.
+  StateDict mapped_model;
+  StateDict mapped_optimizer;
+  bool sets_model = false;
+  bool sets_optimizer = false;
+  MismatchReport report;
+  ModelLoad model_load;
+  OptimizerLoad optimizer_load;
+  std::vector<TensorPair> local_pairs;  // all of them, or none
+  std::vector<TensorPair> joint_pairs;  // of this rank, before they are joined
+  TensorEndpoint source;
+  TensorEndpoint target;
+  Digest parameters;
+  Mover::Prepared prepared;
+};
+
+std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
+    absl::string_view what, const absl::Status& local, const StateDict* model,
+    const StateDict* optimizer, const StateDict* joint) {
+  auto attempt =
+      std::make_unique<Attempt>(live_, optimizers_, options_, mover_);
+  attempt->sets_model = model != nullptr;
+  attempt->sets_optimizer = optimizer != nullptr;
+  const auto prepare = [&]() -> absl::Status {
+    DSD_RETURN_IF_ERROR(local);
+    if (options_.key_map != nullptr && model != nullptr) {
+      DSD_ASSIGN_OR_RETURN(attempt->mapped_model,
+                           MapModelKeys(*model, options_.key_map));
+      model = &attempt->mapped_model;
+    }
+    if (options_.key_map != nullptr && optimizer != nullptr) {
+      DSD_ASSIGN_OR_RETURN(
+          attempt->mapped_optimizer,
+          MapOptimizerKeys(*optimizer, options_.key_map, live_.table()));
+      optimizer = &attempt->mapped_optimizer;
+    }
+    if (model != nullptr) {
+      DSD_RETURN_IF_ERROR(
+          attempt->model_load.Match(*model, joint, attempt->report));
+    }
+    if (optimizer != nullptr) {
+      DSD_RETURN_IF_ERROR(
+          attempt->optimizer_load.Parse(*optimizer, attempt->report, model));
+    }
+    DSD_RETURN_IF_ERROR(attempt->report.ToStatus(options_.strict));
+    std::vector<TensorPair> pairs;
+    if (model != nullptr) {
+      DSD_RETURN_IF_ERROR(attempt->model_load.Prepare(pairs));
+    }
+    if (optimizer != nullptr) {
+      DSD_RETURN_IF_ERROR(attempt->optimizer_load.Prepare(pairs));
+    }
+    if (joint != nullptr) {
+      attempt->joint_pairs = std::move(pairs);
+      return absl::OkStatus();
+    }
+    DSD_RETURN_IF_ERROR(DetachSources(pairs));
+    if (mover_.world_size() == 1 &&
+        std::all_of(pairs.begin(), pairs.end(), IsLocalCopy)) {
+      attempt->local_pairs = std::move(pairs);
+      return absl::OkStatus();
+    }
+    return AddPairs(pairs, attempt->source, attempt->target);
+  };
+  const absl::Status status = prepare();
+  // Other ranks must set the same parts and will report the same keys.
+  DigestBuilder parameters;
+  parameters.Add(what)
+      .Add(static_cast<int64_t>(attempt->sets_model))
+      .Add(static_cast<int64_t>(attempt->sets_optimizer));
+  if (joint == nullptr) {
+    AddTo(parameters, attempt->report.model.missing_keys);
+    AddTo(parameters, attempt->report.model.unexpected_keys);
+  }
+  attempt->parameters = parameters.Finish();
+  attempt->prepared = mover_.Prepare(attempt->source, attempt->target, status);
+  return attempt;
+}
+
+absl::StatusOr<std::unique_ptr<SourceSession::Attempt>>
+SourceSession::JoinAndTry(absl::string_view what, bool contributes,
+                          bool may_skip_model, const StateDict* model,
+                          const StateDict* optimizer, StateDict& dicts,
+                          const CallClock& clock) {
+  StateDict live;
+  for (const FqnTable::Entry& entry : live_.table().entries()) {
+    if (entry.kind == EntryKind::kNonPersistentBuffer) continue;
+    live.Set(entry.fqn, entry.kind == EntryKind::kExtraState
+                            ? Value(true)
+                            : Value(live_.value(entry.group)));
+  }
+  DSD_ASSIGN_OR_RETURN(live, JoinDicts(what, absl::OkStatus(), live,
+                                       &options_.replica_ranks, mover_, clock));
+  StateDict mine;
+  if (contributes && model != nullptr) mine.Set(kModelKey, Value(*model));
+  if (contributes && optimizer != nullptr) {
+    mine.Set(kOptimizerKey, Value(*optimizer));
+  }
+  DSD_ASSIGN_OR_RETURN(dicts,
+                       JoinDicts(what, absl::OkStatus(), mine,
+                                 /*replica_ranks=*/nullptr, mover_, clock));
+  for (const char* key : {kModelKey, kOptimizerKey}) {
+    if (!dicts.contains(key)) dicts.Set(key, Value(StateDict()));
+  }
+  model = dicts.Find(kModelKey)->get_if<StateDict>();
+  if (may_skip_model && model->empty()) model = nullptr;
+  if (optimizer != nullptr) {
+    optimizer = dicts.Find(kOptimizerKey)->get_if<StateDict>();
+  }
+  std::unique_ptr<Attempt> attempt =
+      TrySet(what, absl::OkStatus(), model, optimizer, &live);
+  DSD_ASSIGN_OR_RETURN(
+      std::vector<TensorPair> pairs,
+      JoinPairs(what, attempt->prepared.status, attempt->joint_pairs, dicts,
+                &options_.replica_ranks, mover_, clock));
+  absl::Status status = DetachSources(pairs);
+  if (status.ok()) status = AddPairs(pairs, attempt->source, attempt->target);
+  attempt->prepared = mover_.Prepare(attempt->source, attempt->target, status);
+  return attempt;
+}
+
 absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
     absl::string_view what, const StateDict* model, const StateDict* optimizer,
     const CallOptions& call) {
@@ -209,64 +505,125 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
   // An error found here is brought to the agreement, not returned: the other
   // ranks must learn of it.
   absl::Status local = CheckOptions({model != nullptr, optimizer != nullptr});
-  const bool may_skip_model = optimizer != nullptr;
-
-  Value shared;  // keeps what rank 0 sent
-  if (options_.broadcast_from_rank0 && mover_.world_size() > 1) {
-    StateDict root;
-    if (mover_.rank() == 0) {
-      if (model != nullptr) root.Set(kModelKey, Value(*model));
-      if (optimizer != nullptr) root.Set(kOptimizerKey, Value(*optimizer));
-    }
-    absl::StatusOr<Value> from_rank0 =
-        ShareOutline(Value(std::move(root)), *mover_.comm(), clock.Left());
-    DSD_RETURN_IF_ERROR(from_rank0) << what;
-    shared = *std::move(from_rank0);
-    const auto part = [&](const char* key) -> const StateDict* {
-      const auto* dict = shared.get_if<StateDict>();
-      const Value* value = dict == nullptr ? nullptr : dict->Find(key);
-      return value == nullptr ? nullptr : value->get_if<StateDict>();
-    };
-    model = part(kModelKey);
-    optimizer = part(kOptimizerKey);
-  }
-  if (may_skip_model && model != nullptr && model->empty()) model = nullptr;
-  if (optimizers_.empty()) optimizer = nullptr;
-
   if (local.ok()) local = live_.Refresh(mover_);
-  MismatchReport report;
-  std::vector<TensorPair> pairs;
-  OptimizerLoad optimizer_load(live_, optimizers_, options_.strict);
-  if (local.ok() && model != nullptr) MatchModel(*model, live_, report, pairs);
-  if (local.ok() && optimizer != nullptr) {
-    local = optimizer_load.Parse(*optimizer, report);
-  }
-  if (local.ok()) local = report.ToStatus(options_.strict);
-  if (local.ok() && optimizer != nullptr) local = optimizer_load.Prepare(pairs);
-  TensorEndpoint source = mover_.NewEndpoint();
-  TensorEndpoint target = mover_.NewEndpoint();
-  if (local.ok()) local = AddPairs(pairs, source, target);
+  const bool may_skip_model = optimizer != nullptr;
+  if (optimizers_.empty()) optimizer = nullptr;
+  const std::optional<int> chosen = SourceRank();
+  const int world_size = mover_.world_size();
+  const bool joint = !options_.replica_ranks.empty() && world_size > 1;
 
-  // Other ranks must set the same parts and will report the same keys.
-  DigestBuilder parameters;
-  parameters.Add(what)
-      .Add(static_cast<int64_t>(model != nullptr))
-      .Add(static_cast<int64_t>(optimizer != nullptr))
-      .Add(static_cast<int64_t>(options_.strict))
-      .Add(static_cast<int64_t>(options_.broadcast_from_rank0));
-  AddTo(parameters, report.model.missing_keys);
-  AddTo(parameters, report.model.unexpected_keys);
-  bool changed = false;
-  absl::Status status = mover_.Move(what, source, target, parameters.Finish(),
-                                    local, clock, &changed);
-  if (status.ok() && optimizer != nullptr) status = optimizer_load.Commit();
+  Greeting mine;
+  mine.has_model = model != nullptr && !model->empty();
+  mine.has_optimizer = optimizer != nullptr && !optimizer->empty();
+  mine.call = DigestBuilder()
+                  .Add(what)
+                  .Add(static_cast<int64_t>(optimizer != nullptr))
+                  .Add(static_cast<int64_t>(joint))
+                  .Add(static_cast<int64_t>(options_.strict))
+                  .Add(static_cast<int64_t>(options_.assign))
+                  .Add(static_cast<int64_t>(options_.dtype_policy))
+                  .Add(static_cast<int64_t>(chosen.value_or(-1)))
+                  .Finish();
+  mine.local_code = local.code();
+  if (may_skip_model && !mine.has_model) model = nullptr;
+
+  // Ranks that all have what they need say so, and what they found, in one
+  // message.
+  std::unique_ptr<Attempt> attempt;
+  if ((!chosen.has_value() && !joint) || world_size == 1) {
+    attempt = TrySet(what, local, model, optimizer, /*joint=*/nullptr);
+    mine.attempt = attempt->prepared.Fingerprint(attempt->parameters);
+    mine.attempt_code = attempt->prepared.status.code();
+  }
+  Value shared_model;
+  Value shared_optimizer;
+  StateDict joint_dicts;
+  if (world_size == 1) {
+    DSD_RETURN_IF_ERROR(attempt->prepared.status) << what;
+  } else {
+    DSD_ASSIGN_OR_RETURN(const std::vector<Greeting> all,
+                         Greet(mine, *mover_.comm(), clock.Left()));
+    const auto all_have = [&](const auto& has) {
+      return std::all_of(all.begin(), all.end(), has);
+    };
+    if (!all_have([&](const Greeting& other) {
+          return other.local_code == absl::StatusCode::kOk &&
+                 other.call == mine.call;
+        })) {
+      // That something is wrong all ranks know; now they learn what.
+      return Refusal(Agree(
+          mover_.comm(), what, mine.call, local,
+          [&] { return DescribeOptions(options_); }, clock.Left()));
+    }
+    const bool all_have_the_same =
+        !chosen.has_value() && !joint && all_have([&](const Greeting& other) {
+          return other.has_model == mine.has_model &&
+                 other.has_optimizer == mine.has_optimizer;
+        });
+    if (joint) {
+      DSD_ASSIGN_OR_RETURN(
+          attempt,
+          JoinAndTry(what, chosen.value_or(mover_.rank()) == mover_.rank(),
+                     may_skip_model, model, optimizer, joint_dicts, clock));
+    } else if (!all_have_the_same) {
+      attempt.reset();
+      DSD_RETURN_IF_ERROR(
+          SharePart(HoldersOf(all, chosen, &Greeting::has_model), mover_, clock,
+                    may_skip_model, shared_model, model, local));
+      if (optimizer != nullptr) {
+        DSD_RETURN_IF_ERROR(SharePart(
+            HoldersOf(all, chosen, &Greeting::has_optimizer), mover_, clock,
+            /*may_be_left_out=*/false, shared_optimizer, optimizer, local));
+      }
+      attempt = TrySet(what, local, model, optimizer, /*joint=*/nullptr);
+    }
+    // Agreed already if the greetings say the same.
+    if (!all_have_the_same || !all_have([&](const Greeting& other) {
+          return other.attempt_code == absl::StatusCode::kOk &&
+                 other.attempt == mine.attempt;
+        })) {
+      DSD_RETURN_IF_ERROR(Agree(
+          mover_.comm(), what,
+          attempt->prepared.Fingerprint(attempt->parameters),
+          attempt->prepared.status,
+          [&] {
+            return absl::StrCat(
+                attempt->prepared.Describe(attempt->parameters),
+                "; to use the dicts of one rank set source_rank");
+          },
+          clock.Left()));
+    }
+  }
+
+  // With new memory for all tensors nothing live is written before the commit.
+  bool changed = !options_.assign || attempt->sets_optimizer;
+  absl::Status status = mover_.MoveAgreed(attempt->prepared, clock);
+  if (status.ok() && !attempt->local_pairs.empty()) {
+    absl::StatusOr<TransferStats> copied =
+        CopyLocally(attempt->local_pairs, clock.Left());
+    if (copied.ok()) mover_.set_last_transfer(*copied);
+    status = copied.status();
+  }
+  if (status.ok()) {
+    changed = true;
+    status = attempt->model_load.Commit();
+  }
+  if (status.ok() && attempt->sets_optimizer) {
+    status = attempt->optimizer_load.Commit();
+  }
   if (!status.ok()) {
     if (!changed) return status;
     poisoned_ = status;
     return Annotate(status, "the live values are unspecified now, set again");
   }
   poisoned_ = absl::OkStatus();
-  return std::move(report.model);
+  IncompatibleKeys keys = std::move(attempt->report.model);
+  for (const FqnTable::Entry& entry : live_.table().entries()) {
+    if (entry.kind != EntryKind::kExtraState && live_.tensor(entry).is_meta()) {
+      keys.unmaterialized_keys.push_back(entry.fqn);
+    }
+  }
+  return keys;
 }
 
 SessionStats SourceSession::stats() const {

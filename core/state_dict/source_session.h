@@ -7,6 +7,8 @@
 #define DSD_CORE_STATE_DICT_SOURCE_SESSION_H_
 
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -15,8 +17,10 @@
 #include "absl/strings/string_view.h"
 #include "dsd/core/base/call_options.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/core/state_dict/deliver.h"
 #include "dsd/core/state_dict/live_model.h"
 #include "dsd/core/state_dict/mover.h"
+#include "dsd/core/state_dict/optimizer_reader.h"
 #include "dsd/core/state_dict/sources.h"
 #include "dsd/core/state_dict/state_dict.h"
 #include "dsd/core/transfer/transfer.h"
@@ -48,7 +52,7 @@ class SourceSession {
   SourceSession(ModelSource* model, std::vector<OptimizerSource*> optimizers,
                 Communicator* comm, StateDictOptions options)
       : optimizers_(std::move(optimizers)),
-        options_(options),
+        options_(std::move(options)),
         mover_(comm),
         live_(model) {}
 
@@ -60,11 +64,25 @@ class SourceSession {
   // Without optimizers the optimizer part is empty.
   absl::StatusOr<ModelAndOptimizerStateDict> Get(const CallOptions& call = {});
 
-  // Fills the live tensors in place, cast to their types, from whole or sharded
-  // values of any layout. Everything is checked before anything is changed:
-  // InvalidArgument lists all that does not fit. The dict is not changed and
-  // nothing live aliases it afterwards. If an error comes after the check (a
-  // rank died), live values are unspecified and gets fail until a set succeeds.
+  // A full get in bounded memory: `visit` sees each value of what GetModel, or
+  // Get, would return, in the same order, on the ranks that would receive it.
+  // full_state_dict is taken to be set. Paths of StreamAll begin with "model"
+  // or "optim". Collective. An error of `visit` is everybody's.
+  absl::Status StreamModel(StreamVisitor visit,
+                           const StreamOptions& stream = {},
+                           const CallOptions& call = {});
+  absl::Status StreamAll(StreamVisitor visit, const StreamOptions& stream = {},
+                         const CallOptions& call = {});
+
+  // Fills the live tensors, cast to their types, from whole or sharded values
+  // of any layout and strides; a dict may alias the live tensors. Who has the
+  // data is found out: ranks may give empty dicts, and receive then from the
+  // others (which must have whole tensors) what they need. Everything is
+  // checked before anything is changed: InvalidArgument lists all that does not
+  // fit. The dict is not changed and nothing live aliases it afterwards. If an
+  // error comes after the check (a rank died), live values are unspecified and
+  // gets fail until a set succeeds; with `assign` and no optimizers nothing has
+  // changed.
   absl::StatusOr<IncompatibleKeys> SetModel(const StateDict& model,
                                             const CallOptions& call = {});
   // Nested or flat form. Loaded hyperparameters override, others stay; loaded
@@ -72,8 +90,8 @@ class SourceSession {
   absl::Status SetOptimizer(const StateDict& optimizer,
                             const CallOptions& call = {});
   // Both, as one: an error in one leaves the other unchanged too. An empty
-  // model dict (of rank 0, if it broadcasts), or no optimizers: that part is
-  // left out.
+  // model dict (on all ranks, or on source_rank), or no optimizers: that part
+  // is left out.
   absl::StatusOr<IncompatibleKeys> Set(const StateDict& model,
                                        const StateDict& optimizer,
                                        const CallOptions& call = {});
@@ -87,7 +105,11 @@ class SourceSession {
     bool optimizer = false;
   };
 
+  // A set up to the point where all that is left is to move and to commit.
+  struct Attempt;
+
   absl::Status CheckOptions(Parts parts) const;
+  std::optional<int> SourceRank() const;
   absl::StatusOr<ModelAndOptimizerStateDict> GetParts(Parts parts,
                                                       const CallOptions& call);
   absl::Status Describe(Parts parts, ModelAndOptimizerStateDict& out);
@@ -96,11 +118,30 @@ class SourceSession {
                                             const StateDict* model,
                                             const StateDict* optimizer,
                                             const CallOptions& call);
+  std::unique_ptr<Attempt> TrySet(absl::string_view what,
+                                  const absl::Status& local,
+                                  const StateDict* model,
+                                  const StateDict* optimizer,
+                                  const StateDict* joint);
+  // The same if ranks have different keys; `joint` above are those of all.
+  absl::StatusOr<std::unique_ptr<Attempt>> JoinAndTry(
+      absl::string_view what, bool contributes, bool may_skip_model,
+      const StateDict* model, const StateDict* optimizer, StateDict& dicts,
+      const CallClock& clock);
+  absl::Status JoinIfRanksDiffer(const absl::Status& local,
+                                 const CallClock& clock, StateDict& root) const;
+  absl::Status StreamParts(Parts parts, StreamVisitor visit,
+                           const StreamOptions& stream,
+                           const CallOptions& call);
 
   std::vector<OptimizerSource*> optimizers_;
   StateDictOptions options_;
   Mover mover_;
   LiveModel live_;
+  // What the last get of the model gave, and of which version.
+  StateDict model_dict_;
+  int64_t model_version_ = 0;
+  OptimizerReader optimizer_reader_;
   // Not OK: a set failed half-way.
   absl::Status poisoned_;
 };

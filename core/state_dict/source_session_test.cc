@@ -21,6 +21,7 @@
 #include "absl/time/time.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/state_dict/fake_sources.h"
+#include "dsd/core/state_dict/test_world.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -29,108 +30,17 @@ namespace dsd {
 namespace {
 
 using ::dsd::test::FakeModel;
+using ::dsd::test::Full;
+using ::dsd::test::KeysOf;
+using ::dsd::test::Leave;
 using ::dsd::test::Numbers;
+using ::dsd::test::TensorAt;
+using ::dsd::test::World;
 using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::SizeIs;
-
-absl::Status Fail(std::string text) { return absl::InternalError(text); }
-
-// The result of a rank that goes orderly although it has an error to show.
-absl::Status Leave(Communicator& comm, absl::Status status) {
-  DSD_RETURN_IF_ERROR(comm.Shutdown());
-  return status;
-}
-
-#define REQUIRE(condition)                                            \
-  do {                                                                \
-    if (!(condition)) {                                               \
-      return Fail(absl::StrCat("line ", __LINE__, ": ", #condition)); \
-    }                                                                 \
-  } while (false)
-
-at::Tensor TensorAt(const StateDict& dict, const std::string& key) {
-  const Value* value = dict.Find(key);
-  const auto* tensor =
-      value == nullptr ? nullptr : value->get_if<TensorValue>();
-  return tensor == nullptr || tensor->locals().size() != 1
-             ? at::Tensor()
-             : tensor->locals()[0];
-}
-
-std::vector<std::string> KeysOf(const StateDict& dict) {
-  std::vector<std::string> keys;
-  for (size_t i = 0; i < dict.size(); ++i) keys.push_back(dict.key_text(i));
-  return keys;
-}
-
-// Each element known; sharded in ways that are uneven or leave ranks empty.
-struct World {
-  static std::vector<std::pair<std::string, at::Tensor>> Whole(
-      double start = 0) {
-    return {{"rows", Numbers({5, 3}, start + 1000)},
-            {"columns", Numbers({3, 5}, start + 2000)},
-            {"few", Numbers({2}, start + 3000)},
-            {"plain", Numbers({2, 2}, start + 4000)},
-            {"both", Numbers({7, 4}, start + 5000)},
-            {"none", Numbers({0, 3}, start)},
-            {"scalar", Numbers({}, start + 6000)}};
-  }
-
-  static Layout LayoutOf(const std::string& name, const Dims& shape,
-                         int64_t ranks) {
-    const DeviceMesh flat = DeviceMesh::Iota({ranks});
-    const Placement one = name == "columns" ? Shard(1) : Shard(0);
-    if (name == "both") {
-      const int64_t rows = ranks >= 4 ? 2 : 1;
-      return *Layout::FromPlacements(shape,
-                                     DeviceMesh::Iota({rows, ranks / rows}),
-                                     {StridedShard(0, ranks / rows), Shard(0)});
-    }
-    return *Layout::FromPlacements(shape, flat, {one});
-  }
-
-  static std::unique_ptr<FakeModel> Make(int64_t ranks, Holder holder,
-                                         double start = 0) {
-    auto model = std::make_unique<FakeModel>();
-    for (auto& [name, whole] : Whole(start)) {
-      if (name == "plain" || name == "scalar") {
-        model->Add(name, whole.clone().requires_grad_());
-      } else {
-        whole.requires_grad_();
-        model->AddShard(name, whole, LayoutOf(name, ToDimsOf(whole), ranks),
-                        holder);
-      }
-    }
-    return model;
-  }
-
-  static Dims ToDimsOf(const at::Tensor& tensor) {
-    return Dims(tensor.sizes().begin(), tensor.sizes().end());
-  }
-
-  static StateDict WholeDict(double start) {
-    StateDict dict;
-    for (const auto& [name, whole] : Whole(start)) {
-      dict.Set(name, Value(TensorValue(whole)));
-    }
-    return dict;
-  }
-
-  // Whether the live tensors of `model` have the values of Make(.., start).
-  static absl::Status Check(FakeModel& model, int64_t ranks, Holder holder,
-                            double start) {
-    const std::unique_ptr<FakeModel> expected = Make(ranks, holder, start);
-    for (size_t i = 0; i < model.size(); ++i) {
-      if (!at::equal(model.tensor(i).detach(), expected->tensor(i).detach())) {
-        return Fail(absl::StrCat("tensor ", i, " has other values"));
-      }
-    }
-    return absl::OkStatus();
-  }
-};
 
 class SourceSessionTest : public testing::TestWithParam<int> {
  protected:
@@ -138,58 +48,52 @@ class SourceSessionTest : public testing::TestWithParam<int> {
 };
 INSTANTIATE_TEST_SUITE_P(Ranks, SourceSessionTest, testing::Values(1, 2, 4));
 
-StateDictOptions Full() {
-  StateDictOptions options;
-  options.full_state_dict = true;
-  return options;
-}
-
 TEST_P(SourceSessionTest, ShardedGetAliasesAndSendsNothing) {
-  EXPECT_THAT(RunRankThreads(
-                  ranks(),
-                  [&](Communicator& comm) -> absl::Status {
-                    // The other ranks never call: a message would wait for
-                    // them.
-                    if (comm.rank() != 0) return comm.Barrier();
-                    const auto model = World::Make(comm.size(), comm.rank());
-                    SourceSession session(model.get(), {}, &comm, {});
-                    DSD_ASSIGN_OR_RETURN(const StateDict dict,
-                                         session.GetModel());
-                    REQUIRE(dict.size() == model->size());
-                    for (size_t i = 0; i < model->size(); ++i) {
-                      const at::Tensor value = TensorAt(dict, dict.key_text(i));
-                      REQUIRE(value.is_alias_of(model->tensor(i)));
-                      REQUIRE(!value.requires_grad());
-                    }
-                    REQUIRE(dict.Find("rows")->get_if<TensorValue>()->shape() ==
-                            Dims({5, 3}));
-                    REQUIRE(session.stats().last_transfer.bytes_local == 0);
-                    return comm.Barrier();
-                  }),
-              AllOk());
+  EXPECT_THAT(
+      RunRankThreads(
+          ranks(),
+          [&](Communicator& comm) -> absl::Status {
+            // The other ranks never call: a message would wait for
+            // them.
+            if (comm.rank() != 0) return comm.Barrier();
+            const auto model = World::Make(comm.size(), comm.rank());
+            SourceSession session(model.get(), {}, &comm, {});
+            DSD_ASSIGN_OR_RETURN(const StateDict dict, session.GetModel());
+            DSD_REQUIRE(dict.size() == model->size());
+            for (size_t i = 0; i < model->size(); ++i) {
+              const at::Tensor value = TensorAt(dict, dict.key_text(i));
+              DSD_REQUIRE(value.is_alias_of(model->tensor(i)));
+              DSD_REQUIRE(!value.requires_grad());
+            }
+            DSD_REQUIRE(dict.Find("rows")->get_if<TensorValue>()->shape() ==
+                        Dims({5, 3}));
+            DSD_REQUIRE(session.stats().last_transfer.bytes_local == 0);
+            return comm.Barrier();
+          }),
+      AllOk());
 }
 
 TEST_P(SourceSessionTest, FullGetIsWholeContiguousAndOwned) {
-  EXPECT_THAT(RunRankThreads(
-                  ranks(),
-                  [&](Communicator& comm) -> absl::Status {
-                    const auto model = World::Make(comm.size(), comm.rank());
-                    SourceSession session(model.get(), {}, &comm, Full());
-                    DSD_ASSIGN_OR_RETURN(const StateDict dict,
-                                         session.GetModel());
-                    const auto whole = World::Whole();
-                    REQUIRE(dict.size() == whole.size());
-                    for (size_t i = 0; i < whole.size(); ++i) {
-                      REQUIRE(dict.key_text(i) == whole[i].first);
-                      const at::Tensor value = TensorAt(dict, whole[i].first);
-                      REQUIRE(at::equal(value, whole[i].second));
-                      REQUIRE(value.is_contiguous());
-                      REQUIRE(!value.is_alias_of(model->tensor(i)));
-                      REQUIRE(dict.value(i).get_if<TensorValue>()->is_plain());
-                    }
-                    return absl::OkStatus();
-                  }),
-              AllOk());
+  EXPECT_THAT(
+      RunRankThreads(
+          ranks(),
+          [&](Communicator& comm) -> absl::Status {
+            const auto model = World::Make(comm.size(), comm.rank());
+            SourceSession session(model.get(), {}, &comm, Full());
+            DSD_ASSIGN_OR_RETURN(const StateDict dict, session.GetModel());
+            const auto whole = World::Whole();
+            DSD_REQUIRE(dict.size() == whole.size());
+            for (size_t i = 0; i < whole.size(); ++i) {
+              DSD_REQUIRE(dict.key_text(i) == whole[i].first);
+              const at::Tensor value = TensorAt(dict, whole[i].first);
+              DSD_REQUIRE(at::equal(value, whole[i].second));
+              DSD_REQUIRE(value.is_contiguous());
+              DSD_REQUIRE(!value.is_alias_of(model->tensor(i)));
+              DSD_REQUIRE(dict.value(i).get_if<TensorValue>()->is_plain());
+            }
+            return absl::OkStatus();
+          }),
+      AllOk());
 }
 
 TEST_P(SourceSessionTest, FullGetWithCpuOffloadGoesToRankZeroOnly) {
@@ -203,12 +107,12 @@ TEST_P(SourceSessionTest, FullGetWithCpuOffloadGoesToRankZeroOnly) {
             SourceSession session(model.get(), {}, &comm, options);
             DSD_ASSIGN_OR_RETURN(const StateDict dict, session.GetModel());
             if (comm.rank() != 0) {
-              REQUIRE(dict.empty());
-              REQUIRE(session.stats().last_transfer.bytes_received == 0);
+              DSD_REQUIRE(dict.empty());
+              DSD_REQUIRE(session.stats().last_transfer.bytes_received == 0);
               return absl::OkStatus();
             }
             for (const auto& [name, whole] : World::Whole()) {
-              REQUIRE(at::equal(TensorAt(dict, name), whole));
+              DSD_REQUIRE(at::equal(TensorAt(dict, name), whole));
             }
             return absl::OkStatus();
           }),
@@ -225,31 +129,31 @@ TEST_P(SourceSessionTest, CpuOffloadKeepsTensorsThatAreThere) {
             const auto model = World::Make(comm.size(), comm.rank());
             SourceSession session(model.get(), {}, &comm, options);
             DSD_ASSIGN_OR_RETURN(const StateDict dict, session.GetModel());
-            REQUIRE(TensorAt(dict, "rows").is_alias_of(model->tensor(0)));
-            REQUIRE(!dict.Find("rows")->get_if<TensorValue>()->is_plain());
+            DSD_REQUIRE(TensorAt(dict, "rows").is_alias_of(model->tensor(0)));
+            DSD_REQUIRE(!dict.Find("rows")->get_if<TensorValue>()->is_plain());
             return absl::OkStatus();
           }),
       AllOk());
 }
 
 TEST_P(SourceSessionTest, FullSetCutsLocallyWithoutMovingBytes) {
-  EXPECT_THAT(RunRankThreads(
-                  ranks(),
-                  [&](Communicator& comm) -> absl::Status {
-                    const auto model = World::Make(comm.size(), comm.rank());
-                    const auto version = model->tensor(0)._version();
-                    SourceSession session(model.get(), {}, &comm, Full());
-                    DSD_ASSIGN_OR_RETURN(
-                        const IncompatibleKeys keys,
-                        session.SetModel(World::WholeDict(500)));
-                    REQUIRE(keys.empty());
-                    REQUIRE(session.stats().last_transfer.bytes_sent == 0);
-                    REQUIRE(session.stats().last_transfer.bytes_received == 0);
-                    REQUIRE(model->tensor(0).requires_grad());
-                    REQUIRE(model->tensor(0)._version() > version);
-                    return World::Check(*model, comm.size(), comm.rank(), 500);
-                  }),
-              AllOk());
+  EXPECT_THAT(
+      RunRankThreads(
+          ranks(),
+          [&](Communicator& comm) -> absl::Status {
+            const auto model = World::Make(comm.size(), comm.rank());
+            const auto version = model->tensor(0)._version();
+            SourceSession session(model.get(), {}, &comm, Full());
+            DSD_ASSIGN_OR_RETURN(const IncompatibleKeys keys,
+                                 session.SetModel(World::WholeDict(500)));
+            DSD_REQUIRE(keys.empty());
+            DSD_REQUIRE(session.stats().last_transfer.bytes_sent == 0);
+            DSD_REQUIRE(session.stats().last_transfer.bytes_received == 0);
+            DSD_REQUIRE(model->tensor(0).requires_grad());
+            DSD_REQUIRE(model->tensor(0)._version() > version);
+            return World::Check(*model, comm.size(), comm.rank(), 500);
+          }),
+      AllOk());
 }
 
 TEST_P(SourceSessionTest, BroadcastSendsEachByteOnlyToWhoNeedsIt) {
@@ -267,7 +171,7 @@ TEST_P(SourceSessionTest, BroadcastSendsEachByteOnlyToWhoNeedsIt) {
                         comm.rank() == 0 ? World::WholeDict(700) : StateDict();
                     DSD_ASSIGN_OR_RETURN(const IncompatibleKeys keys,
                                          session.SetModel(dict));
-                    REQUIRE(keys.empty());
+                    DSD_REQUIRE(keys.empty());
                     {
                       absl::MutexLock lock(&mu);
                       sent += session.stats().last_transfer.bytes_sent;
@@ -408,15 +312,15 @@ TEST_P(SourceSessionTest, NonStrictSetsTheRestAndReportsTheSameEverywhere) {
               SourceSession session(model.get(), {}, &comm, options);
               DSD_ASSIGN_OR_RETURN(const IncompatibleKeys keys,
                                    session.SetModel(dict));
-              REQUIRE(keys.missing_keys ==
-                      std::vector<std::string>({"columns", "few", "plain",
-                                                "both", "none", "scalar"}));
-              REQUIRE(keys.unexpected_keys ==
-                      std::vector<std::string>({"unknown"}));
+              DSD_REQUIRE(keys.missing_keys ==
+                          std::vector<std::string>({"columns", "few", "plain",
+                                                    "both", "none", "scalar"}));
+              DSD_REQUIRE(keys.unexpected_keys ==
+                          std::vector<std::string>({"unknown"}));
               const auto rows = World::Make(comm.size(), comm.rank(), 500);
-              REQUIRE(at::equal(model->tensor(0), rows->tensor(0)));
+              DSD_REQUIRE(at::equal(model->tensor(0), rows->tensor(0)));
               const auto before = World::Make(comm.size(), comm.rank());
-              REQUIRE(at::equal(model->tensor(1), before->tensor(1)));
+              DSD_REQUIRE(at::equal(model->tensor(1), before->tensor(1)));
               return absl::OkStatus();
             }),
         AllOk());
@@ -573,7 +477,7 @@ TEST(SourceSessionOneRankTest, FrozenParametersCanBeLeftOut) {
   FakeModel model;
   model.Add("a", at::zeros({1}).requires_grad_());
   model.Add("b", at::zeros({1}));
-  model.Add("c", at::zeros({1}), TensorKind::kBuffer);
+  model.Add("c", at::zeros({1}), EntryKind::kBuffer);
   StateDictOptions options;
   options.ignore_frozen_params = true;
   const auto dict = SourceSession(&model, {}, nullptr, options).GetModel();
@@ -608,7 +512,7 @@ TEST(SourceSessionOneRankTest, TiedTensorsHaveBothNamesAndEitherIsEnough) {
 TEST(SourceSessionOneRankTest, ValuesAreCastToTheLiveTypeOrRefused) {
   FakeModel model;
   model.Add("w", at::zeros({4}, c10::kBFloat16));
-  model.Add("n", at::zeros({1}, c10::kLong), TensorKind::kBuffer);
+  model.Add("n", at::zeros({1}, c10::kLong), EntryKind::kBuffer);
   SourceSession session(&model, {}, nullptr, {});
   StateDict dict;
   dict.Set("w", Value(TensorValue(Numbers({4}, 0.25, c10::kDouble))));

@@ -17,6 +17,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "dsd/core/fqn/module_tree.h"
+#include "dsd/core/state_dict/extra_state.h"
 #include "dsd/core/state_dict/state_dict.h"
 
 namespace dsd {
@@ -30,7 +31,16 @@ class ModelSource {
   // of a tensor is its index. Called for every operation, so cheap.
   virtual absl::StatusOr<std::vector<at::Tensor>> Tensors() = 0;
 
-  // The tree that names them. Called when Tensors() has changed.
+  // Extra states in a fixed order: the slot of one is its index.
+  virtual absl::StatusOr<std::vector<ExtraState*>> ExtraStates() {
+    return std::vector<ExtraState*>();
+  }
+
+  // Another number whenever Describe() might answer something else for the same
+  // tensors.
+  virtual int64_t revision() { return 0; }
+
+  // The tree that names them. Called when any of the above has changed.
   virtual absl::StatusOr<ModuleNode> Describe() = 0;
 };
 
@@ -82,14 +92,37 @@ class OptimizerSource {
   virtual absl::StatusOr<std::vector<StateField>> StateFields(
       const ObjectDict& hyperparameters) const = 0;
 
+  // Whether all parameters of a group have one state between them, kept under
+  // the group's first one (LBFGS). Its fields are kAny. Such a group must have
+  // the same parameters in the same order where it is loaded, and none of them
+  // sharded.
+  virtual bool has_group_state() const { return false; }
+
   // The live state of a parameter: this rank's tensors (aliases) and objects.
   // Empty if there is none.
   virtual absl::StatusOr<StateDict> State(size_t group, size_t param) const = 0;
+
+  // Whether State() would return `entries`, which it has returned before, once
+  // more: the same tensors and equal values. False is always right; an answer
+  // that is cheaper than State() makes the second get of a session faster.
+  virtual bool HasState(size_t /*group*/, size_t /*param*/,
+                        const StateDict& /*entries*/) const {
+    return false;
+  }
 
   // What the state would be before the first step, in new tensors; the
   // optimizer is not changed. Empty if the class has nothing then.
   virtual absl::StatusOr<StateDict> InertState(size_t group,
                                                size_t param) const = 0;
+
+  // Whether SetState would take `entries`, which are as StateFields says, in a
+  // group with these hyperparameters (all of them); changes nothing. Tensors in
+  // it may be without values on this rank. InvalidArgument says what is wrong.
+  virtual absl::Status CheckState(size_t /*group*/,
+                                  const ObjectDict& /*hyperparameters*/,
+                                  const StateDict& /*entries*/) const {
+    return absl::OkStatus();
+  }
 
   // Makes `state` (entries as in StateFields; tensors with Local()) the whole
   // state of the parameter. Keeps the tensors. Empty: no state.

@@ -6,11 +6,17 @@
 #ifndef DSD_CORE_STATE_DICT_STATE_DICT_H_
 #define DSD_CORE_STATE_DICT_STATE_DICT_H_
 
+#include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "dsd/core/tensor/tensor_value.h"
 #include "dsd/core/value/value.h"
 
@@ -26,7 +32,42 @@ using StateDict = BasicDict<TensorValue>;
 // A dict without tensors: the hyperparameters of a group.
 using ObjectDict = Object::Dict;
 
-// After torch.distributed.checkpoint.state_dict.StateDictOptions.
+// What happens to a value whose element type is not that of the live tensor.
+enum class DTypePolicy : uint8_t {
+  kDefault,  // of the model: kCast; of an optimizer's state: kKeep
+  kCast,     // it is converted to the live type
+  kKeep,     // the live tensor takes the type of the dict; needs `assign` for
+             // the model
+  kError,    // it does not fit
+};
+
+// The module whose part of a state is meant: by FQN ("" is the model itself) or
+// as an object.
+class Submodule {
+ public:
+  Submodule(std::string fqn) : fqn_(std::move(fqn)) {}  // NOLINT
+  Submodule(const char* fqn) : fqn_(fqn) {}             // NOLINT
+  // Only its address is used.
+  template <class Module,
+            std::enable_if_t<std::is_polymorphic_v<Module>>* = nullptr>
+  Submodule(const Module* module)  // NOLINT
+      : object_(dynamic_cast<const void*>(module)) {}
+
+  const std::string& fqn() const { return fqn_; }
+  // Null: named by fqn().
+  const void* object() const { return object_; }
+
+ private:
+  std::string fqn_;
+  const void* object_ = nullptr;
+};
+
+// The name in the model for a name in a dict; "": the key is left out.
+using KeyMap = std::function<std::string(absl::string_view saved_fqn)>;
+
+// After torch.distributed.checkpoint.state_dict.StateDictOptions; what Python
+// does not have comes last. What each is for: get, set or both. Options for the
+// other direction are not looked at, so that one struct can serve both.
 struct StateDictOptions {
   // Get: whole tensors instead of this rank's shards, owned and contiguous.
   // Set: needs no telling; the dict's values say what they are.
@@ -34,27 +75,74 @@ struct StateDictOptions {
 
   // Get: values in host memory (those that are there already stay aliases).
   // Together with full_state_dict and a communicator: only rank 0 receives
-  // anything, all others get empty dicts.
+  // anything, all others get empty dicts, unless full_state_dict_ranks says
+  // something else.
   bool cpu_offload = false;
 
-  // Get: leave parameters with requires_grad = false out of the model's dict.
+  // Get: leave parameters with requires_grad = false out of the model's dict,
+  // under all their names.
   bool ignore_frozen_params = false;
+
+  // Model, get and set: only the tensors of these modules and what is below
+  // them; empty: all. The optimizer part is not affected.
+  std::vector<Submodule> submodules;
+
+  // Without it the keys start at the submodule. InvalidArgument if two tensors
+  // then have one key.
+  bool keep_submodule_prefixes = true;
 
   // Set: a missing or unexpected key, or missing optimizer state, is an error.
   bool strict = true;
 
   // Set: the dicts of rank 0 (whole tensors) are used on all ranks; those of
-  // the others are ignored and may be empty. Needs full_state_dict.
+  // the others are ignored and may be empty. Needs full_state_dict. The same as
+  // source_rank = 0. A set whose dicts are empty on some ranks takes them from
+  // the others also without it.
   bool broadcast_from_rank0 = false;
 
   // Get: optimizer dicts in the flat form. Set takes both forms.
   bool flatten_optimizer_state_dict = false;
+
+  // Both: what modules that inherit FqnModifiers are asked for.
+  std::string dsd_fqn_modifiers = "_fqn_modifiers";
+
+  // Full get: the ranks that receive the dict, in any order; all others get
+  // empty dicts and no bytes. nullopt: all, with cpu_offload rank 0.
+  std::optional<std::vector<int>> full_state_dict_ranks;
+
+  // Set: the dicts of this rank are used on all ranks. nullopt: of all ranks
+  // that have one; they must agree on keys, types and shapes.
+  std::optional<int> source_rank;
+
+  // Full get and set, for jobs whose ranks have different keys (pipeline
+  // stages, experts): the ranks on which this rank's plain (not sharded)
+  // tensors are the same, this rank included. A key has to be on all of these
+  // ranks, and need not be on others; a full get gives the keys of all ranks, a
+  // set takes values from whatever rank has them and reports the missing keys
+  // of this rank. Either all ranks give some (which may differ) or none does:
+  // all keys are on all ranks.
+  std::vector<int> replica_ranks;
+
+  // Set: applied to the FQNs of both dicts before anything else. Null: none.
+  KeyMap key_map;
+
+  // Set: live tensors of the model get new memory (of this device; of host
+  // memory, if they are on the meta device) instead of being filled in place.
+  // The at::Tensor objects stay the same, so ties and optimizers hold.
+  bool assign = false;
+
+  // Set.
+  DTypePolicy dtype_policy = DTypePolicy::kDefault;
 };
 
-// What a set did not match. Canonical FQNs; the same on every rank.
+// What a set did not match. Canonical FQNs; the same on every rank, except with
+// replica_ranks: there each rank reports what its own model lacks.
 struct IncompatibleKeys {
   std::vector<std::string> missing_keys;
   std::vector<std::string> unexpected_keys;
+  // Live tensors, buffers that are not persistent included, that are still on
+  // the meta device: without values. Not an error, not counted by empty().
+  std::vector<std::string> unmaterialized_keys;
 
   bool empty() const { return missing_keys.empty() && unexpected_keys.empty(); }
 };

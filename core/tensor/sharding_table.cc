@@ -17,15 +17,31 @@
 
 namespace dsd {
 
-absl::StatusOr<Dims> LocalTensorShape(const Sharding& sharding) {
-  const std::optional<Dims> shape = sharding.layout.LocalShape(sharding.holder);
-  if (shape.has_value()) return *shape;
-  const std::vector<LocalBox> boxes = sharding.layout.BoxesOf(sharding.holder);
-  if (boxes.size() == 1) return boxes[0].box.extents();
+absl::Status CheckLocalShape(const Sharding& sharding, const Dims& shape) {
+  std::optional<Dims> expected = sharding.layout.LocalShape(sharding.holder);
+  if (!expected.has_value()) {
+    const std::vector<LocalBox> boxes =
+        sharding.layout.BoxesOf(sharding.holder);
+    if (boxes.size() > 1) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "holder ", sharding.holder, " has ", boxes.size(),
+          " boxes of layout ", sharding.layout.ToString(),
+          ": there is no single local tensor for it; give each box a tensor"));
+    }
+    if (boxes.empty()) {
+      if (Box::Whole(shape).num_elements() == 0) return absl::OkStatus();
+      return absl::InvalidArgumentError(
+          absl::StrCat("holder ", sharding.holder, " has no part of layout ",
+                       sharding.layout.ToString(), ", the tensor has shape ",
+                       DimsToString(shape)));
+    }
+    expected = boxes[0].box.extents();
+  }
+  if (*expected == shape) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(
-      "holder ", sharding.holder, " has ", boxes.size(), " boxes of layout ",
-      sharding.layout.ToString(),
-      ": there is no single local tensor for it; give each box a tensor"));
+      "the part of holder ", sharding.holder, " in layout ",
+      sharding.layout.ToString(), " has shape ", DimsToString(*expected),
+      ", the tensor has ", DimsToString(shape)));
 }
 
 ShardingTable& ShardingTable::Global() {
@@ -40,15 +56,10 @@ absl::Status ShardingTable::Set(const at::Tensor& tensor, Layout layout,
         "ShardingTable: an undefined tensor cannot be a shard");
   }
   Sharding sharding{std::move(layout), holder};
-  DSD_ASSIGN_OR_RETURN(const Dims expected, LocalTensorShape(sharding));
-  const Dims found = ToDims(tensor.sizes());
-  if (found != expected) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "ShardingTable: the part of holder ", holder, " in layout ",
-        sharding.layout.ToString(), " has shape ", DimsToString(expected),
-        ", the tensor has ", DimsToString(found)));
-  }
+  DSD_RETURN_IF_ERROR(CheckLocalShape(sharding, ToDims(tensor.sizes())))
+      << "ShardingTable";
   absl::MutexLock lock(&mu_);
+  generation_.fetch_add(1, std::memory_order_release);
   if (entries_.size() >= sweep_at_) {
     absl::erase_if(entries_, [](const auto& entry) {
       return entry.second.impl.expired();
@@ -64,6 +75,7 @@ absl::Status ShardingTable::Set(const at::Tensor& tensor, Layout layout,
 }
 
 std::optional<Sharding> ShardingTable::Find(const at::Tensor& tensor) const {
+  if (generation() == 0) return std::nullopt;
   absl::ReaderMutexLock lock(&mu_);
   // The weak pointer keeps the block of memory, so that an equal address is the
   // same tensor.
@@ -74,6 +86,7 @@ std::optional<Sharding> ShardingTable::Find(const at::Tensor& tensor) const {
 
 void ShardingTable::Erase(const at::Tensor& tensor) {
   absl::MutexLock lock(&mu_);
+  generation_.fetch_add(1, std::memory_order_release);
   entries_.erase(tensor.unsafeGetTensorImpl());
 }
 

@@ -7,7 +7,9 @@
 #ifndef DSD_CORE_TENSOR_SHARDING_TABLE_H_
 #define DSD_CORE_TENSOR_SHARDING_TABLE_H_
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 
 #include "ATen/core/Tensor.h"
@@ -22,16 +24,17 @@
 namespace dsd {
 
 // The tensor holds the part that `layout` gives to `holder`: contiguous or not,
-// of shape layout.LocalShape(holder).
+// of a shape that CheckLocalShape takes.
 struct Sharding {
   Layout layout;
   Holder holder;
 };
 
-// The shape of the one tensor that holds the part of sharding.holder.
-// InvalidArgument if the holder has no part, or has several boxes of a box
-// layout.
-absl::StatusOr<Dims> LocalTensorShape(const Sharding& sharding);
+// OK if a tensor of this shape can hold the part of sharding.holder: its local
+// shape; for box layouts that of its box, or any shape without elements if it
+// has none. InvalidArgument otherwise (both shapes shown), and if the holder
+// has several boxes of a box layout.
+absl::Status CheckLocalShape(const Sharding& sharding, const Dims& shape);
 
 // Weak: an entry dies with its TensorImpl; a new tensor at the same address is
 // not mistaken for it. Entries survive Tensor::set_data. Thread-safe.
@@ -49,6 +52,12 @@ class ShardingTable {
 
   void Erase(const at::Tensor& tensor);
 
+  // Grows with every change by Set and Erase; 0: nothing was ever set. While it
+  // stays the same, so does what Find says of a live tensor.
+  uint64_t generation() const {
+    return generation_.load(std::memory_order_acquire);
+  }
+
  private:
   struct Entry {
     c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> impl;
@@ -57,6 +66,7 @@ class ShardingTable {
   mutable absl::Mutex mu_;
   absl::flat_hash_map<const c10::TensorImpl*, Entry> entries_
       ABSL_GUARDED_BY(mu_);
+  std::atomic<uint64_t> generation_{0};
   size_t sweep_at_ ABSL_GUARDED_BY(mu_) = 64;  // drop dead entries at this size
 };
 

@@ -23,14 +23,8 @@ absl::StatusOr<TensorValue> TensorValue::Sharded(Sharding sharding,
     return absl::InvalidArgumentError(
         "sharded tensor: the local tensor is undefined");
   }
-  DSD_ASSIGN_OR_RETURN(const Dims expected, LocalTensorShape(sharding));
-  const Dims found = ToDims(local.sizes());
-  if (found != expected) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "sharded tensor: the part of holder ", sharding.holder, " in layout ",
-        sharding.layout.ToString(), " has shape ", DimsToString(expected),
-        ", the local tensor has ", DimsToString(found)));
-  }
+  DSD_RETURN_IF_ERROR(CheckLocalShape(sharding, ToDims(local.sizes())))
+      << "sharded tensor";
   const c10::ScalarType type = local.scalar_type();
   return TensorValue(std::make_shared<const Distributed>(
       Distributed{std::move(sharding), type, {std::move(local)}}));

@@ -33,8 +33,8 @@ class TensorValue {
   // plain tensors can be put into a StateDict as they are.
   TensorValue(at::Tensor tensor) : plain_(std::move(tensor)) {}  // NOLINT
 
-  // A distributed tensor of which this rank has one local tensor, of
-  // LocalTensorShape(sharding). InvalidArgument otherwise, or if undefined.
+  // A distributed tensor of which this rank has one local tensor, of a shape
+  // that CheckLocalShape takes. InvalidArgument otherwise, or if undefined.
   static absl::StatusOr<TensorValue> Sharded(Sharding sharding,
                                              at::Tensor local);
 

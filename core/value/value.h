@@ -14,7 +14,6 @@
 #include <variant>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/strings/string_view.h"
 
 namespace dsd {
@@ -33,27 +32,32 @@ class BasicDict {
  public:
   using Value = BasicValue<TensorT>;
 
-  size_t size() const { return keys_.size(); }
-  bool empty() const { return keys_.empty(); }
-  const PathSegment& key(size_t i) const { return keys_[i]; }
+  BasicDict() = default;
+  BasicDict(const BasicDict& other);
+  BasicDict(BasicDict&& other) noexcept : rep_(other.rep_) {
+    other.rep_ = nullptr;
+  }
+  BasicDict& operator=(const BasicDict& other);
+  BasicDict& operator=(BasicDict&& other) noexcept;
+  ~BasicDict() { Release(); }
+
+  size_t size() const;
+  bool empty() const { return size() == 0; }
+  const PathSegment& key(size_t i) const;
   // The key as text, integers in decimal.
   std::string key_text(size_t i) const;
-  const Value& value(size_t i) const { return values_[i]; }
-  Value& value(size_t i) { return values_[i]; }
+  const Value& value(size_t i) const;
+  Value& value(size_t i);
 
   // Null if absent.
   const Value* Find(const PathSegment& key) const;
   Value* Find(const PathSegment& key);
-  const Value* Find(absl::string_view key) const {
-    return Find(PathSegment(std::string(key)));
-  }
-  Value* Find(absl::string_view key) {
-    return Find(PathSegment(std::string(key)));
-  }
+  const Value* Find(absl::string_view key) const;
+  Value* Find(absl::string_view key);
   const Value* Find(const std::string& key) const {
-    return Find(PathSegment(key));
+    return Find(absl::string_view(key));
   }
-  Value* Find(const std::string& key) { return Find(PathSegment(key)); }
+  Value* Find(const std::string& key) { return Find(absl::string_view(key)); }
   const Value* Find(const char* key) const {
     return Find(absl::string_view(key));
   }
@@ -63,18 +67,43 @@ class BasicDict {
   // Adds at the end, or replaces the value in its place. Returns the new value.
   Value& Set(PathSegment key, Value value);
 
+  // Set of a key that is known to be absent: without looking for it.
+  void Append(PathSegment key, Value value);
+
+  // For `size` keys in all.
+  void Reserve(size_t size);
+
   // Removes the key and keeps the order of the others; O(size). Returns whether
   // it was there.
   bool Erase(const PathSegment& key);
 
+  // Makes copies of this dict, and of the dicts directly in it, O(1) from now
+  // on: they are one object until one of them is changed, which makes it a dict
+  // of its own. References to values that were taken before must not be written
+  // through any more.
+  void Share();
+
+  // Whether the two are one object: equal without comparing.
+  bool IsSharedWith(const BasicDict& other) const { return rep_ == other.rep_; }
+
   friend bool operator==(const BasicDict& a, const BasicDict& b) {
-    return a.keys_ == b.keys_ && a.values_ == b.values_;
+    return a.Equals(b);
   }
 
  private:
-  std::vector<PathSegment> keys_;
-  std::vector<Value> values_;
-  absl::flat_hash_map<PathSegment, size_t> index_;
+  struct Rep;
+
+  // Makes *rep_ exist and be of this dict alone.
+  Rep& Own();
+  void Release();
+  bool Equals(const BasicDict& other) const;
+  // Position of the key; -1 if absent.
+  template <class Key>
+  int64_t PositionOf(const Key& key) const;
+
+  // Null: empty. One block for a small dict: state dicts have one for every
+  // parameter.
+  Rep* rep_ = nullptr;
 };
 
 struct None {

@@ -2,9 +2,13 @@
 
 #include "dsd/core/value/value.h"
 
+#include <cstdint>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "gtest/gtest.h"
 
 namespace dsd {
@@ -44,6 +48,122 @@ TEST(DictTest, EraseKeepsTheOthersFindable) {
     EXPECT_TRUE(*dict.Find(key) == Object(key));
   }
   EXPECT_EQ(dict.key_text(1), "c");
+}
+
+TEST(DictTest, ManyKeysWithAnIndex) {
+  Object::Dict dict;
+  dict.Reserve(1000);
+  for (int i = 0; i < 500; ++i) {
+    dict.Append(absl::StrCat("key.", i), Object(i));
+    dict.Append(int64_t{i}, Object(-i));
+  }
+  const Object::Dict& read = dict;
+  for (int i = 0; i < 500; ++i) {
+    EXPECT_TRUE(*read.Find(absl::StrCat("key.", i)) == Object(i));
+    EXPECT_TRUE(*read.Find(PathSegment(int64_t{i})) == Object(-i));
+    EXPECT_FALSE(read.contains(absl::StrCat(i)));
+  }
+  // The index follows changes.
+  dict.Set("more", Object("x"));
+  EXPECT_TRUE(*dict.Find("more") == Object("x"));
+  EXPECT_TRUE(dict.Erase(PathSegment(int64_t{0})));
+  EXPECT_FALSE(dict.Erase(PathSegment(int64_t{0})));
+  EXPECT_EQ(dict.size(), 1000u);
+  for (int i = 1; i < 500; ++i) {
+    EXPECT_TRUE(*dict.Find(PathSegment(int64_t{i})) == Object(-i));
+  }
+  EXPECT_TRUE(*dict.Find("key.499") == Object(499));
+  EXPECT_TRUE(*dict.Find("more") == Object("x"));
+}
+
+Object::Dict Nested() {
+  Object::Dict inner;
+  inner.Set("x", Object(1));
+  Object::Dict outer;
+  outer.Set("inner", Object(inner));
+  outer.Set("list", Object(Object::List{Object(inner)}));
+  return outer;
+}
+
+// Python's copy.deepcopy: what one of them does is not seen in the other.
+TEST(DictTest, CopiesAreIndependent) {
+  for (const bool share : {false, true}) {
+    Object::Dict a = Nested();
+    if (share) a.Share();
+    Object::Dict b = a;
+    const Object::Dict c = b;
+    EXPECT_EQ(a.IsSharedWith(b), share);
+    EXPECT_EQ(b.IsSharedWith(c), share);
+    b.Find("inner")->get_if<Object::Dict>()->Set("x", Object(2));
+    b.Set("new", Object(3));
+    EXPECT_TRUE(b.Erase(std::string("list")));
+    EXPECT_TRUE(a == Nested());
+    EXPECT_TRUE(c == Nested());
+    // References taken from what is one's own stay one's own.
+    Object& own = b.Set("own", Object(4));
+    const Object::Dict d = b;
+    own = Object(5);
+    EXPECT_TRUE(*d.Find("own") == Object(4));
+    EXPECT_TRUE(*b.Find("own") == Object(5));
+  }
+}
+
+TEST(DictTest, SharedPartsStaySharedAndOutliveTheWhole) {
+  Object::Dict kept;
+  {
+    Object::Dict a = Nested();
+    a.Share();
+    Object::Dict b = a;
+    b.Set("new", Object(3));
+    EXPECT_TRUE(a.Find("inner")->is<Object::Dict>());
+    const Object::Dict& read_a = a;
+    const Object::Dict& read_b = b;
+    EXPECT_TRUE(read_a.Find("inner")->get_if<Object::Dict>()->IsSharedWith(
+        *read_b.Find("inner")->get_if<Object::Dict>()));
+    kept = *read_b.Find("inner")->get_if<Object::Dict>();
+  }
+  EXPECT_TRUE(*kept.Find("x") == Object(1));
+  // The last owner changes it in place.
+  const Object* const before = static_cast<const Object::Dict&>(kept).Find("x");
+  kept.Set("x", Object(9));
+  EXPECT_EQ(static_cast<const Object::Dict&>(kept).Find("x"), before);
+}
+
+TEST(DictTest, MovesAndAssignments) {
+  Object::Dict a = Nested();
+  Object::Dict& alias = a;
+  a = alias;
+  EXPECT_TRUE(a == Nested());
+  a = std::move(*a.Find("inner")->get_if<Object::Dict>());
+  ASSERT_EQ(a.size(), 1u);
+  EXPECT_TRUE(*a.Find("x") == Object(1));
+  Object::Dict b = std::move(a);
+  EXPECT_TRUE(a.empty());  // NOLINT: a moved-from dict is empty
+  EXPECT_EQ(a.Find("x"), nullptr);
+  a.Set("y", Object(2));
+  EXPECT_EQ(a.size(), 1u);
+  EXPECT_EQ(b.size(), 1u);
+  EXPECT_TRUE(Object::Dict() == Object::Dict());
+}
+
+// Reading one dict from several threads needs no lock, copying it neither.
+TEST(DictTest, SharedDictsOnSeveralThreads) {
+  Object::Dict shared;
+  for (int i = 0; i < 100; ++i) shared.Set(absl::StrCat(i), Object(i));
+  shared.Share();
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; ++t) {
+    threads.emplace_back([copy = shared, t]() mutable {
+      for (int i = 0; i < 100; ++i) {
+        const Object::Dict& read = copy;
+        EXPECT_TRUE(*read.Find(absl::StrCat(i)) == Object(i));
+      }
+      copy.Set("0", Object(t));
+      EXPECT_TRUE(*copy.Find("0") == Object(t));
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_TRUE(*shared.Find("0") == Object(0));
 }
 
 TEST(ValueTest, KindsAreToldApart) {

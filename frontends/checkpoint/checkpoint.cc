@@ -23,7 +23,6 @@ namespace dsd::checkpoint {
 namespace {
 
 constexpr int64_t kMaxIndexBytes = int64_t{8} << 30;
-constexpr int64_t kMaxDigestsBytes = int64_t{4} << 30;
 
 // Why there is no index: the directory's state in words.
 absl::Status NoIndex(FileSystem& files, const std::string& directory) {
@@ -53,20 +52,23 @@ absl::Status NoIndex(FileSystem& files, const std::string& directory) {
   if (data_files > 0) {
     return absl::NotFoundError(absl::StrCat(
         "the checkpoint at \"", directory, "\" is not complete: ", data_files,
-        " data files but no index (.metadata): a save was interrupted, or is "
-        "still running"));
+        data_files == 1 ? " data file" : " data files",
+        " but no index (.metadata): a save was interrupted, or is still "
+        "running"));
   }
   return absl::NotFoundError(absl::StrCat("no checkpoint at \"", directory,
                                           "\": it has no index (.metadata)"));
 }
 
 absl::StatusOr<std::string> ReadWhole(FileSystem& files,
-                                      const std::string& path) {
+                                      const std::string& path,
+                                      int64_t max_bytes) {
   DSD_ASSIGN_OR_RETURN(const std::unique_ptr<ReadableFile> file,
                        files.OpenReadable(path));
-  if (file->size_bytes() > kMaxDigestsBytes) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("\"", path, "\" has ", file->size_bytes(), " bytes"));
+  if (file->size_bytes() > max_bytes) {
+    return absl::DataLossError(
+        absl::StrCat("\"", path, "\" has ", file->size_bytes(),
+                     " bytes, expected at most ", max_bytes));
   }
   std::string bytes(file->size_bytes(), '\0');
   DSD_RETURN_IF_ERROR(
@@ -180,7 +182,9 @@ absl::Status ReadDigests(const IndexBytes& index_bytes,
   }
   if (id.empty()) return absl::OkStatus();
   const std::string path = JoinFile(impl->directory, DigestsFile(id));
-  const absl::StatusOr<std::string> text = ReadWhole(impl->env->files(), path);
+  // A key is in the index as well, and there it takes more than a fourth.
+  const absl::StatusOr<std::string> text =
+      ReadWhole(impl->env->files(), path, 4 * index_bytes.size + 4096);
   if (absl::IsNotFound(text.status()) && !written_by_dsd) {
     return absl::OkStatus();  // Python's
   }

@@ -14,7 +14,6 @@
 #include "dsd/core/base/content_digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/checkpoint_impl.h"
-#include "dsd/frontends/checkpoint/file_names.h"
 #include "dsd/frontends/checkpoint/item_reader.h"
 #include "dsd/frontends/checkpoint/record_codec.h"
 
@@ -202,11 +201,8 @@ class EndpointImpl final : public CheckpointEndpoint {
     const dcp::TensorEntry& entry = impl_.index.tensors[entry_index];
     std::set<std::string> damaged, all;
     for (size_t i = 0; i < entry.num_chunks; ++i) {
-      const std::string file = absl::StrCat(
-          "\"",
-          JoinFile(impl_.directory,
-                   impl_.index.files[impl_.index.ChunkLocation(entry, i).file]),
-          "\"");
+      const std::string file =
+          reader_.QuotedFile(impl_.index.ChunkLocation(entry, i).file);
       all.insert(file);
       const absl::StatusOr<ItemReader::Chunk*> chunk =
           reader_.OpenChunk(entry_index, i, false);

@@ -26,6 +26,10 @@ constexpr int64_t kSmallArchiveBytes = 64 << 10;
 constexpr int64_t kShortRunBytes = 512;
 constexpr int64_t kManyRuns = 1024;
 constexpr int64_t kSpanBytes = 1 << 20;
+// Records of strided elements that are kept for the next read.
+constexpr int64_t kMaxKeptRecordBytes = int64_t{256} << 20;
+// More than what aligns items in dsd's files.
+constexpr int64_t kMaxGapBytes = 4096;
 
 void SwapUnits(absl::Span<std::byte> bytes, int64_t unit) {
   for (size_t at = 0; at + unit <= bytes.size(); at += unit) {
@@ -45,28 +49,40 @@ absl::StatusOr<ReadableFile*> ItemReader::OpenFile(uint32_t file) {
   if (found != files_.end()) return found->second.get();
   // All at once: chunks that are open refer to files.
   if (files_.size() >= kMaxOpenFiles) {
-    chunks_.clear();
+    ForgetChunks();
     files_.clear();
   }
   const std::string path = JoinFile(impl_.directory, impl_.index.files[file]);
   absl::StatusOr<std::unique_ptr<ReadableFile>> opened =
       impl_.env->files().OpenReadable(path);
   if (absl::IsNotFound(opened.status())) {
-    return absl::NotFoundError(absl::StrCat("the index names \"",
-                                            absl::CHexEscape(path),
-                                            "\", which is not there"));
+    return absl::NotFoundError(absl::StrCat(
+        "the index names ", QuotedFile(file), ", which is not there"));
   }
   DSD_RETURN_IF_ERROR(opened.status());
   if (impl_.has_digests && (*opened)->size_bytes() != impl_.file_bytes[file]) {
     return absl::DataLossError(
-        absl::StrCat("\"", path, "\" has ", (*opened)->size_bytes(),
+        absl::StrCat(QuotedFile(file), " has ", (*opened)->size_bytes(),
                      " bytes, expected ", impl_.file_bytes[file]));
   }
   return (files_[file] = *std::move(opened)).get();
 }
 
+std::string ItemReader::QuotedFile(uint32_t file) const {
+  return absl::StrCat(
+      "\"",
+      JoinFile(impl_.directory, absl::CHexEscape(impl_.index.files[file])),
+      "\"");
+}
+
+void ItemReader::ForgetChunks() {
+  chunks_.clear();
+  kept_record_bytes_ = 0;
+}
+
 absl::Status ItemReader::CheckGap(uint32_t file, int64_t begin, int64_t end) {
   if (begin >= end) return absl::OkStatus();
+  if (end - begin > kMaxGapBytes) return Foreign("the bytes before it");
   DSD_ASSIGN_OR_RETURN(ReadableFile * readable, OpenFile(file));
   std::string bytes(end - begin, '\0');
   stats_.overhead_bytes += end - begin;
@@ -110,15 +126,12 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
   const size_t id = tensor.first_chunk + index;
   const auto found = chunks_.find(id);
   if (found != chunks_.end()) return found->second.get();
-  if (chunks_.size() >= kMaxOpenChunks) chunks_.clear();
+  if (chunks_.size() >= kMaxOpenChunks) ForgetChunks();
 
   const dcp::ItemLocation& location = impl_.index.locations[id];
   const Box box = impl_.index.ChunkBox(tensor, index);
-  const std::string where = absl::StrCat(
-      "\"", absl::CHexEscape(tensor.key), "\" ", box.ToString(), " in \"",
-      absl::CHexEscape(
-          JoinFile(impl_.directory, impl_.index.files[location.file])),
-      "\" at byte ", location.offset_bytes);
+  const std::string where =
+      Where(tensor.key, absl::StrCat(" ", box.ToString()), location);
   const auto transform = impl_.index.chunk_transforms.find(id);
   if (transform != impl_.index.chunk_transforms.end()) {
     return absl::UnimplementedError(absl::StrCat(
@@ -178,6 +191,13 @@ absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
   } else {
     // Strided elements: the record is read whole, once.
     if (chunk.record.empty()) {
+      if (kept_record_bytes_ + chunk.item.record_bytes > kMaxKeptRecordBytes) {
+        for (const auto& [id, other] : chunks_) {
+          other->record = std::string();
+        }
+        kept_record_bytes_ = 0;
+      }
+      kept_record_bytes_ += chunk.item.record_bytes;
       chunk.record.resize(chunk.item.record_bytes);
       stats_.payload_bytes += chunk.item.record_bytes;
       DSD_RETURN_IF_ERROR(chunk.slice.Read(
@@ -288,13 +308,21 @@ absl::StatusOr<uint32_t> ItemReader::RecordCrc(Chunk& chunk) {
   return crc;
 }
 
+std::string ItemReader::Where(absl::string_view key, absl::string_view part,
+                              const dcp::ItemLocation& location) const {
+  return absl::StrCat("\"", absl::CHexEscape(key), "\"", part, " in ",
+                      QuotedFile(location.file), " at byte ",
+                      location.offset_bytes);
+}
+
+std::string ItemReader::WhereObject(size_t object) const {
+  const dcp::ObjectEntryInfo& info = impl_.index.objects[object];
+  return Where(info.key, "", info.location);
+}
+
 absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
   const dcp::ObjectEntryInfo& info = impl_.index.objects[object];
-  const std::string where =
-      absl::StrCat("\"", absl::CHexEscape(info.key), "\" in \"",
-                   absl::CHexEscape(JoinFile(
-                       impl_.directory, impl_.index.files[info.location.file])),
-                   "\" at byte ", info.location.offset_bytes);
+  const std::string where = WhereObject(object);
   const auto transform = impl_.index.object_transforms.find(object);
   if (transform != impl_.index.object_transforms.end()) {
     return absl::UnimplementedError(absl::StrCat(
@@ -328,8 +356,7 @@ absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
 absl::StatusOr<dcp::ObjectItem> ItemReader::ReadObject(size_t object) {
   DSD_ASSIGN_OR_RETURN(const std::string pickle, ReadObjectPickle(object));
   absl::StatusOr<dcp::ObjectItem> item = dcp::DecodeObjectPickle(pickle);
-  DSD_RETURN_IF_ERROR(item.status())
-      << "\"" << absl::CHexEscape(impl_.index.objects[object].key) << "\"";
+  DSD_RETURN_IF_ERROR(item.status()) << WhereObject(object);
   return item;
 }
 

@@ -14,6 +14,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "dsd/core/layout/box.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
@@ -38,7 +39,7 @@ class ItemReader {
     dcp::FileSlice slice;
     dcp::TensorItem item;
     bool row_major = true;  // elements back to back
-    std::string record;     // all of it, if not row_major
+    std::string record;     // all of it or nothing yet, if not row_major
     std::string where;      // for errors
   };
 
@@ -58,10 +59,18 @@ class ItemReader {
   absl::StatusOr<std::string> ReadObjectPickle(size_t object);
   absl::StatusOr<dcp::ObjectItem> ReadObject(size_t object);
 
+  // The path of a data file, quoted, for errors.
+  std::string QuotedFile(uint32_t file) const;
+  // Key, file and byte of an object, for errors.
+  std::string WhereObject(size_t object) const;
+
   ReadStats stats() const { return stats_; }
 
  private:
   absl::StatusOr<ReadableFile*> OpenFile(uint32_t file);
+  std::string Where(absl::string_view key, absl::string_view part,
+                    const dcp::ItemLocation& location) const;
+  void ForgetChunks();
   absl::Status CheckGap(uint32_t file, int64_t begin, int64_t end);
   absl::Status OpenOwn(Chunk& chunk, DType dtype, const Dims& shape);
   absl::Status ReadRuns(Chunk& chunk, const Box& chunk_box, const Box& box,
@@ -70,6 +79,7 @@ class ItemReader {
   const Checkpoint::Impl& impl_;
   absl::flat_hash_map<uint32_t, std::unique_ptr<ReadableFile>> files_;
   absl::flat_hash_map<size_t, std::unique_ptr<Chunk>> chunks_;
+  int64_t kept_record_bytes_ = 0;
   ReadStats stats_;
 };
 

@@ -257,10 +257,10 @@ class Loader {
   absl::StatusOr<std::vector<Object>> LoadObjects() {
     std::vector<Object> objects;
     if (wanted_objects_.empty()) return objects;
+    ItemReader reader(&CheckpointInternals::Get(*checkpoint_));
     RecordWriter out;
     absl::Status status;
     if (rank_ == 0) {
-      ItemReader reader(&CheckpointInternals::Get(*checkpoint_));
       for (const WantedObject& object : wanted_objects_) {
         absl::StatusOr<std::string> pickle =
             reader.ReadObjectPickle(object.stored);
@@ -293,9 +293,7 @@ class Loader {
     RecordReader in(bytes);
     for (const WantedObject& object : wanted_objects_) {
       absl::StatusOr<dcp::ObjectItem> item = dcp::DecodeObjectPickle(in.Text());
-      DSD_RETURN_IF_ERROR(item.status())
-          << "\"" << absl::CHexEscape(checkpoint_->objects()[object.stored].key)
-          << "\"";
+      DSD_RETURN_IF_ERROR(item.status()) << reader.WhereObject(object.stored);
       objects.push_back(std::move(item->value));
     }
     return objects;

@@ -483,9 +483,10 @@ class Saver {
     }
   }
 
-  // The ranks lost each other. Only rank 0 knows that it has not committed.
+  // The ranks lost each other. Rank 0 knows whether it has committed; the
+  // others know only that it did not if they failed themselves.
   absl::Status Undecided(const absl::Status& status) {
-    if (rank_ == 0 && !committed_) RemoveOwnFiles();
+    if ((rank_ == 0 || record_.failed) && !committed_) RemoveOwnFiles();
     return Annotate(
         status,
         absl::StrCat(what_, rank_ == 0

@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "CLI/CLI.hpp"
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -46,7 +48,8 @@ constexpr char kFooter[] =
     "  0  done; for verify: no problems\n"
     "  1  problems in the checkpoint's content, all listed\n"
     "  2  wrong arguments\n"
-    "  3  no checkpoint there, not complete, or it cannot be opened\n";
+    "  3  no checkpoint there, not complete, or it cannot be opened\n"
+    "  4  the output could not be written\n";
 
 struct Arguments {
   std::string directory;
@@ -66,15 +69,17 @@ class Program {
   int Digest();
 
  private:
-  // Prints why not, if it cannot be opened.
-  std::shared_ptr<const Checkpoint> Open(bool verify, int* exit_code) {
+  using Opened = absl::StatusOr<std::shared_ptr<const Checkpoint>>;
+
+  // Opens what can be opened: without its digests if these are damaged, or do
+  // not fit the index, which goes to `problem`.
+  Opened OpenAnyway(absl::Status* problem) {
     checkpoint::OpenOptions options;
-    options.verify = verify;
-    absl::StatusOr<std::shared_ptr<const Checkpoint>> opened =
-        Checkpoint::Open(arguments_.directory, options);
-    if (opened.ok()) return *std::move(opened);
-    *exit_code = Fail(opened.status());
-    return nullptr;
+    Opened opened = Checkpoint::Open(arguments_.directory, options);
+    if (!absl::IsDataLoss(opened.status())) return opened;
+    *problem = opened.status();
+    options.verify = false;
+    return Checkpoint::Open(arguments_.directory, options);
   }
 
   int Fail(const absl::Status& status) {
@@ -138,14 +143,10 @@ class Tree {
   void Add(const Path& path, size_t entry) {
     Node* node = &root_;
     for (const PathSegment& segment : path) {
-      auto it = std::find_if(
-          node->children.begin(), node->children.end(),
-          [&](const auto& child) { return child.first == segment; });
-      if (it == node->children.end()) {
-        node->children.emplace_back(segment, Node());
-        it = node->children.end() - 1;
-      }
-      node = &it->second;
+      const auto [it, is_new] =
+          node->index.try_emplace(segment, node->children.size());
+      if (is_new) node->children.emplace_back(segment, Node());
+      node = &node->children[it->second].second;
     }
     node->entry = static_cast<int64_t>(entry);
   }
@@ -159,6 +160,7 @@ class Tree {
  private:
   struct Node {
     std::vector<std::pair<PathSegment, Node>> children;
+    absl::flat_hash_map<PathSegment, size_t> index;  // of children
     int64_t entry = -1;
   };
 
@@ -183,10 +185,12 @@ class Tree {
 };
 
 int Program::List() {
-  int exit_code = kExitOk;
-  const std::shared_ptr<const Checkpoint> opened = Open(true, &exit_code);
-  if (opened == nullptr) return exit_code;
-  const Checkpoint& stored = *opened;
+  absl::Status problem;
+  const Opened opened = OpenAnyway(&problem);
+  if (!opened.ok()) return Fail(opened.status());
+  int exit_code = problem.ok() ? kExitOk : kExitProblems;
+  if (!problem.ok()) err_ << "dsd: " << problem.message() << "\n";
+  const Checkpoint& stored = **opened;
 
   std::vector<Entry> entries;
   Json tensors = Json::array(), objects = Json::array(),
@@ -325,15 +329,9 @@ int Program::List() {
 int Program::Verify() {
   int exit_code = kExitOk;
   std::vector<Problem> problems;
-  checkpoint::OpenOptions options;
-  absl::StatusOr<std::shared_ptr<const Checkpoint>> opened =
-      Checkpoint::Open(arguments_.directory, options);
-  if (absl::IsDataLoss(opened.status())) {
-    // Index or digests are damaged; perhaps the rest can still be looked at.
-    problems.push_back({"", "", opened.status()});
-    options.verify = false;
-    opened = Checkpoint::Open(arguments_.directory, options);
-  }
+  absl::Status problem;
+  const Opened opened = OpenAnyway(&problem);
+  if (!problem.ok()) problems.push_back({"", "", problem});
   VerifyReport report;
   bool has_digests = false;
   if (opened.ok()) {
@@ -369,10 +367,12 @@ int Program::Verify() {
     const std::string text(problem.status.message());
     out_ << Bold("problem");
     // Most texts say where; the others are short.
-    if (!problem.key.empty() && !absl::StrContains(text, problem.key)) {
+    if (!problem.key.empty() &&
+        !absl::StrContains(text, absl::CHexEscape(problem.key))) {
       out_ << " \"" << Printable(problem.key) << "\"";
     }
-    if (!problem.file.empty() && !absl::StrContains(text, problem.file)) {
+    if (!problem.file.empty() &&
+        !absl::StrContains(text, absl::CHexEscape(problem.file))) {
       out_ << " in " << Printable(problem.file);
     }
     out_ << ": " << text << "\n";
@@ -399,11 +399,10 @@ int Program::Verify() {
 }
 
 int Program::Digest() {
-  int exit_code = kExitOk;
-  const std::shared_ptr<const Checkpoint> opened = Open(true, &exit_code);
-  if (opened == nullptr) return exit_code;
+  const Opened opened = Checkpoint::Open(arguments_.directory, {});
+  if (!opened.ok()) return Fail(opened.status());
   const absl::StatusOr<CheckpointDigests> digests =
-      checkpoint::ComputeDigests(*opened);
+      checkpoint::ComputeDigests(**opened);
   if (!digests.ok()) {
     Fail(digests.status());
     return kExitProblems;
@@ -416,13 +415,13 @@ int Program::Digest() {
     Print({{"directory", arguments_.directory},
            {"whole", DigestHex(digests->whole)},
            {"keys", std::move(keys)}});
-    return exit_code;
+    return kExitOk;
   }
   for (const KeyDigest& key : digests->keys) {
     out_ << DigestHex(key.digest) << "  " << Printable(key.key) << "\n";
   }
   out_ << Bold(DigestHex(digests->whole)) << "  (all of it)\n";
-  return exit_code;
+  return kExitOk;
 }
 
 void AddCommon(CLI::App* command, Arguments* arguments) {
@@ -457,6 +456,14 @@ int Run(int argc, const char* const* argv, std::ostream& out, std::ostream& err,
   for (CLI::App* command : {list, verify, digest}) command->footer(kFooter);
   try {
     app.parse(argc, argv);
+  } catch (const CLI::RequiredError& error) {
+    if (argc > 1 && app.get_subcommands().empty()) {
+      err << "dsd: there is no command \"" << Printable(argv[1])
+          << "\", expected ls, verify or digest\n";
+      return kExitUsage;
+    }
+    app.exit(error, out, err);
+    return kExitUsage;
   } catch (const CLI::ParseError& error) {
     return app.exit(error, out, err) == 0 ? kExitOk : kExitUsage;
   }

@@ -15,10 +15,11 @@ enum ExitCode : int {
   kExitProblems = 1,  // something is wrong with the checkpoint's content
   kExitUsage = 2,
   kExitUnreadable = 3,  // there is no checkpoint, or it cannot be opened
+  kExitOutput = 4,      // the output could not be written
 };
 
 // Runs the program with these arguments and returns its exit code. `styled`:
-// out is a terminal that shows bold and dim text.
+// out is a terminal that shows bold text.
 int Run(int argc, const char* const* argv, std::ostream& out, std::ostream& err,
         bool styled);
 

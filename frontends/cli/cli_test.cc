@@ -166,6 +166,10 @@ TEST(CliTest, VerifiesAndNamesDamage) {
   EXPECT_EQ(result.exit_code, kExitProblems);
   EXPECT_THAT(result.out,
               AllOf(HasSubstr(".metadata"), HasSubstr("3 problems")));
+  result = RunDsd({"ls", dir});
+  EXPECT_EQ(result.exit_code, kExitProblems);
+  EXPECT_THAT(result.err, HasSubstr("differs from what was written"));
+  EXPECT_THAT(result.out, HasSubstr("2 tensors, 2.36 KiB"));
 }
 
 TEST(CliTest, DigestsDependOnContentOnly) {
@@ -196,8 +200,7 @@ TEST(CliTest, SaysWhyThereIsNothing) {
   ASSERT_TRUE(Env::Real()->files().Remove(dir + "/.metadata").ok());
   const Result torn = RunDsd({"ls", dir});
   EXPECT_EQ(torn.exit_code, kExitUnreadable);
-  EXPECT_THAT(torn.err,
-              HasSubstr("is not complete: 1 data files but no index"));
+  EXPECT_THAT(torn.err, HasSubstr("is not complete: 1 data file but no index"));
 }
 
 TEST(CliTest, HelpAndUsage) {
@@ -208,7 +211,11 @@ TEST(CliTest, HelpAndUsage) {
   EXPECT_THAT(RunDsd({"ls", "--help"}).out, HasSubstr("--tree"));
   EXPECT_EQ(RunDsd({}).exit_code, kExitUsage);
   EXPECT_EQ(RunDsd({"ls"}).exit_code, kExitUsage);
-  EXPECT_EQ(RunDsd({"explode", "x"}).exit_code, kExitUsage);
+  const Result unknown = RunDsd({"explode", "x"});
+  EXPECT_EQ(unknown.exit_code, kExitUsage);
+  EXPECT_EQ(unknown.err,
+            "dsd: there is no command \"explode\", expected ls, verify or "
+            "digest\n");
   EXPECT_EQ(RunDsd({"ls", "x", "--frobnicate"}).exit_code, kExitUsage);
 }
 

@@ -5,11 +5,15 @@
 #ifndef DSD_FRONTENDS_MODULE_MODULE_H_
 #define DSD_FRONTENDS_MODULE_MODULE_H_
 
+#include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "ATen/core/Tensor.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/fqn/module_tree.h"
+#include "dsd/core/state_dict/extra_state.h"
 #include "dsd/core/state_dict/sources.h"
 
 namespace torch::nn {
@@ -18,20 +22,28 @@ class Module;
 
 namespace dsd {
 
-// Parameters and buffers of a module and all its children, as registered;
-// undefined ones are left out, all buffers are persistent. Modules that inherit
-// ModuleWrapper leave no trace in names. Thread-compatible.
+// Parameters and buffers of a module and all its children, as registered, and
+// their extra states; undefined tensors are left out, buffers are persistent
+// unless SetNonPersistent says otherwise. What a module class inherits beside
+// its module base is used: ModuleWrapper (leaves no trace in names),
+// FqnModifiers, ExtraState. A module that is registered twice is under both
+// names. Thread-compatible.
 class TorchModuleSource : public ModelSource {
  public:
-  // `module` is borrowed.
-  explicit TorchModuleSource(const torch::nn::Module* module)
-      : module_(module) {}
+  // `module` is borrowed. `fqn_modifiers`: see
+  // StateDictOptions::dsd_fqn_modifiers.
+  explicit TorchModuleSource(torch::nn::Module* module,
+                             std::string fqn_modifiers = "_fqn_modifiers")
+      : module_(module), fqn_modifiers_(std::move(fqn_modifiers)) {}
 
   absl::StatusOr<std::vector<at::Tensor>> Tensors() override;
+  absl::StatusOr<std::vector<ExtraState*>> ExtraStates() override;
+  int64_t revision() override;
   absl::StatusOr<ModuleNode> Describe() override;
 
  private:
-  const torch::nn::Module* module_;
+  torch::nn::Module* module_;
+  std::string fqn_modifiers_;
 };
 
 }  // namespace dsd

@@ -14,6 +14,9 @@ namespace dsd {
 std::unique_ptr<const OptimizerCodec> MakeSgdCodec();
 std::unique_ptr<const OptimizerCodec> MakeAdamCodec();
 std::unique_ptr<const OptimizerCodec> MakeAdamWCodec();
+std::unique_ptr<const OptimizerCodec> MakeAdagradCodec();
+std::unique_ptr<const OptimizerCodec> MakeRmspropCodec();
+std::unique_ptr<const OptimizerCodec> MakeLbfgsCodec();
 
 }  // namespace dsd
 

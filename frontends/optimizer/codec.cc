@@ -32,6 +32,9 @@ class Registry {
     codecs_.push_back(MakeSgdCodec());
     codecs_.push_back(MakeAdamCodec());
     codecs_.push_back(MakeAdamWCodec());
+    codecs_.push_back(MakeAdagradCodec());
+    codecs_.push_back(MakeRmspropCodec());
+    codecs_.push_back(MakeLbfgsCodec());
   }
 
   void Add(std::unique_ptr<const OptimizerCodec> codec) {

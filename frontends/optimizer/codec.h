@@ -14,6 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "dsd/core/state_dict/sources.h"
 #include "dsd/core/state_dict/state_dict.h"
 
@@ -38,7 +39,7 @@ class OptimizerCodec {
   // Whether `optimizer` is of this class or one derived from it.
   virtual bool Matches(const torch::optim::Optimizer& optimizer) const = 0;
 
-  // See OptimizerSource for the meaning of the next four.
+  // See OptimizerSource for the meaning of the next five.
   virtual absl::StatusOr<ObjectDict> Hyperparameters(
       const torch::optim::OptimizerOptions& options) const = 0;
   virtual absl::Status CheckHyperparameters(
@@ -50,9 +51,18 @@ class OptimizerCodec {
   virtual absl::StatusOr<std::vector<StateField>> StateFields(
       const ObjectDict& hyperparameters) const = 0;
 
+  virtual bool has_group_state() const { return false; }
+
   // The entries of `state`; tensors are shared.
   virtual absl::StatusOr<StateDict> GetState(
       const torch::optim::OptimizerParamState& state) const = 0;
+
+  // Whether GetState(state) would be `entries`, of which it was once the
+  // result. False is always right.
+  virtual bool HasState(const torch::optim::OptimizerParamState& /*state*/,
+                        const StateDict& /*entries*/) const {
+    return false;
+  }
 
   // What a parameter's state is before its first step, in new tensors; empty if
   // the class has none then.
@@ -60,8 +70,15 @@ class OptimizerCodec {
       const torch::optim::OptimizerOptions& options,
       const at::Tensor& param) const = 0;
 
-  // A state with these entries, which are as StateFields says. Keeps the
-  // tensors.
+  // Whether MakeState would take these entries; see OptimizerSource.
+  virtual absl::Status CheckState(absl::Span<const at::Tensor> /*params*/,
+                                  const ObjectDict& /*hyperparameters*/,
+                                  const StateDict& /*entries*/) const {
+    return absl::OkStatus();
+  }
+
+  // A state with these entries, which are as StateFields says and have passed
+  // CheckState. Keeps the tensors.
   virtual absl::StatusOr<std::unique_ptr<torch::optim::OptimizerParamState>>
   MakeState(const StateDict& entries) const = 0;
 };

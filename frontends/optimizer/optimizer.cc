@@ -58,10 +58,24 @@ absl::StatusOr<StateDict> TorchOptimizerSource::State(size_t group,
   return codec_->GetState(*state->second);
 }
 
+bool TorchOptimizerSource::HasState(size_t group, size_t param,
+                                    const StateDict& entries) const {
+  const auto& states = optimizer_->state();
+  const auto state = states.find(params(group)[param].unsafeGetTensorImpl());
+  return state == states.end() ? entries.empty()
+                               : codec_->HasState(*state->second, entries);
+}
+
 absl::StatusOr<StateDict> TorchOptimizerSource::InertState(size_t group,
                                                            size_t param) const {
   return codec_->InertState(optimizer_->param_groups()[group].options(),
                             params(group)[param]);
+}
+
+absl::Status TorchOptimizerSource::CheckState(size_t group,
+                                              const ObjectDict& hyperparameters,
+                                              const StateDict& entries) const {
+  return codec_->CheckState(params(group), hyperparameters, entries);
 }
 
 absl::Status TorchOptimizerSource::SetState(size_t group, size_t param,

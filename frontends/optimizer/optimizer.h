@@ -40,9 +40,14 @@ class TorchOptimizerSource : public OptimizerSource {
                                   const ObjectDict& values) override;
   absl::StatusOr<std::vector<StateField>> StateFields(
       const ObjectDict& hyperparameters) const override;
+  bool has_group_state() const override { return codec_->has_group_state(); }
   absl::StatusOr<StateDict> State(size_t group, size_t param) const override;
+  bool HasState(size_t group, size_t param,
+                const StateDict& entries) const override;
   absl::StatusOr<StateDict> InertState(size_t group,
                                        size_t param) const override;
+  absl::Status CheckState(size_t group, const ObjectDict& hyperparameters,
+                          const StateDict& entries) const override;
   absl::Status SetState(size_t group, size_t param, StateDict state) override;
 
  private:

@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -161,6 +162,61 @@ TEST(FullyShardStateTest, TrainSaveAndGoOnWithOtherRanks) {
         AllOk())
         << ranks << " ranks";
   }
+}
+
+// Upstream reshards in a hook. Here parameters are shards whenever no forward()
+// or backward() runs, so that nothing has to be done.
+TEST(FullyShardStateTest, GetBetweenForwardAndBackward) {
+  for (const int ranks : {1, 2, 4}) {
+    EXPECT_THAT(
+        RunRankThreads(ranks,
+                       [&](Communicator& comm) -> absl::Status {
+                         return TorchToStatus([&]() -> absl::Status {
+                           Job job(comm, 1);
+                           const at::Tensor loss =
+                               job.net->forward(at::ones({4, 3})).sum();
+                           DSD_RETURN_IF_ERROR(job.State(comm, /*full=*/true));
+                           loss.backward();
+                           job.optimizer->step();
+                           return job.State(comm, /*full=*/false).status();
+                         });
+                       }),
+        AllOk())
+        << ranks << " ranks";
+  }
+}
+
+// A lane has sequence numbers of its own: sessions in different threads do not
+// mix.
+TEST(FullyShardStateTest, SessionsOnLanesOfTheirOwnRunAtOnce) {
+  EXPECT_THAT(
+      RunRankThreads(2,
+                     [&](Communicator& comm) -> absl::Status {
+                       return TorchToStatus([&]() -> absl::Status {
+                         Job job(comm, 1);
+                         DSD_ASSIGN_OR_RETURN(const auto lane,
+                                              comm.OpenLane("saver"));
+                         StateDictOptions full;
+                         full.full_state_dict = true;
+                         absl::Status in_background;
+                         std::thread saver([&] {
+                           const auto session = StateDictSession::Create(
+                               *job.net, {}, lane.get(), full);
+                           in_background = session.status();
+                           for (int i = 0; i < 20 && in_background.ok(); ++i) {
+                             in_background = (*session)->GetModel().status();
+                           }
+                         });
+                         absl::Status in_front;
+                         for (int i = 0; i < 20 && in_front.ok(); ++i) {
+                           in_front = job.State(comm, /*full=*/true).status();
+                         }
+                         saver.join();
+                         in_front.Update(in_background);
+                         return in_front;
+                       });
+                     }),
+      AllOk());
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct StateDictSession::Impl {
   Impl(torch::nn::Module* module,
        std::vector<std::unique_ptr<TorchOptimizerSource>> sources,
        Communicator* comm, const StateDictOptions& options)
-      : model(module),
+      : model(module, options.dsd_fqn_modifiers),
         optimizers(std::move(sources)),
         session(&model, Borrow(optimizers), comm, options) {}
 
@@ -71,6 +71,18 @@ absl::StatusOr<ModelAndOptimizerStateDict> StateDictSession::Get(
   return impl_->session.Get(call);
 }
 
+absl::Status StateDictSession::StreamModel(StreamVisitor visit,
+                                           const StreamOptions& stream,
+                                           const CallOptions& call) {
+  return impl_->session.StreamModel(visit, stream, call);
+}
+
+absl::Status StateDictSession::StreamAll(StreamVisitor visit,
+                                         const StreamOptions& stream,
+                                         const CallOptions& call) {
+  return impl_->session.StreamAll(visit, stream, call);
+}
+
 absl::StatusOr<IncompatibleKeys> StateDictSession::SetModel(
     const StateDict& model, const CallOptions& call) {
   return impl_->session.SetModel(model, call);
@@ -116,6 +128,28 @@ absl::StatusOr<ModelAndOptimizerStateDict> GetStateDict(
       const auto session,
       StateDictSession::Create(model, optimizers, comm, options));
   return session->Get(call);
+}
+
+absl::Status StreamModelStateDict(torch::nn::Module& model, StreamVisitor visit,
+                                  Communicator* comm,
+                                  const StateDictOptions& options,
+                                  const StreamOptions& stream,
+                                  const CallOptions& call) {
+  DSD_ASSIGN_OR_RETURN(const auto session,
+                       StateDictSession::Create(model, {}, comm, options));
+  return session->StreamModel(visit, stream, call);
+}
+
+absl::Status StreamStateDict(torch::nn::Module& model,
+                             const Optimizers& optimizers, StreamVisitor visit,
+                             Communicator* comm,
+                             const StateDictOptions& options,
+                             const StreamOptions& stream,
+                             const CallOptions& call) {
+  DSD_ASSIGN_OR_RETURN(
+      const auto session,
+      StateDictSession::Create(model, optimizers, comm, options));
+  return session->StreamAll(visit, stream, call);
 }
 
 absl::StatusOr<IncompatibleKeys> SetModelStateDict(

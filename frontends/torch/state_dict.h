@@ -28,6 +28,8 @@
 #include "absl/types/span.h"
 #include "dsd/core/base/call_options.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/core/state_dict/deliver.h"
+#include "dsd/core/state_dict/key_map.h"
 #include "dsd/core/state_dict/source_session.h"
 #include "dsd/core/state_dict/state_dict.h"
 
@@ -58,7 +60,9 @@ class Optimizers {
 
 // Get and set with names and plans kept between calls, for loops that save
 // often. A model whose parameters were re-assigned, resized or sharded anew is
-// noticed. Thread-compatible.
+// noticed. Thread-compatible. Sessions that communicate from different threads
+// at once, for instance one that saves in the background, need lanes of their
+// own: give comm->OpenLane(name) as `comm`.
 class StateDictSession {
  public:
   // Everything is borrowed and must outlive the session. NotFound if an
@@ -72,6 +76,11 @@ class StateDictSession {
   absl::StatusOr<StateDict> GetModel(const CallOptions& call = {});
   absl::StatusOr<StateDict> GetOptimizer(const CallOptions& call = {});
   absl::StatusOr<ModelAndOptimizerStateDict> Get(const CallOptions& call = {});
+  absl::Status StreamModel(StreamVisitor visit,
+                           const StreamOptions& stream = {},
+                           const CallOptions& call = {});
+  absl::Status StreamAll(StreamVisitor visit, const StreamOptions& stream = {},
+                         const CallOptions& call = {});
   absl::StatusOr<IncompatibleKeys> SetModel(const StateDict& model,
                                             const CallOptions& call = {});
   absl::Status SetOptimizer(const StateDict& optimizer,
@@ -103,6 +112,23 @@ absl::StatusOr<ModelAndOptimizerStateDict> GetStateDict(
     torch::nn::Module& model, const Optimizers& optimizers,
     Communicator* comm = nullptr, const StateDictOptions& options = {},
     const CallOptions& call = {});
+
+// A full get in bounded memory: `visit` sees one value after the other, in the
+// order of GetModelStateDict, on the ranks that would receive it. See
+// dsd/core/state_dict/deliver.h.
+absl::Status StreamModelStateDict(torch::nn::Module& model, StreamVisitor visit,
+                                  Communicator* comm = nullptr,
+                                  const StateDictOptions& options = {},
+                                  const StreamOptions& stream = {},
+                                  const CallOptions& call = {});
+
+// The same for both dicts; paths begin with "model" and "optim".
+absl::Status StreamStateDict(torch::nn::Module& model,
+                             const Optimizers& optimizers, StreamVisitor visit,
+                             Communicator* comm = nullptr,
+                             const StateDictOptions& options = {},
+                             const StreamOptions& stream = {},
+                             const CallOptions& call = {});
 
 // Fills the model in place. Checked before anything changes.
 absl::StatusOr<IncompatibleKeys> SetModelStateDict(

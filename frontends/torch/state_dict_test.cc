@@ -30,7 +30,6 @@
 #include "torch/nn/modules/linear.h"
 #include "torch/optim/adam.h"
 #include "torch/optim/adamw.h"
-#include "torch/optim/rmsprop.h"
 #include "torch/optim/sgd.h"
 
 namespace dsd {
@@ -450,16 +449,6 @@ TEST(OptimizerTest, FrozenAndUnusedParametersRoundTrip) {
   const absl::Status status = SetOptimizerStateDict(b, optimizer_b, *dict);
   ASSERT_TRUE(status.ok()) << status;
   ExpectEqual(*GetOptimizerStateDict(b, optimizer_b), *dict);
-}
-
-TEST(OptimizerTest, ClassWithoutACodecIsNamed) {
-  nn::Linear net(3, 2);
-  optim::RMSprop optimizer(net->parameters());
-  const absl::Status status = GetOptimizerStateDict(*net, optimizer).status();
-  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
-  EXPECT_THAT(
-      std::string(status.message()),
-      AllOf(HasSubstr("torch::optim::RMSprop"), HasSubstr("SGD, Adam, AdamW")));
 }
 
 // An optimizer of a user, with a codec as frontends/optimizer/README.md says.

@@ -21,8 +21,8 @@ namespace dsd {
 namespace {
 
 constexpr size_t kMiB = size_t{1} << 20;
-constexpr size_t kSizes[] = {0,    1,    7,    767,  784,      785,
-                             4095, 4096, 4097, kMiB, kMiB + 1, 5 * kMiB - 3};
+constexpr size_t kSizes[] = {0,     1,     7,     784,  4095,     4097,
+                             16383, 16384, 16385, kMiB, kMiB + 1, 5 * kMiB - 3};
 
 template <class T>
 absl::Span<std::byte> BytesOf(std::vector<T>& v) {
@@ -113,7 +113,7 @@ DSD_CONFORMANCE_CASE(BlobsOfAnySize) {
     const std::vector<std::byte> bytes = Pattern(rank + 99, size);
     return std::string(reinterpret_cast<const char*>(bytes.data()), size);
   };
-  const size_t sizes[] = {0, 1, 32, 775, 776, 777, 5000, 8 * kMiB};
+  const size_t sizes[] = {0, 1, 32, 1015, 1016, 1017, 50000, 8 * kMiB};
   for (const size_t size : sizes) {
     for (const bool uneven : {false, true}) {
       const auto size_of = [&](int r) {

@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Makes a second workspace, builds a program there against @dsd and runs it, once
-# with each backend as the default.
+# Makes a second workspace and builds two programs there against @dsd: one with
+# each backend as the default, and one with LibTorch.
 set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
@@ -13,7 +13,7 @@ space=$TEST_TMPDIR/embedder
 mkdir -p "$space/own_xxhash"
 sed "s#@DSD@#$root#" "$here/workspace/WORKSPACE.in" > "$space/WORKSPACE"
 cp "$here/workspace/BUILD.in" "$space/BUILD.bazel"
-cp "$here/workspace/embedded.cc" "$space/"
+cp "$here"/workspace/*.cc "$space/"
 
 # The embedder's own copy of a dependency: the same library, recognizably theirs.
 for header in /usr/include/xxhash.h /usr/include/xxh3.h; do
@@ -35,27 +35,51 @@ cat > "$space/.bazelrc" <<'RC'
 build --cxxopt=-std=c++17 --host_cxxopt=-std=c++17
 RC
 
-# The output base is kept between runs; the disk cache is the one of this
-# project's other builds.
-cache=${XDG_CACHE_HOME:-${HOME:-/var/tmp}/.cache}/dsd
-bazel=(bazel --output_base="$cache/embedding-test")
-disk=(--disk_cache="${DSD_DISK_CACHE:-$cache/bazel-disk}")
+bazel=${DSD_BAZEL:-$(command -v bazel)} || {
+  echo "there is no bazel in $PATH, the PATH of tests; set DSD_BAZEL to its place"
+  exit 1
+}
+workspace_mode=()
+case $("$bazel" --version) in
+"bazel 7."*) workspace_mode=(--noenable_bzlmod) ;;
+"bazel 8."*) workspace_mode=(--noenable_bzlmod --enable_workspace) ;;
+esac
+
+# Tests have no HOME. The caches are those of the user's other builds of this
+# project, and the output base is kept between runs.
+export HOME=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/dsd
+mkdir -p "$cache" 2> /dev/null || cache=$TEST_TMPDIR/cache
+startup=(--output_base="$cache/embedding-test")
+library=$(realpath "$(find "$TEST_SRCDIR" -name libtorch_cpu.so -print -quit)")
+libtorch=${library%/lib/libtorch_cpu.so}
+build=(build "${workspace_mode[@]}" --disk_cache="${DSD_DISK_CACHE:-$cache/bazel-disk}" --jobs=2
+  --noshow_progress --nosandbox_debug --repo_env=LIBTORCH_ROOT="$libtorch")
 cd "$space"
-trap '"${bazel[@]}" shutdown > /dev/null 2>&1 || true' EXIT
+trap '"$bazel" "${startup[@]}" shutdown > /dev/null 2>&1 || true' EXIT
 
 for backend in gloo local; do
-  "${bazel[@]}" build "${disk[@]}" --jobs=2 --noshow_progress \
-    "--@dsd//backends:default=$backend" //:embedded
+  "$bazel" "${startup[@]}" "${build[@]}" "--@dsd//backends:default=$backend" //:embedded
   ./bazel-bin/embedded | tee "$TEST_TMPDIR/out"
   grep -qx 'status: OK' "$TEST_TMPDIR/out"
-  grep -q "^backends:.* $backend" "$TEST_TMPDIR/out"
+  grep -qx "backends:.* $backend" "$TEST_TMPDIR/out"
 done
 
 # A wrong name is refused, and the text says what is there.
-if "${bazel[@]}" build --noshow_progress \
-    --@dsd//backends:default=carrier_pigeon //:embedded 2> "$TEST_TMPDIR/err"; then
+if "$bazel" "${startup[@]}" "${build[@]}" --@dsd//backends:default=carrier_pigeon \
+    //:embedded 2> "$TEST_TMPDIR/err"; then
   echo "a backend that does not exist was accepted"
   exit 1
 fi
 grep -q 'gloo' "$TEST_TMPDIR/err"
+
+# What the embedder declared before the call is what is used.
+"$bazel" "${startup[@]}" query "${workspace_mode[@]}" --noshow_progress //external:xxhash --output=build \
+  2> /dev/null | tee "$TEST_TMPDIR/out"
+grep -q 'path = "own_xxhash"' "$TEST_TMPDIR/out"
+
+"$bazel" "${startup[@]}" "${build[@]}" //:embedded_torch
+./bazel-bin/embedded_torch "$TEST_TMPDIR/checkpoint" | tee "$TEST_TMPDIR/out"
+grep -qx 'status: OK' "$TEST_TMPDIR/out"
+test -e "$TEST_TMPDIR/checkpoint/.metadata"
 echo "embedding works"

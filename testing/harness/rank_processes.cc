@@ -33,6 +33,7 @@
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/socket.h"
 #include "gtest/gtest.h"
 
 extern char** environ;  // POSIX declares it nowhere
@@ -282,6 +283,9 @@ struct RankProcesses::Impl {
 
   int world_size = 0;
   absl::Time deadline;
+  // Without a rank 0: its port, at which nobody listens, lest another program
+  // does.
+  Socket port;
   absl::Mutex mu;
   std::vector<Process> processes ABSL_GUARDED_BY(mu);
   bool finished ABSL_GUARDED_BY(mu) = false;
@@ -476,15 +480,18 @@ RankProcesses::RankProcesses(int world_size, absl::string_view program,
                     "\"//testing/harness:rank_main\"";
   CHECK(AllPrograms().by_name.count(program) > 0)
       << "no DSD_RANK_PROGRAM(" << program << ")";
-  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  CHECK_GE(listener, 0);
+  const auto is_absent = [&](int rank) {
+    return std::count(options.absent.begin(), options.absent.end(), rank) > 0;
+  };
+  Socket port(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  CHECK(port.valid());
   sockaddr_in address = {};
   address.sin_family = AF_INET;
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
   socklen_t size = sizeof(address);
-  CHECK_EQ(bind(listener, reinterpret_cast<sockaddr*>(&address), size), 0);
-  CHECK_EQ(listen(listener, 128), 0);
-  CHECK_EQ(getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size),
+  CHECK_EQ(bind(port.fd(), reinterpret_cast<sockaddr*>(&address), size), 0);
+  if (!is_absent(0)) CHECK_EQ(listen(port.fd(), 128), 0);
+  CHECK_EQ(getsockname(port.fd(), reinterpret_cast<sockaddr*>(&address), &size),
            0);
 
   impl_->world_size = world_size;
@@ -493,14 +500,15 @@ RankProcesses::RankProcesses(int world_size, absl::string_view program,
     absl::MutexLock lock(&impl_->mu);
     impl_->processes.resize(world_size);
     for (int rank = 0; rank < world_size; ++rank) {
-      if (std::count(options.absent.begin(), options.absent.end(), rank) > 0) {
+      if (is_absent(rank)) {
         impl_->processes[rank].ended = true;
         continue;
       }
-      impl_->Spawn(rank, program, options, listener, ntohs(address.sin_port));
+      impl_->Spawn(rank, program, options, port.fd(), ntohs(address.sin_port));
     }
   }
-  close(listener);
+  if (is_absent(0)) impl_->port = std::move(port);
+  port.Close();
   impl_->pump = std::thread([impl = impl_.get()] { impl->Pump(); });
 }
 

@@ -4,6 +4,7 @@
 old checkpoint still loads. Argument: //examples:train_digits."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -49,6 +50,12 @@ class BadInputTest(unittest.TestCase):
             for text in texts:
                 self.assertIn(text, result.err, "rank %d" % rank)
 
+    def assert_one_verdict(self, results, *texts):
+        """The same, and the error is the same on every rank."""
+        self.assert_all_fail(results, *texts)
+        self.assertEqual(len({re.sub(r"rank \d+ of", "a rank of", result.err) for result in results}), 1,
+                         "\n".join(str(result) for result in results))
+
     def assert_loads(self, checkpoint, steps="4"):
         result = ranks.run([PROGRAM, "--resume", checkpoint, "--resume-ranks", "1", "--steps", steps])
         self.assertEqual(result.code, 0, result)
@@ -67,9 +74,9 @@ class BadInputTest(unittest.TestCase):
 
     def test_unknown_option_and_bad_values(self):
         for args in (["--rank", "2"], ["--ranks", "0"], ["--steps", "many"], ["--save-step", "9", "--steps", "4"],
-                     ["--hidden", "3,x"]):
+                     ["--hidden", "3,x"], ["--timeout", "nan"], ["--steps", "1"]):
             result = ranks.run([PROGRAM, "--out", self.out, *args])
-            self.assertNotEqual(result.code, 0, args)
+            self.assertEqual(result.code, 1 if "--save-step" in args else 2, args)
             self.assertIn(args[0], result.err, args)
 
     def test_rank_without_world_size(self):
@@ -83,9 +90,14 @@ class BadInputTest(unittest.TestCase):
         self.assert_all_fail(results, "--ranks")
 
     def test_data_that_is_not_there(self):
-        for result in ranks.run_ranks([PROGRAM, "--out", self.out, "--data", self.dir + "/none.csv"], 2):
-            self.assertEqual(result.code, 1, result)
-            self.assertIn("none.csv", result.err)
+        self.assert_one_verdict(
+            ranks.run_ranks([PROGRAM, "--out", self.out, "--data", self.dir + "/none.csv"], 2), "NOT_FOUND", "none.csv")
+
+    def test_data_that_one_rank_lacks(self):
+        def command(rank):
+            return [PROGRAM, "--out", self.out, "--steps", "4"] + (["--data", self.dir + "/none.csv"] if rank else [])
+
+        self.assert_one_verdict(ranks.run_ranks(command, 2), "NOT_FOUND", "none.csv")
 
     # The network.
 
@@ -139,29 +151,29 @@ class BadInputTest(unittest.TestCase):
     # Checkpoints.
 
     def test_checkpoint_that_is_not_there(self):
-        self.assert_all_fail(self.resume(), "NOT_FOUND", self.checkpoint)
+        self.assert_one_verdict(self.resume(), "NOT_FOUND", self.checkpoint)
 
     def test_checkpoint_without_its_index(self):
         self.copy_good()
         os.remove(os.path.join(self.checkpoint, ".metadata"))
-        self.assert_all_fail(self.resume(), "NOT_FOUND", ".metadata")
+        self.assert_one_verdict(self.resume(), "NOT_FOUND", ".metadata")
 
     def test_checkpoint_that_lacks_a_file(self):
         self.copy_good()
         victim = sorted(n for n in os.listdir(self.checkpoint) if n.endswith(".distcp"))[0]
         os.remove(os.path.join(self.checkpoint, victim))
-        self.assert_all_fail(self.resume(), victim)
+        self.assert_one_verdict(self.resume(), victim)
 
     def test_checkpoint_that_was_cut_off(self):
         self.copy_good()
         victim = sorted(n for n in os.listdir(self.checkpoint) if n.endswith(".distcp"))[0]
         path = os.path.join(self.checkpoint, victim)
         os.truncate(path, os.path.getsize(path) // 2)
-        self.assert_all_fail(self.resume(), victim)
+        self.assert_one_verdict(self.resume(), victim)
 
     def test_shapes_that_differ_are_all_listed(self):
         self.copy_good()
-        self.assert_all_fail(
+        self.assert_one_verdict(
             self.resume("--hidden", "120,66"), "model.fc1.weight", "[130, 64]", "[120, 64]", "model.fc1.bias",
             "model.fc2.weight", "[66, 130]", "[66, 120]")
         self.assert_loads(self.checkpoint)
@@ -169,15 +181,15 @@ class BadInputTest(unittest.TestCase):
     def test_missing_and_unexpected_keys_are_all_listed(self):
         self.copy_good()
         # Fewer layers: fc3 is unexpected, fc2 has another shape. More: fc4 is missing.
-        self.assert_all_fail(self.resume("--hidden", "130"), "model.fc3.weight", "model.fc3.bias", "model.fc2.weight")
-        self.assert_all_fail(self.resume("--hidden", "130,66,10"), "model.fc4.weight", "model.fc4.bias")
+        self.assert_one_verdict(self.resume("--hidden", "130"), "model.fc3.weight", "model.fc3.bias", "model.fc2.weight")
+        self.assert_one_verdict(self.resume("--hidden", "130,66,10"), "model.fc4.weight", "model.fc4.bias")
         self.assert_loads(self.checkpoint)
 
     def test_checkpoint_of_something_else(self):
         os.makedirs(self.checkpoint)
         with open(os.path.join(self.checkpoint, ".metadata"), "wb") as file:
             file.write(b"not a pickle")
-        self.assert_all_fail(self.resume(), "DATA_LOSS", ".metadata")
+        self.assert_one_verdict(self.resume(), "DATA_LOSS", ".metadata")
 
     # Disks.
 
@@ -236,7 +248,7 @@ class BadInputTest(unittest.TestCase):
             cwds.append(os.path.join(self.dir, "node%d" % rank))
             os.mkdir(cwds[-1])
         results = ranks.run_ranks([PROGRAM, "--out", "out", "--steps", "4"], 2, cwds=cwds)
-        self.assert_all_fail(results, "rank 1", "checkpoint")
+        self.assert_one_verdict(results, "rank 1", "checkpoint")
         for cwd in cwds:
             left = os.listdir(os.path.join(cwd, "out", "checkpoint"))
             self.assertNotIn(".metadata", left)
@@ -249,4 +261,4 @@ class BadInputTest(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main(verbosity=2)
+    ranks.main()

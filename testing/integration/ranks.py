@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs //examples:train_digits as its users do: by itself, or as ranks of a launcher."""
+"""Runs //examples:train_digits as its users do: by itself, or as ranks of a launcher. And runs the tests of a file."""
 
 import concurrent.futures
 import os
 import socket
 import subprocess
+import time
+import unittest
+import xml.etree.ElementTree as ElementTree
 
 # Of a whole run; far more than it takes.
 TIMEOUT_S = 240
@@ -70,3 +73,60 @@ def run_ranks(command, world_size, present=None, port=None, cwds=None, extra_env
     if listener is not None:
         listener.close()
     return results
+
+
+class _CasesResult(unittest.TextTestResult):
+    """Also keeps each case for the result file that Bazel asks for: (test, seconds, tag, text)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cases = []
+        self._began = 0.0
+
+    def startTest(self, test):
+        self._began = time.monotonic()
+        super().startTest(test)
+
+    def _keep(self, test, tag=None, text=""):
+        self.cases.append((test, time.monotonic() - self._began, tag, text))
+
+    def addSuccess(self, test):
+        self._keep(test)
+        super().addSuccess(test)
+
+    def addFailure(self, test, err):
+        self._keep(test, "failure", str(err[1]))
+        super().addFailure(test, err)
+
+    def addError(self, test, err):
+        self._keep(test, "error", repr(err[1]))
+        super().addError(test, err)
+
+    def addSubTest(self, test, subtest, err):
+        if err is not None:
+            self._keep(subtest, "failure", str(err[1]))
+        super().addSubTest(test, subtest, err)
+
+    def addSkip(self, test, reason):
+        self._keep(test, "skipped", reason)
+        super().addSkip(test, reason)
+
+
+def main():
+    """Runs the tests of the program's file and writes the result file of Bazel, case by case."""
+    runner = unittest.TextTestRunner(verbosity=2, resultclass=_CasesResult)
+    program = unittest.main(testRunner=runner, exit=False)
+    path = os.environ.get("XML_OUTPUT_FILE")
+    if path:
+        suite = ElementTree.Element("testsuite", name="integration", tests=str(len(program.result.cases)))
+        for test, seconds, tag, text in program.result.cases:
+            case_class, _, name = test.id().rpartition(".")
+            case = ElementTree.SubElement(
+                suite, "testcase", classname=case_class.rpartition(".")[2], name=name, time="%.1f" % seconds)
+            if tag is not None:
+                printable = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+                ElementTree.SubElement(case, tag, message=printable)
+        root = ElementTree.Element("testsuites")
+        root.append(suite)
+        ElementTree.ElementTree(root).write(path, encoding="utf-8")
+    raise SystemExit(not program.result.wasSuccessful())

@@ -5,8 +5,8 @@
 
 Reads the build events that Bazel wrote during the run (one JSON object per line), so that exactly the tests of this
 run count, results from the cache included, and from them the test.xml of each test. Prints the skipped cases with
-their reasons, the failed ones, and as its last line "N passed, N failed" (", N skipped" where some are). Its exit status
-is 0 if Bazel's was, nothing failed and something passed.
+their reasons and their number, the failed ones, and as its last line "N passed, N failed". Its exit status is 0 if
+Bazel's was, nothing failed and something passed.
 """
 
 import json
@@ -156,11 +156,10 @@ def main(argv):
     print("PROBLEM: nothing was run")
   if status and not by_outcome[FAILED]:
     print("PROBLEM: Bazel ended with status %d" % status)
-  line = "%d passed, %d failed" % (len(by_outcome[PASSED]),
-                                   len(by_outcome[FAILED]))
   if by_outcome[SKIPPED]:
-    line += ", %d skipped" % len(by_outcome[SKIPPED])
-  print(line)
+    print("%d skipped" % len(by_outcome[SKIPPED]))
+  print("%d passed, %d failed" % (len(by_outcome[PASSED]),
+                                  len(by_outcome[FAILED])))
   good = not status and not by_outcome[FAILED] and by_outcome[PASSED]
   return 0 if good else 1
 

@@ -53,8 +53,8 @@ TEST(TensorItemTest, EveryDTypeAndShapeReadsBack) {
 }
 
 TEST(TensorItemTest, TheElementsLieWherePythonPutsThem) {
-  const auto item = ReadTensor(Archive(DType::kFloat32, {2, 3},
-                                       std::string(24, 'x')));
+  const auto item =
+      ReadTensor(Archive(DType::kFloat32, {2, 3}, std::string(24, 'x')));
   EXPECT_EQ(item->data_at, 704);
   EXPECT_EQ(item->strides, (Dims{3, 1}));
 }
@@ -172,8 +172,7 @@ TEST(TensorItemTest, HostileTensorsAreRefused) {
             kDataLoss);
   EXPECT_EQ(code([](Parts& p) { p.stride = {1}; }), kDataLoss);
   EXPECT_EQ(code([](Parts& p) { p.byteorder = "middle"; }), kDataLoss);
-  EXPECT_EQ(code([](Parts& p) { p.storage = "QInt8Storage"; }),
-            kUnimplemented);
+  EXPECT_EQ(code([](Parts& p) { p.storage = "QInt8Storage"; }), kUnimplemented);
   EXPECT_EQ(code([](Parts& p) { p.function = "_rebuild_sparse_tensor"; }),
             kUnimplemented);
   EXPECT_EQ(code([](Parts& p) { p.conj = true; }), kUnimplemented);
@@ -259,24 +258,30 @@ TEST(ObjectItemTest, UnknownClassesAreInert) {
     return DecodeObjectPickle(pickle)->value;
   };
   using namespace std::string_literals;  // NOLINT: texts with zero bytes
-  EXPECT_TRUE(decode("\x80\x02""cos\nsystem\nX\x04\x00\x00\x00true\x85R."s) ==
+  EXPECT_TRUE(decode("\x80\x02"
+                     "cos\nsystem\nX\x04\x00\x00\x00true\x85R."s) ==
               Object(Opaque{"os.system"}));
-  EXPECT_TRUE(decode("\x80\x02""cm\nC\n)\x81}b."s) == Object(Opaque{"m.C"}));
-  EXPECT_TRUE(decode("\x80\x02""ctorch\nfloat32\n."s) ==
-              Object(Opaque{"torch.float32"}));
-  EXPECT_TRUE(decode("\x80\x02""ctorch\nSize\n(K\x01K\x02K\x03t\x85R."s) ==
+  EXPECT_TRUE(decode("\x80\x02"
+                     "cm\nC\n)\x81}b."s) == Object(Opaque{"m.C"}));
+  EXPECT_TRUE(decode("\x80\x02"
+                     "ctorch\nfloat32\n."s) == Object(Opaque{"torch.float32"}));
+  EXPECT_TRUE(decode("\x80\x02"
+                     "ctorch\nSize\n(K\x01K\x02K\x03t\x85R."s) ==
               Object(Object::Tuple{{Object(1), Object(2), Object(3)}}));
   // The rest around one is kept.
-  EXPECT_TRUE(decode("\x80\x02](K\x01""cm\nC\n)\x81""e."s) ==
+  EXPECT_TRUE(decode("\x80\x02](K\x01"
+                     "cm\nC\n)\x81"
+                     "e."s) ==
               Object(Object::List{Object(1), Object(Opaque{"m.C"})}));
-  EXPECT_TRUE(
-      decode("\x80\x02""ccollections\nOrderedDict\n)RX\x01\x00\x00\x00kK\x01s."s)
-          .is<Object::Dict>());
+  EXPECT_TRUE(decode("\x80\x02"
+                     "ccollections\nOrderedDict\n)RX\x01\x00\x00\x00kK\x01s."s)
+                  .is<Object::Dict>());
   // Integers of any size, sets, dicts with other keys.
-  EXPECT_TRUE(decode("\x80\x02\x8a\x11"s + std::string(16, '\xff') + "\x01."s) ==
-              Object(Opaque{"int"}));
-  EXPECT_TRUE(decode("\x80\x02""c__builtin__\nset\n](K\x01""e\x85R."s) ==
-              Object(Opaque{"set"}));
+  EXPECT_TRUE(decode("\x80\x02\x8a\x11"s + std::string(16, '\xff') +
+                     "\x01."s) == Object(Opaque{"int of over 64 bits"}));
+  EXPECT_TRUE(decode("\x80\x02"
+                     "c__builtin__\nset\n](K\x01"
+                     "e\x85R."s) == Object(Opaque{"set"}));
   EXPECT_TRUE(decode("\x80\x02}NK\x01s."s) == Object(Opaque{"dict"}));
 }
 
@@ -296,12 +301,20 @@ TEST(ObjectItemTest, BombsAreRefused) {
   EXPECT_EQ(DecodeObjectPickle(chain + ".").status().code(),
             absl::StatusCode::kResourceExhausted);
   EXPECT_FALSE(DecodeObjectPickle(shared + ".").ok());
+  // A tuple of 50 values, 10,000 times.
+  std::string repeated = "\x80\x02](("s + std::string(50, 'N') + "tq\x00"s;
+  for (int i = 0; i < 10000; ++i) repeated += "h\x00"s;
+  EXPECT_EQ(DecodeObjectPickle(repeated + "e.").status().code(),
+            absl::StatusCode::kResourceExhausted);
   // Itself.
-  EXPECT_EQ(DecodeObjectPickle("\x80\x02]q\x00h\x00""a."s).status().code(),
+  EXPECT_EQ(DecodeObjectPickle("\x80\x02]q\x00h\x00"
+                               "a."s)
+                .status()
+                .code(),
             absl::StatusCode::kDataLoss);
   // Depth.
-  std::string deep = "\x80\x02"s + std::string(100000, ']') +
-                     std::string(99999, 'a') + ".";
+  std::string deep =
+      "\x80\x02"s + std::string(100000, ']') + std::string(99999, 'a') + ".";
   EXPECT_EQ(DecodeObjectPickle(deep).status().code(),
             absl::StatusCode::kDataLoss);
 }

@@ -83,7 +83,8 @@ struct Metadata {
 // Chunks of one tensor with equal offsets and sizes count once.
 // Errors: DataLoss naming key and what is wrong (not a pickle, a type that is
 // not expected, a chunk outside its tensor, overlapping chunks, an item without
-// a place, a file name that is a path); ResourceExhausted over a limit.
+// a place or with two, a file name that is a path); ResourceExhausted over a
+// limit.
 absl::StatusOr<Metadata> DecodeMetadata(int64_t size_bytes,
                                         Pickle::ReadFn read);
 absl::StatusOr<Metadata> DecodeMetadata(absl::string_view bytes);

@@ -12,6 +12,7 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "dsd/core/base/checked_int.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/dcp/metadata.h"
@@ -33,6 +34,7 @@ constexpr size_t kMaxDims = 64;
 constexpr size_t kMaxPathSegments = 1000;
 constexpr int64_t kMaxKeyBytes = 64 << 10;
 constexpr int64_t kMaxOverlapTests = int64_t{200} << 20;
+constexpr size_t kMaxTransforms = 16;
 
 absl::Status Bad(absl::string_view what) {
   return absl::DataLossError(absl::StrCat("checkpoint index: ", what));
@@ -147,6 +149,7 @@ class Decoder {
   // stays within these multiples of the bytes.
   explicit Decoder(int64_t size_bytes)
       : chunks_left_(size_bytes / 16 + 16),
+        extents_left_(size_bytes * 2 + (1 << 16)),
         path_bytes_left_(size_bytes * 64 + (1 << 20)) {}
 
   absl::StatusOr<Metadata> Run(PickleValue root) {
@@ -238,6 +241,7 @@ class Decoder {
     if (!size.has_value() || !ReadSize(*size, &tensor.shape)) {
       return BadKey(*key, "its size is not a tuple of numbers >= 0");
     }
+    DSD_RETURN_IF_ERROR(SpendExtents(*key, tensor.shape.size()));
     // Bytes, too: 16 is the largest item.
     const auto elements = CheckedProduct(tensor.shape);
     if (!elements.has_value() || !CheckedMul(*elements, 16).has_value()) {
@@ -258,6 +262,12 @@ class Decoder {
     DSD_RETURN_IF_ERROR(status);
     out_.tensors.push_back(std::move(tensor));
     return absl::OkStatus();
+  }
+
+  absl::Status SpendExtents(absl::string_view key, size_t count) {
+    extents_left_ -= static_cast<int64_t>(count);
+    if (extents_left_ >= 0) return absl::OkStatus();
+    return BadKey(key, "more dimensions than the index has room for");
   }
 
   absl::Status NewKey(absl::string_view key, size_t entry) {
@@ -315,6 +325,7 @@ class Decoder {
                                  " has no offsets and sizes of ",
                                  tensor.shape.size(), " numbers >= 0"));
     }
+    DSD_RETURN_IF_ERROR(SpendExtents(tensor.key, 2 * sizes_.size()));
     for (size_t d = 0; d < sizes_.size(); ++d) {
       if (offsets_[d] > tensor.shape[d] ||
           sizes_[d] > tensor.shape[d] - offsets_[d]) {
@@ -358,7 +369,7 @@ class Decoder {
     if (!key.has_value()) return Bad("a MetadataIndex has no fqn");
 
     ItemLocation location;
-    std::string transforms;
+    std::vector<std::string> transforms;
     std::optional<absl::string_view> file;
     std::optional<int64_t> offset, length;
     info->ForEachEntry([&](PickleValue name_value, PickleValue value) {
@@ -371,9 +382,8 @@ class Decoder {
         length = value.AsInt();
       } else if (name == "transform_descriptors") {
         value.ForEachItem([&](PickleValue item) {
-          absl::StrAppend(&transforms, transforms.empty() ? "" : ", ",
-                          item.AsString().value_or("?"));
-          return transforms.size() < 1000;
+          transforms.emplace_back(item.AsString().value_or("?").substr(0, 64));
+          return transforms.size() < kMaxTransforms;
         });
       }
       return true;
@@ -397,8 +407,12 @@ class Decoder {
     }
     if (found->second & kObjectBit) {
       const size_t object = found->second & ~kObjectBit;
-      out_.objects[object].location = location;
-      if (!transforms.empty()) out_.object_transforms[object] = transforms;
+      ItemLocation& place = out_.objects[object].location;
+      if (place.length_bytes >= 0) return BadKey(*key, "is stored twice");
+      place = location;
+      if (!transforms.empty()) {
+        out_.object_transforms[object] = absl::StrJoin(transforms, ", ");
+      }
       return absl::OkStatus();
     }
     const TensorEntry& tensor = out_.tensors[found->second];
@@ -413,9 +427,15 @@ class Decoder {
                     absl::StrCat("a stored chunk at ", DimsToString(offsets_),
                                  " is not among its chunks"));
     }
-    out_.locations[tensor.first_chunk + *chunk] = location;
+    ItemLocation& place = out_.locations[tensor.first_chunk + *chunk];
+    if (place.length_bytes >= 0) {
+      return BadKey(*key, absl::StrCat("its chunk at ", DimsToString(offsets_),
+                                       " is stored twice"));
+    }
+    place = location;
     if (!transforms.empty()) {
-      out_.chunk_transforms[tensor.first_chunk + *chunk] = transforms;
+      out_.chunk_transforms[tensor.first_chunk + *chunk] =
+          absl::StrJoin(transforms, ", ");
     }
     return absl::OkStatus();
   }
@@ -461,19 +481,21 @@ class Decoder {
     }
     bool dropped = false;
     for (const TensorEntry& tensor : out_.tensors) {
-      absl::flat_hash_map<Dims, size_t> stored;  // made when one is missing
+      // Made when one is missing.
+      std::optional<absl::flat_hash_map<Dims, size_t>> stored;
       for (size_t i = 0; i < tensor.num_chunks; ++i) {
         if (out_.ChunkLocation(tensor, i).length_bytes >= 0) continue;
-        if (stored.empty()) {
+        if (!stored.has_value()) {
+          stored.emplace();
           for (size_t k = 0; k < tensor.num_chunks; ++k) {
             if (out_.ChunkLocation(tensor, k).length_bytes >= 0) {
-              stored.emplace(out_.ChunkBox(tensor, k).lo, k);
+              stored->emplace(out_.ChunkBox(tensor, k).lo, k);
             }
           }
         }
         const Box box = out_.ChunkBox(tensor, i);
-        const auto twin = stored.find(box.lo);
-        if (!box.empty() && (twin == stored.end() ||
+        const auto twin = stored->find(box.lo);
+        if (!box.empty() && (twin == stored->end() ||
                              out_.ChunkBox(tensor, twin->second) != box)) {
           return BadKey(tensor.key,
                         absl::StrCat("chunk ", box.ToString(),
@@ -609,6 +631,7 @@ class Decoder {
   }
 
   int64_t chunks_left_;
+  int64_t extents_left_;
   int64_t path_bytes_left_;
   Metadata out_;
   Dims offsets_;

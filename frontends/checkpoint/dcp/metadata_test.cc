@@ -22,9 +22,9 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 std::string ReadTestData(const std::string& name) {
-  const std::string path =
-      absl::StrCat(std::getenv("TEST_SRCDIR"), "/", std::getenv("TEST_WORKSPACE"),
-                   "/frontends/checkpoint/dcp/testdata/", name);
+  const std::string path = absl::StrCat(
+      std::getenv("TEST_SRCDIR"), "/", std::getenv("TEST_WORKSPACE"),
+      "/frontends/checkpoint/dcp/testdata/", name);
   std::ifstream in(path, std::ios::binary);
   EXPECT_TRUE(in.good()) << path;
   return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
@@ -123,7 +123,7 @@ struct Form {
   bool extra_attribute = false;
   std::string dtype = "float32";
   std::string file = "__0_0.distcp";
-  int64_t rows = 4;                         // of the tensor [rows, 2]
+  int64_t rows = 4;  // of the tensor [rows, 2]
   std::vector<std::array<int64_t, 2>> chunks = {{0, 2}, {2, 2}};  // row, count
   std::vector<std::array<int64_t, 2>> stored = {{0, 0}, {2, 1600}};
   int64_t length = 1577;
@@ -241,7 +241,8 @@ std::string Build(const Form& form) {
   };
   p.Mark();
   int hint = 0;
-  for (const auto& [row, offset] : form.stored) store(false, row, offset, hint++);
+  for (const auto& [row, offset] : form.stored)
+    store(false, row, offset, hint++);
   store(true, 0, 8000, -1);
   p.SetItems();
   if (form.storage_meta) {
@@ -269,27 +270,34 @@ std::string Build(const Form& form) {
 }
 
 TEST(MetadataTest, FormsThatOtherWritersUse) {
-  const std::vector<std::pair<std::string, std::function<void(Form&)>>> forms = {
-      {"plain", [](Form&) {}},
-      {"protocol 2", [](Form& f) { f.protocol = 2; }},
-      {"torch 2.2",
-       [](Form& f) {
-         f.properties_module =
-             "torch.distributed._shard.sharded_tensor.metadata";
-         f.storage_meta = false;
-       }},
-      {"enum by name", [](Form& f) { f.enum_by_name = true; }},
-      {"tuples", [](Form& f) { f.plain_tuples = true; }},
-      {"no hints", [](Form& f) { f.hints = false; }},
-      {"no paths", [](Form& f) { f.planner_data = false; }},
-      {"extra attribute", [](Form& f) { f.extra_attribute = true; }},
-      {"stored in another order",
-       [](Form& f) { f.stored = {{2, 1600}, {0, 0}}; }},
-      {"a chunk twice",
-       [](Form& f) { f.chunks = {{0, 2}, {0, 2}, {2, 2}}; }},
-      {"an empty chunk that is not stored",
-       [](Form& f) { f.chunks = {{0, 2}, {2, 2}, {4, 0}}; }},
-  };
+  const std::vector<std::pair<std::string, std::function<void(Form&)>>> forms =
+      {
+          {"plain", [](Form&) {}},
+          {"protocol 2", [](Form& f) { f.protocol = 2; }},
+          {"torch 2.2",
+           [](Form& f) {
+             f.properties_module =
+                 "torch.distributed._shard.sharded_tensor.metadata";
+             f.storage_meta = false;
+           }},
+          {"enum by name", [](Form& f) { f.enum_by_name = true; }},
+          {"tuples", [](Form& f) { f.plain_tuples = true; }},
+          {"no hints", [](Form& f) { f.hints = false; }},
+          {"no paths", [](Form& f) { f.planner_data = false; }},
+          {"extra attribute", [](Form& f) { f.extra_attribute = true; }},
+          {"stored in another order",
+           [](Form& f) {
+             f.stored = {{2, 1600}, {0, 0}};
+           }},
+          {"a chunk twice",
+           [](Form& f) {
+             f.chunks = {{0, 2}, {0, 2}, {2, 2}};
+           }},
+          {"an empty chunk that is not stored",
+           [](Form& f) {
+             f.chunks = {{0, 2}, {2, 2}, {4, 0}};
+           }},
+      };
   for (const auto& [name, change] : forms) {
     Form form;
     change(form);
@@ -345,6 +353,10 @@ TEST(MetadataTest, WhatIsWrongIsNamed) {
               HasSubstr("chunk [2:4, 0:2] is described but not stored"));
   EXPECT_THAT(error([](Form& f) { f.stored[1][0] = 1; }),
               HasSubstr("a stored chunk at [1, 0] is not among its chunks"));
+  EXPECT_THAT(error([](Form& f) {
+                f.stored.push_back({0, 3200});
+              }),
+              HasSubstr("key \"w\": its chunk at [0, 0] is stored twice"));
   EXPECT_THAT(error([](Form& f) { f.length = -1; }),
               HasSubstr("offset and length"));
   for (const std::string& file :
@@ -362,6 +374,15 @@ TEST(MetadataTest, WhatIsWrongIsNamed) {
               .status()
               .message()),
       HasSubstr("found os.system"));
+}
+
+// Work in proportion to the bytes, whatever they say.
+TEST(MetadataTest, ManyChunksWithoutElements) {
+  Form form;
+  form.chunks.insert(form.chunks.end(), 100000, {4, 0});
+  const auto metadata = DecodeMetadata(Build(form));
+  ASSERT_TRUE(metadata.ok()) << metadata.status();
+  EXPECT_EQ(metadata->tensors[0].num_chunks, 2u);
 }
 
 // Few bytes that stand for many values through sharing.
@@ -450,8 +471,8 @@ TEST(MetadataTest, EveryTruncationAndFlip) {
       if (!metadata.ok()) continue;
       for (const TensorEntry& tensor : metadata->tensors) {
         for (size_t i = 0; i < tensor.num_chunks; ++i) {
-          EXPECT_TRUE(Box::Whole(tensor.shape)
-                          .Contains(metadata->ChunkBox(tensor, i)));
+          EXPECT_TRUE(
+              Box::Whole(tensor.shape).Contains(metadata->ChunkBox(tensor, i)));
           EXPECT_LT(metadata->ChunkLocation(tensor, i).file,
                     metadata->files.size());
         }

@@ -2,6 +2,7 @@
 
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <utility>
@@ -23,8 +24,9 @@ using Kind = PickleValue::Kind;
 constexpr int64_t kMaxRecords = 1'000'000;
 // Shared values are written out as often as they occur, so the tree may be far
 // larger than its pickle: an honest one is not by so much.
-constexpr int64_t kMaxValuesPerByte = 16;
+constexpr int64_t kMaxValuesPerByte = 4;
 constexpr int64_t kFreeValues = 1 << 16;
+constexpr int64_t kMaxValues = int64_t{1} << 26;
 
 // Python 2's name of the module, which protocol 2 uses.
 bool IsBuiltin(PickleValue global, absl::string_view name) {
@@ -43,7 +45,8 @@ std::string ClassName(PickleValue global) {
 class ObjectDecoder {
  public:
   explicit ObjectDecoder(int64_t pickle_bytes)
-      : values_left_(pickle_bytes * kMaxValuesPerByte + kFreeValues),
+      : values_left_(std::min(pickle_bytes * kMaxValuesPerByte + kFreeValues,
+                              kMaxValues)),
         bytes_left_(pickle_bytes * kMaxValuesPerByte + kMaxFreeBytes) {}
 
   absl::StatusOr<Object> Decode(PickleValue value, int depth = 0) {
@@ -60,7 +63,7 @@ class ObjectDecoder {
       case Kind::kInt:
         return Object(*value.AsInt());
       case Kind::kBigInt:
-        return Object(Opaque{"int"});
+        return Object(Opaque{"int of over 64 bits"});
       case Kind::kFloat:
         return Object(*value.AsFloat());
       case Kind::kString:
@@ -104,8 +107,8 @@ class ObjectDecoder {
     bytes_left_ -= static_cast<int64_t>(bytes);
     if (--values_left_ < 0 || bytes_left_ < 0) {
       return absl::ResourceExhaustedError(
-          "stored object: it unfolds to far more values than its bytes have "
-          "room for");
+          "stored object: it unfolds to more values than its bytes have room "
+          "for, or to more than 67 million");
     }
     return absl::OkStatus();
   }

@@ -29,9 +29,7 @@ constexpr absl::StatusCode kDataLoss = absl::StatusCode::kDataLoss;
 constexpr absl::StatusCode kTooBig = absl::StatusCode::kResourceExhausted;
 
 TEST(PickleTest, IntegersAndFloatsOfEverySize) {
-  std::vector<int64_t> numbers = {0,
-                                  -1,
-                                  std::numeric_limits<int64_t>::max(),
+  std::vector<int64_t> numbers = {0, -1, std::numeric_limits<int64_t>::max(),
                                   std::numeric_limits<int64_t>::min()};
   for (int bit = 0; bit < 63; ++bit) {
     for (const int64_t near : {-1, 0, 1}) {
@@ -65,14 +63,19 @@ TEST(PickleTest, IntegersAndFloatsOfEverySize) {
                 ->root()
                 .kind(),
             Kind::kBigInt);
-  EXPECT_EQ(CodeOf("\x80\x02\x8a\x0a"s + std::string(10, '\1') + "."), kDataLoss);
+  EXPECT_EQ(CodeOf("\x80\x02\x8a\x0a"s + std::string(10, '\1') + "."),
+            kDataLoss);
 }
 
 TEST(PickleTest, TheMemoSharesValues) {
   // [a, a] with a = [] memoized; protocol 2 and 4 forms.
   for (const std::string& bytes :
-       {"\x80\x02](]q\x00h\x00""e."s, "\x80\x04](]\x94h\x00""e."s,
-        "\x80\x02](]r\x00\x00\x00\x00j\x00\x00\x00\x00""e."s}) {
+       {"\x80\x02](]q\x00h\x00"
+        "e."s,
+        "\x80\x04](]\x94h\x00"
+        "e."s,
+        "\x80\x02](]r\x00\x00\x00\x00j\x00\x00\x00\x00"
+        "e."s}) {
     const auto pickle = Parse(bytes);
     ASSERT_TRUE(pickle.ok()) << pickle.status();
     std::vector<uint32_t> ids;
@@ -127,21 +130,25 @@ TEST(PickleTest, ContainersGrowAndKeepTheirOrder) {
 
 // os.system("true"), in all its ways: data, not calls.
 TEST(PickleTest, NothingIsExecuted) {
-  const auto call = Parse("\x80\x02""cos\nsystem\nX\x04\x00\x00\x00true\x85R."s);
+  const auto call = Parse(
+      "\x80\x02"
+      "cos\nsystem\nX\x04\x00\x00\x00true\x85R."s);
   ASSERT_TRUE(call.ok()) << call.status();
   EXPECT_EQ(call->root().kind(), Kind::kCall);
   EXPECT_TRUE(call->root().callee().IsGlobal("os", "system"));
   const auto args = call->root().args().AsTuple(1);
   EXPECT_EQ((*args)[0].AsString(), "true");
 
-  const auto instance =
-      Parse("\x80\x04\x8c\x01m\x8c\x01""C\x93)\x81}\x8c\x01xK\x05sb."s);
+  const auto instance = Parse(
+      "\x80\x04\x8c\x01m\x8c\x01"
+      "C\x93)\x81}\x8c\x01xK\x05sb."s);
   ASSERT_TRUE(instance.ok()) << instance.status();
   EXPECT_EQ(instance->root().kind(), Kind::kInstance);
   EXPECT_EQ(instance->root().state()->Find("x")->AsInt(), 5);
   // OrderedDict and deque: calls that are filled.
-  const auto filled =
-      Parse("\x80\x02""ccollections\nOrderedDict\n)RX\x01\x00\x00\x00kK\x01s."s);
+  const auto filled = Parse(
+      "\x80\x02"
+      "ccollections\nOrderedDict\n)RX\x01\x00\x00\x00kK\x01s."s);
   ASSERT_TRUE(filled.ok()) << filled.status();
   EXPECT_EQ(filled->root().Find("k")->AsInt(), 1);
   EXPECT_EQ(filled->root().size(), 1u);
@@ -156,29 +163,35 @@ TEST(PickleTest, NothingIsExecuted) {
 
 TEST(PickleTest, RefusesWhatDoesNotFitTogether) {
   for (const std::string& bytes : {
-           ""s,                          // nothing
-           "\x80\x01."s,                 // protocol
-           "\x80\x06N."s,                //
-           "\x80\x02."s,                 // nothing on the stack
-           "\x80\x02NN."s,               // too much on it
-           "\x80\x02(N."s,               // an open mark
-           "\x80\x02N"s,                 // no STOP
-           "\x80\x02""e."s,              // no mark
-           "\x80\x02K\x01(K\x02""e."s,   // append to a number
-           "\x80\x02}K\x01""a."s,        // append to a dict
-           "\x80\x02]K\x01K\x02s."s,     // set in a list
-           "\x80\x02}(K\x01u."s,         // a key without a value
-           "\x80\x02]K\x01""b."s,        // state of a list
-           "\x80\x02h\x00."s,            // memo is empty
-           "\x80\x02Nq\x07."s,           // memo index ahead
+           ""s,             // nothing
+           "\x80\x01."s,    // protocol
+           "\x80\x06N."s,   //
+           "\x80\x02."s,    // nothing on the stack
+           "\x80\x02NN."s,  // too much on it
+           "\x80\x02(N."s,  // an open mark
+           "\x80\x02N"s,    // no STOP
+           "\x80\x02"
+           "e."s,  // no mark
+           "\x80\x02K\x01(K\x02"
+           "e."s,  // append to a number
+           "\x80\x02}K\x01"
+           "a."s,                     // append to a dict
+           "\x80\x02]K\x01K\x02s."s,  // set in a list
+           "\x80\x02}(K\x01u."s,      // a key without a value
+           "\x80\x02]K\x01"
+           "b."s,               // state of a list
+           "\x80\x02h\x00."s,   // memo is empty
+           "\x80\x02Nq\x07."s,  // memo index ahead
            "\x80\x02Nr\xff\xff\xff\xff."s,
-           "\x80\x02\x85."s,             // tuple of nothing
-           "\x80\x02(\x85."s,            // tuple below the mark
-           "\x80\x02K\x01R."s,           // call without a function
-           "\x80\x04K\x01K\x02\x93."s,   // names that are numbers
-           "\x80\x02X\x04\x00\x00\x00""abc."s,  // cut off
-           "\x80\x02""cabc"s,            // no newline
-           "\x80\x02NQ."s,               // persistent id not allowed
+           "\x80\x02\x85."s,            // tuple of nothing
+           "\x80\x02(\x85."s,           // tuple below the mark
+           "\x80\x02K\x01R."s,          // call without a function
+           "\x80\x04K\x01K\x02\x93."s,  // names that are numbers
+           "\x80\x02X\x04\x00\x00\x00"
+           "abc."s,  // cut off
+           "\x80\x02"
+           "cabc"s,         // no newline
+           "\x80\x02NQ."s,  // persistent id not allowed
        }) {
     EXPECT_EQ(CodeOf(bytes), kDataLoss) << bytes;
   }
@@ -187,10 +200,16 @@ TEST(PickleTest, RefusesWhatDoesNotFitTogether) {
 TEST(PickleTest, LimitsHold) {
   PickleLimits limits;
   limits.max_string_bytes = 8;
-  EXPECT_EQ(CodeOf("\x80\x04\x8c\x09""123456789."s, limits), kTooBig);
+  EXPECT_EQ(CodeOf("\x80\x04\x8c\x09"
+                   "123456789."s,
+                   limits),
+            kTooBig);
   // A length that the input does not have is no reason to allocate.
-  EXPECT_EQ(CodeOf("\x80\x02X\xff\xff\xff\x3f""abc."s), kDataLoss);
-  EXPECT_EQ(CodeOf("\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f""abc."s),
+  EXPECT_EQ(CodeOf("\x80\x02X\xff\xff\xff\x3f"
+                   "abc."s),
+            kDataLoss);
+  EXPECT_EQ(CodeOf("\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f"
+                   "abc."s),
             kTooBig);
   limits = {};
   limits.max_memory_bytes = 1 << 16;
@@ -203,7 +222,9 @@ TEST(PickleTest, LimitsHold) {
 }
 
 TEST(PickleTest, ValuesMayContainThemselves) {
-  const auto pickle = Parse("\x80\x02]q\x00h\x00""a."s);
+  const auto pickle = Parse(
+      "\x80\x02]q\x00h\x00"
+      "a."s);
   ASSERT_TRUE(pickle.ok()) << pickle.status();
   pickle->root().ForEachItem([&](PickleValue item) {
     EXPECT_EQ(item.id(), pickle->root().id());

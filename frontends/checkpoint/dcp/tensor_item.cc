@@ -15,7 +15,6 @@
 #include "dsd/frontends/checkpoint/dcp/little_endian.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_reader.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
-#include "dsd/frontends/checkpoint/dcp/zip_writer.h"
 
 namespace dsd::dcp {
 namespace {
@@ -333,22 +332,22 @@ TensorArchive::TensorArchive(DType dtype, absl::Span<const int64_t> shape)
     : pickle_(TensorPickle(dtype, shape)), payload_bytes_(ItemSize(dtype)) {
   for (int64_t extent : shape) payload_bytes_ *= extent;
   ZipWriter zip(&head_);
-  zip.AddRecord("data.pkl", pickle_);
-  zip.AddRecord(".format_version", "1");
-  zip.AddRecord(".storage_alignment", "64");
-  zip.AddRecord("byteorder", "little");
-  zip.StartRecord("data/0", payload_bytes_);
+  WriteHead(&zip);
   tail_bytes_ = static_cast<int64_t>(Tail(0).size());
+}
+
+void TensorArchive::WriteHead(ZipWriter* zip) const {
+  zip->AddRecord("data.pkl", pickle_);
+  zip->AddRecord(".format_version", "1");
+  zip->AddRecord(".storage_alignment", "64");
+  zip->AddRecord("byteorder", "little");
+  zip->StartRecord("data/0", payload_bytes_);
 }
 
 std::string TensorArchive::Tail(uint32_t crc) const {
   std::string out;
   ZipWriter zip(&out);
-  zip.AddRecord("data.pkl", pickle_);
-  zip.AddRecord(".format_version", "1");
-  zip.AddRecord(".storage_alignment", "64");
-  zip.AddRecord("byteorder", "little");
-  zip.StartRecord("data/0", payload_bytes_);
+  WriteHead(&zip);
   out.clear();
   zip.FinishRecord(payload_bytes_ == 0 ? 0 : crc);
   zip.AddRecord("version", "3\n");

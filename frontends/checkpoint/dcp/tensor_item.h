@@ -14,6 +14,7 @@
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/layout/box.h"
 #include "dsd/frontends/checkpoint/dcp/zip_reader.h"
+#include "dsd/frontends/checkpoint/dcp/zip_writer.h"
 
 namespace dsd::dcp {
 
@@ -58,6 +59,8 @@ class TensorArchive {
   std::optional<uint32_t> CrcOfTail(absl::string_view tail) const;
 
  private:
+  void WriteHead(ZipWriter* zip) const;
+
   std::string pickle_;
   std::string head_;
   int64_t payload_bytes_;

@@ -23,7 +23,7 @@ namespace dsd::dcp {
 // A part of a file. Keeps what was fetched. Thread-compatible.
 class FileSlice {
  public:
-  // Borrows `file`. OutOfRange if the slice is not inside the file.
+  // Borrows `file`. DataLoss if the slice is not inside the file.
   static absl::StatusOr<FileSlice> Create(ReadableFile* file, int64_t offset,
                                           int64_t length);
 

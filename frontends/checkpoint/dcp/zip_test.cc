@@ -14,8 +14,7 @@ namespace dsd::dcp {
 namespace {
 
 absl::StatusOr<std::string> ReadRecord(const std::string& file, int64_t offset,
-                                       int64_t length,
-                                       absl::string_view name) {
+                                       int64_t length, absl::string_view name) {
   MemoryFile memory(file);
   auto slice = FileSlice::Create(&memory, offset, length);
   if (!slice.ok()) return slice.status();
@@ -67,8 +66,7 @@ TEST(ZipTest, PayloadsAreAligned) {
 TEST(ZipTest, EveryTruncationAndEveryFlipIsATypedError) {
   const std::string archive = SmallArchive();
   for (size_t size = 0; size < archive.size(); ++size) {
-    const auto read =
-        ReadRecord(archive.substr(0, size), 0, size, "data.pkl");
+    const auto read = ReadRecord(archive.substr(0, size), 0, size, "data.pkl");
     EXPECT_EQ(read.status().code(), absl::StatusCode::kDataLoss) << size;
   }
   for (size_t bit = 0; bit < archive.size() * 8; ++bit) {
@@ -119,8 +117,8 @@ class SparseFile final : public ReadableFile {
   }
   absl::Status ReadAt(int64_t offset, absl::Span<std::byte> out) override {
     for (std::byte& byte : out) {
-      const int64_t tail_at = offset - hole_ -
-                              static_cast<int64_t>(head_.size());
+      const int64_t tail_at =
+          offset - hole_ - static_cast<int64_t>(head_.size());
       byte = offset < static_cast<int64_t>(head_.size())
                  ? static_cast<std::byte>(head_[offset])
              : tail_at >= 0 ? static_cast<std::byte>(tail_[tail_at])

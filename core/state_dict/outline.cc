@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-#include "dsd/core/state_dict/broadcast.h"
+#include "dsd/core/state_dict/outline.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -11,9 +12,11 @@
 
 #include "ATen/core/Tensor.h"
 #include "ATen/ops/empty.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "c10/core/ScalarType.h"
 #include "dsd/core/base/checked_int.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/base/status_macros.h"
@@ -46,11 +49,6 @@ constexpr int64_t kMaxOutlineBytes = int64_t{1} << 30;
 
 bool IsSentByValue(const Dims& shape) {
   return Box::Whole(shape).num_elements() == 1;
-}
-
-absl::StatusOr<Layout> WholeOnRankZero(Dims shape) {
-  return Layout::FromPlacements(std::move(shape), DeviceMesh::Iota({1}),
-                                {Replicate()});
 }
 
 class Encoder {
@@ -157,7 +155,8 @@ class Encoder {
 
 class Decoder {
  public:
-  explicit Decoder(absl::string_view bytes) : in_(bytes) {}
+  Decoder(absl::string_view bytes, const DeviceMesh& holders)
+      : in_(bytes), holders_(holders) {}
 
   absl::StatusOr<Value> Decode(int depth) {
     if (depth > kMaxDepth) return Malformed("nested too deeply");
@@ -212,7 +211,7 @@ class Decoder {
 
   absl::Status Malformed(absl::string_view what) const {
     return absl::DataLossError(
-        absl::StrCat("the state dict sent by rank 0 does not decode: ", what));
+        absl::StrCat("a state dict that was sent does not decode: ", what));
   }
 
  private:
@@ -300,12 +299,15 @@ class Decoder {
       in_.remove_prefix(size);
       return Value(TensorValue(std::move(tensor)));
     }
-    DSD_ASSIGN_OR_RETURN(Layout layout, WholeOnRankZero(std::move(shape)));
+    DSD_ASSIGN_OR_RETURN(
+        Layout layout,
+        Layout::FromPlacements(std::move(shape), holders_, {Replicate()}));
     return Value(
         TensorValue::Elsewhere(std::move(layout), ToScalarType(dtype)));
   }
 
   absl::string_view in_;
+  const DeviceMesh& holders_;
 };
 
 }  // namespace
@@ -316,17 +318,21 @@ absl::StatusOr<std::string> EncodeOutline(const Value& value) {
   return encoder.Take();
 }
 
-absl::StatusOr<Value> DecodeOutline(absl::string_view bytes) {
-  Decoder decoder(bytes);
+absl::StatusOr<Value> DecodeOutline(absl::string_view bytes,
+                                    const DeviceMesh& holders) {
+  Decoder decoder(bytes, holders);
   DSD_ASSIGN_OR_RETURN(Value value, decoder.Decode(0));
   if (!decoder.AtEnd()) return decoder.Malformed("bytes after the end");
   return value;
 }
 
-absl::StatusOr<Value> ShareOutline(const Value& value, Communicator& comm,
+absl::StatusOr<Value> ShareOutline(const Value& value,
+                                   const std::vector<int>& holders,
+                                   Communicator& comm,
                                    const CallOptions& call) {
+  const int root = holders.front();
   std::string mine;
-  if (comm.rank() == 0) {
+  if (comm.rank() == root) {
     // The status travels in front, so that an error is everybody's.
     const absl::StatusOr<std::string> outline = EncodeOutline(value);
     mine.push_back(static_cast<char>(outline.status().code()));
@@ -335,29 +341,58 @@ absl::StatusOr<Value> ShareOutline(const Value& value, Communicator& comm,
   }
   DSD_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                        comm.AllGatherBlobs(mine, kMaxOutlineBytes, call));
-  absl::string_view outline = all[0];
+  absl::string_view outline = all[root];
   if (outline.empty()) {
-    return absl::DataLossError("rank 0 sent no state dict");
+    return absl::DataLossError(
+        absl::StrCat("rank ", root, " sent no state dict"));
   }
   const auto code = static_cast<absl::StatusCode>(outline[0]);
   outline.remove_prefix(1);
   if (code != absl::StatusCode::kOk) {
-    return absl::Status(code, absl::StrCat("state dict of rank 0: ", outline));
+    return absl::Status(
+        code, absl::StrCat("state dict of rank ", root, ": ", outline));
   }
-  if (comm.rank() != 0) return DecodeOutline(outline);
-
-  Value shared = value;
-  absl::Status status;
-  ForEachTensor(shared, "", [&](const std::string&, TensorValue& tensor) {
-    if (IsSentByValue(tensor.shape()) || !status.ok()) return;
-    absl::StatusOr<Layout> layout = WholeOnRankZero(tensor.shape());
-    status.Update(layout.status());
-    if (!status.ok()) return;
-    absl::StatusOr<TensorValue> whole = TensorValue::Sharded(
-        Sharding{*std::move(layout), 0}, tensor.locals()[0]);
-    status.Update(whole.status());
-    if (status.ok()) tensor = *std::move(whole);
+  DSD_ASSIGN_OR_RETURN(
+      const DeviceMesh mesh,
+      DeviceMesh::Create({static_cast<int64_t>(holders.size())},
+                         {holders.begin(), holders.end()}));
+  DSD_ASSIGN_OR_RETURN(Value shared, DecodeOutline(outline, mesh));
+  if (std::find(holders.begin(), holders.end(), comm.rank()) == holders.end()) {
+    return shared;
+  }
+  absl::flat_hash_map<std::string, TensorValue> own;
+  Value copy = value;
+  ForEachTensor(copy, "", [&](const std::string& path, TensorValue& tensor) {
+    own.emplace(path, tensor);
   });
+  absl::Status status;
+  ForEachTensor(shared, "", [&](const std::string& path, TensorValue& tensor) {
+    if (!status.ok()) return;
+    const auto it = own.find(path);
+    if (it == own.end() || !it->second.is_plain() || !it->second.defined() ||
+        it->second.shape() != tensor.shape() ||
+        it->second.scalar_type() != tensor.scalar_type()) {
+      status = absl::FailedPreconditionError(absl::StrCat(
+          "the dict differs from that of rank ", root, ": \"", path,
+          "\" there is a whole tensor of type ",
+          c10::toString(tensor.scalar_type()), " and shape ",
+          DimsToString(tensor.shape()), ", here ",
+          it == own.end() ? "it is missing" : "it is something else",
+          "; to use the dict of one rank set source_rank"));
+    } else if (!tensor.is_plain()) {
+      absl::StatusOr<TensorValue> whole = TensorValue::Sharded(
+          Sharding{tensor.layout(), comm.rank()}, it->second.locals()[0]);
+      status.Update(Annotate(whole.status(), absl::StrCat("\"", path, "\"")));
+      if (status.ok()) tensor = *std::move(whole);
+    }
+    if (it != own.end()) own.erase(it);
+  });
+  if (status.ok() && !own.empty()) {
+    status = absl::FailedPreconditionError(
+        absl::StrCat("the dict differs from that of rank ", root,
+                     ": there is no \"", own.begin()->first,
+                     "\" there; to use the dict of one rank set source_rank"));
+  }
   DSD_RETURN_IF_ERROR(status);
   return shared;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-#include "dsd/core/state_dict/broadcast.h"
+#include "dsd/core/state_dict/outline.h"
 
 #include <cstdint>
 #include <random>
@@ -38,7 +38,8 @@ TEST(OutlineTest, ObjectsAndScalarsByValueTensorsByShape) {
   const Value sample = Sample();
   const absl::StatusOr<std::string> bytes = EncodeOutline(sample);
   ASSERT_TRUE(bytes.ok()) << bytes.status();
-  const absl::StatusOr<Value> value = DecodeOutline(*bytes);
+  const absl::StatusOr<Value> value =
+      DecodeOutline(*bytes, DeviceMesh::Iota({1}));
   ASSERT_TRUE(value.ok()) << value.status();
   const StateDict& root = *value->get_if<StateDict>();
   EXPECT_TRUE(root.Find("none")->is<None>());
@@ -62,11 +63,13 @@ TEST(OutlineTest, ObjectsAndScalarsByValueTensorsByShape) {
 TEST(OutlineTest, EveryCutAndAnyChangeIsAnErrorOrAValue) {
   const std::string bytes = *EncodeOutline(Sample());
   for (size_t size = 0; size < bytes.size(); ++size) {
-    EXPECT_EQ(DecodeOutline(bytes.substr(0, size)).status().code(),
+    EXPECT_EQ(DecodeOutline(bytes.substr(0, size), DeviceMesh::Iota({1}))
+                  .status()
+                  .code(),
               absl::StatusCode::kDataLoss)
         << size;
   }
-  EXPECT_EQ(DecodeOutline(bytes + "x").status().code(),
+  EXPECT_EQ(DecodeOutline(bytes + "x", DeviceMesh::Iota({1})).status().code(),
             absl::StatusCode::kDataLoss);
   std::mt19937 random(7);
   for (int round = 0; round < 20000; ++round) {
@@ -74,7 +77,7 @@ TEST(OutlineTest, EveryCutAndAnyChangeIsAnErrorOrAValue) {
     for (int i = 0; i < 3; ++i) {
       changed[random() % changed.size()] = static_cast<char>(random());
     }
-    DecodeOutline(changed).IgnoreError();
+    DecodeOutline(changed, DeviceMesh::Iota({1})).IgnoreError();
   }
 }
 
@@ -88,7 +91,8 @@ TEST(OutlineTest, DepthIsLimitedOnBothSides) {
     bytes.push_back(10);  // a list
     bytes.append("\1\0\0\0\0\0\0\0", 8);
   }
-  EXPECT_EQ(DecodeOutline(bytes).status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(DecodeOutline(bytes, DeviceMesh::Iota({1})).status().code(),
+            absl::StatusCode::kDataLoss);
 }
 
 TEST(OutlineTest, UndefinedTensorIsNamed) {

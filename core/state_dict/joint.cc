@@ -1,0 +1,524 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/state_dict/joint.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/core/Tensor.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "c10/core/ScalarType.h"
+#include "dsd/core/base/digest.h"
+#include "dsd/core/base/dtype.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/layout/layout.h"
+#include "dsd/core/layout/mesh.h"
+#include "dsd/core/layout/placement.h"
+#include "dsd/core/state_dict/outline.h"
+#include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/tensor/torch_types.h"
+#include "dsd/core/transfer/transfer.h"
+
+namespace dsd {
+namespace {
+
+constexpr int64_t kMaxBytes = int64_t{1} << 30;
+constexpr size_t kShown = 50;
+
+// A tensor on the wire: (marker, element type, kind, shape, numbers). Numbers
+// are for kReplicated the ranks, none for those that declare it; for kIntervals
+// holder, begin, end of each; for kBoxes per cell its lower and upper corner,
+// the number of holders and these.
+constexpr char kMarker[] = "dsd.Tensor";
+enum Kind : int64_t { kReplicated, kIntervals, kBoxes };
+
+Value ToList(absl::Span<const int64_t> numbers) {
+  Value::List list;
+  for (const int64_t number : numbers) list.push_back(Value(number));
+  return Value(std::move(list));
+}
+
+absl::StatusOr<Value> ToDeclaration(const TensorValue& tensor,
+                                    const std::vector<int64_t>& replicas) {
+  DSD_ASSIGN_OR_RETURN(const DType dtype, ToDType(tensor.scalar_type()));
+  Kind kind = kReplicated;
+  std::vector<int64_t> numbers = replicas;
+  if (!tensor.is_plain()) {
+    const Layout& layout = tensor.layout();
+    if (layout.HasAnyHolder()) {
+      return absl::InvalidArgumentError("the tensor is on no rank");
+    }
+    numbers.clear();
+    if (layout.kind() == Layout::Kind::kFlat) {
+      kind = kIntervals;
+      layout.ForEachHolder([&](Holder holder) {
+        if (const auto interval = layout.IntervalOf(holder)) {
+          numbers.insert(numbers.end(),
+                         {holder, interval->begin, interval->end});
+        }
+      });
+    } else {
+      kind = kBoxes;
+      layout.ForEachCell(layout.whole(), [&](const Cell& cell) {
+        numbers.insert(numbers.end(), cell.box.lo.begin(), cell.box.lo.end());
+        numbers.insert(numbers.end(), cell.box.hi.begin(), cell.box.hi.end());
+        numbers.push_back(cell.holders.size());
+        for (int64_t i = 0; i < cell.holders.size(); ++i) {
+          numbers.push_back(cell.holders.At(i));
+        }
+      });
+    }
+  }
+  return Value(
+      Value::Tuple{{Value(Opaque{kMarker}), Value(static_cast<int64_t>(dtype)),
+                    Value(static_cast<int64_t>(kind)), ToList(tensor.shape()),
+                    ToList(numbers)}});
+}
+
+bool IsDeclaration(const Value& value) {
+  const auto* tuple = value.get_if<Value::Tuple>();
+  const auto* marker = tuple == nullptr || tuple->items.size() != 5
+                           ? nullptr
+                           : tuple->items[0].get_if<Opaque>();
+  return marker != nullptr && marker->type_name == kMarker;
+}
+
+// Of values without tensors.
+bool IsSame(const Value& a, const Value& b) {
+  const absl::StatusOr<std::string> bytes_a = EncodeOutline(a);
+  const absl::StatusOr<std::string> bytes_b = EncodeOutline(b);
+  return bytes_a.ok() && bytes_b.ok() && *bytes_a == *bytes_b;
+}
+
+absl::Status Malformed() {
+  return absl::DataLossError("a rank sent a malformed declaration of a tensor");
+}
+
+absl::StatusOr<std::vector<int64_t>> ToNumbers(const Value& value) {
+  const auto* list = value.get_if<Value::List>();
+  if (list == nullptr) return Malformed();
+  std::vector<int64_t> numbers;
+  for (const Value& item : *list) {
+    const auto* number = item.get_if<int64_t>();
+    if (number == nullptr) return Malformed();
+    numbers.push_back(*number);
+  }
+  return numbers;
+}
+
+struct Declared {
+  Layout layout;
+  c10::ScalarType type;
+  std::vector<int64_t> holders;  // with at least one element, or replicas
+};
+
+absl::StatusOr<Declared> FromDeclaration(const Value& value,
+                                         const std::vector<int>& declared_by) {
+  const std::vector<Value>& items = value.get_if<Value::Tuple>()->items;
+  const auto* dtype = items[1].get_if<int64_t>();
+  const auto* kind = items[2].get_if<int64_t>();
+  if (dtype == nullptr || kind == nullptr || *dtype < 0 ||
+      *dtype >= kNumDTypes) {
+    return Malformed();
+  }
+  const c10::ScalarType type = ToScalarType(static_cast<DType>(*dtype));
+  DSD_ASSIGN_OR_RETURN(const std::vector<int64_t> extents, ToNumbers(items[3]));
+  DSD_ASSIGN_OR_RETURN(std::vector<int64_t> numbers, ToNumbers(items[4]));
+  const Dims shape(extents.begin(), extents.end());
+  absl::flat_hash_set<int64_t> holders;
+  absl::StatusOr<Layout> layout = Malformed();
+  if (*kind == kReplicated) {
+    if (numbers.empty()) {
+      numbers.assign(declared_by.begin(), declared_by.end());
+    }
+    holders.insert(numbers.begin(), numbers.end());
+    DSD_ASSIGN_OR_RETURN(
+        const DeviceMesh mesh,
+        DeviceMesh::Create({static_cast<int64_t>(numbers.size())}, numbers));
+    layout = Layout::FromPlacements(shape, mesh, {Replicate()});
+  } else if (*kind == kIntervals && numbers.size() % 3 == 0) {
+    std::vector<FlatInterval> intervals;
+    for (size_t i = 0; i < numbers.size(); i += 3) {
+      intervals.push_back({numbers[i], numbers[i + 1], numbers[i + 2]});
+      if (numbers[i + 1] < numbers[i + 2]) holders.insert(numbers[i]);
+    }
+    layout = Layout::FromFlatIntervals(shape, std::move(intervals));
+  } else if (*kind == kBoxes) {
+    std::vector<HolderBox> boxes;
+    const size_t ndim = shape.size();
+    size_t at = 0;
+    while (at < numbers.size()) {
+      if (numbers.size() - at < 2 * ndim + 1) return Malformed();
+      Box box;
+      box.lo.assign(numbers.begin() + at, numbers.begin() + at + ndim);
+      box.hi.assign(numbers.begin() + at + ndim,
+                    numbers.begin() + at + 2 * ndim);
+      at += 2 * ndim;
+      const int64_t count = numbers[at++];
+      if (count < 0 || static_cast<size_t>(count) > numbers.size() - at) {
+        return Malformed();
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        holders.insert(numbers[at]);
+        boxes.push_back({numbers[at++], box});
+      }
+    }
+    layout = Layout::FromBoxes(shape, std::move(boxes));
+  }
+  DSD_RETURN_IF_ERROR(layout);
+  Declared declared{*std::move(layout), type, {holders.begin(), holders.end()}};
+  std::sort(declared.holders.begin(), declared.holders.end());
+  return declared;
+}
+
+// `own` under the layout that all ranks know it by: the same memory.
+absl::StatusOr<TensorValue> WithLayout(const TensorValue& own,
+                                       const Declared& declared, Holder self) {
+  if (declared.layout.kind() != Layout::Kind::kBoxes || own.locals().empty()) {
+    if (own.locals().empty()) {
+      return TensorValue::Elsewhere(declared.layout, declared.type);
+    }
+    return TensorValue::Sharded(Sharding{declared.layout, self},
+                                own.locals()[0]);
+  }
+  DSD_ASSIGN_OR_RETURN(const std::vector<TensorValue::Part> parts, own.Parts());
+  std::vector<at::Tensor> views;
+  for (const LocalBox& wanted : declared.layout.BoxesOf(self)) {
+    const auto part = std::find_if(parts.begin(), parts.end(),
+                                   [&](const TensorValue::Part& candidate) {
+                                     return candidate.box.Contains(wanted.box);
+                                   });
+    if (part == parts.end()) {
+      return absl::InternalError(absl::StrCat(
+          "box ", wanted.box.ToString(), " is not in one part of this rank"));
+    }
+    at::Tensor view = part->view;
+    DSD_RETURN_IF_ERROR(TorchToStatus([&] {
+      for (int d = 0; d < wanted.box.ndim(); ++d) {
+        view = view.slice(d, wanted.box.lo[d] - part->box.lo[d],
+                          wanted.box.hi[d] - part->box.lo[d]);
+      }
+    }));
+    views.push_back(std::move(view));
+  }
+  return TensorValue::FromBoxes(Sharding{declared.layout, self}, declared.type,
+                                std::move(views));
+}
+
+bool HasOneElement(const TensorValue& tensor) {
+  return tensor.is_plain() && Box::Whole(tensor.shape()).num_elements() == 1;
+}
+
+class Joiner {
+ public:
+  Joiner(absl::string_view what, std::vector<int64_t> replicas,
+         const Mover& mover, const CallClock& clock)
+      : what_(what),
+        replicas_(std::move(replicas)),
+        mover_(mover),
+        clock_(clock) {}
+
+  absl::StatusOr<StateDict> Join(absl::Status local, const StateDict& mine) {
+    Value tree = mine;
+    ForEachTensor(tree, "", [&](const std::string& path, TensorValue& tensor) {
+      own_.emplace(path, tensor);
+    });
+    std::string bytes;
+    if (local.ok()) {
+      absl::StatusOr<Value> declared = Declare(tree, "");
+      local.Update(declared.status());
+      if (declared.ok()) {
+        absl::StatusOr<std::string> encoded = EncodeOutline(*declared);
+        local.Update(encoded.status());
+        if (encoded.ok()) bytes = *std::move(encoded);
+      }
+    }
+    DSD_RETURN_IF_ERROR(Agree(
+        mover_.comm(), what_, DigestBuilder().Add("join").Finish(), local,
+        [] { return "with replica_ranks, for ranks of different keys"; },
+        clock_.Left()));
+    std::vector<std::string> all = {bytes};
+    if (mover_.world_size() > 1) {
+      DSD_ASSIGN_OR_RETURN(
+          all, mover_.comm()->AllGatherBlobs(bytes, kMaxBytes, clock_.Left()));
+    }
+    // From here on every rank computes the same.
+    Value joint{StateDict()};
+    for (size_t rank = 0; rank < all.size(); ++rank) {
+      absl::StatusOr<Value> declared =
+          DecodeOutline(all[rank], DeviceMesh::Iota({1}));
+      DSD_RETURN_IF_ERROR(declared) << what_ << ": rank " << rank;
+      Merge(*std::move(declared), "", static_cast<int>(rank), joint);
+    }
+    DSD_RETURN_IF_ERROR(Resolve(joint, ""));
+    if (!misfits_.empty()) {
+      const size_t shown = std::min(misfits_.size(), kShown);
+      return absl::FailedPreconditionError(absl::StrCat(
+          what_, ": ",
+          absl::StrJoin(misfits_.begin(), misfits_.begin() + shown, "; "),
+          shown < misfits_.size()
+              ? absl::StrCat("; and ", misfits_.size() - shown, " more")
+              : ""));
+    }
+    return std::move(*joint.get_if<StateDict>());
+  }
+
+ private:
+  static std::string Under(const std::string& path, absl::string_view key) {
+    return path.empty() ? std::string(key) : absl::StrCat(path, ".", key);
+  }
+
+  absl::StatusOr<Value> Declare(const Value& value, const std::string& path) {
+    if (const auto* tensor = value.get_if<TensorValue>()) {
+      if (!tensor->defined()) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("\"", path, "\": the tensor is undefined"));
+      }
+      if (HasOneElement(*tensor)) return value;
+      absl::StatusOr<Value> declared = ToDeclaration(*tensor, replicas_);
+      DSD_RETURN_IF_ERROR(declared) << "\"" << path << "\"";
+      return declared;
+    }
+    if (const auto* dict = value.get_if<StateDict>()) {
+      StateDict out;
+      for (size_t i = 0; i < dict->size(); ++i) {
+        DSD_ASSIGN_OR_RETURN(
+            Value item,
+            Declare(dict->value(i), Under(path, dict->key_text(i))));
+        out.Set(dict->key(i), std::move(item));
+      }
+      return Value(std::move(out));
+    }
+    const bool is_tuple = value.is<Value::Tuple>();
+    const std::vector<Value>* items = is_tuple
+                                          ? &value.get_if<Value::Tuple>()->items
+                                          : value.get_if<Value::List>();
+    if (items == nullptr) return value;
+    std::vector<Value> out;
+    for (size_t i = 0; i < items->size(); ++i) {
+      DSD_ASSIGN_OR_RETURN(Value item,
+                           Declare((*items)[i], Under(path, absl::StrCat(i))));
+      out.push_back(std::move(item));
+    }
+    if (is_tuple) return Value(Value::Tuple{std::move(out)});
+    return Value(std::move(out));
+  }
+
+  // Remembers that `rank` has what is declared below `value`.
+  void Note(const Value& value, const std::string& path, int rank) {
+    if (IsDeclaration(value)) {
+      ranks_of_[path].push_back(rank);
+    } else if (const auto* dict = value.get_if<StateDict>()) {
+      for (size_t i = 0; i < dict->size(); ++i) {
+        Note(dict->value(i), Under(path, dict->key_text(i)), rank);
+      }
+    } else if (value.is_container()) {
+      const std::vector<Value>& items =
+          value.is<Value::Tuple>() ? value.get_if<Value::Tuple>()->items
+                                   : *value.get_if<Value::List>();
+      for (size_t i = 0; i < items.size(); ++i) {
+        Note(items[i], Under(path, absl::StrCat(i)), rank);
+      }
+    }
+  }
+
+  void Merge(Value from, const std::string& path, int rank, Value& into) {
+    auto* from_dict = from.get_if<StateDict>();
+    auto* into_dict = into.get_if<StateDict>();
+    if (from_dict != nullptr && into_dict != nullptr) {
+      for (size_t i = 0; i < from_dict->size(); ++i) {
+        const std::string below = Under(path, from_dict->key_text(i));
+        if (Value* known = into_dict->Find(from_dict->key(i))) {
+          Merge(from_dict->value(i), below, rank, *known);
+        } else {
+          Note(from_dict->value(i), below, rank);
+          into_dict->Set(from_dict->key(i), from_dict->value(i));
+        }
+      }
+      return;
+    }
+    if (IsDeclaration(from) != IsDeclaration(into) ||
+        (IsDeclaration(from) && !IsSame(from, into))) {
+      misfits_.push_back(absl::StrCat(
+          "\"", path, "\" is not the same on rank ", rank,
+          " and on lower ranks (type, shape, layout or replica_ranks)"));
+    } else if (IsDeclaration(from)) {
+      ranks_of_[path].push_back(rank);
+    } else if (auto* groups = from.get_if<Value::List>();
+               groups != nullptr && into.is<Value::List>() &&
+               IsParamGroups(path)) {
+      auto& known = *into.get_if<Value::List>();
+      for (Value& group : *groups) {
+        const Value* const names = ParamsOf(group);
+        if (std::none_of(known.begin(), known.end(), [&](const Value& other) {
+              const Value* const others = ParamsOf(other);
+              return names != nullptr && others != nullptr &&
+                     IsSame(*names, *others);
+            })) {
+          known.push_back(std::move(group));
+        }
+      }
+    } else if (!from.is_container() || !into.is_container()) {
+      return;  // an object: that of the first rank
+    } else {
+      Note(from, path, rank);
+    }
+  }
+
+  static bool IsParamGroups(const std::string& path) {
+    return path == "param_groups" || path == "optim.param_groups";
+  }
+
+  static const Value* ParamsOf(const Value& group) {
+    const auto* dict = group.get_if<StateDict>();
+    return dict == nullptr ? nullptr : dict->Find("params");
+  }
+
+  // Puts tensors in the place of declarations.
+  absl::Status Resolve(Value& value, const std::string& path) {
+    if (IsDeclaration(value)) {
+      const std::vector<int>& ranks = ranks_of_[path];
+      absl::StatusOr<Declared> declared = FromDeclaration(value, ranks);
+      DSD_RETURN_IF_ERROR(declared) << what_ << ": \"" << path << "\"";
+      std::vector<int64_t> lacking;
+      for (const int64_t holder : declared->holders) {
+        if (std::find(ranks.begin(), ranks.end(), holder) == ranks.end()) {
+          lacking.push_back(holder);
+        }
+      }
+      if (!lacking.empty()) {
+        misfits_.push_back(absl::StrCat(
+            "\"", path, "\" is missing on rank ", absl::StrJoin(lacking, ", "),
+            " and is on rank ", absl::StrJoin(ranks, ", "),
+            "; what it is replicated over is in replica_ranks"));
+        return absl::OkStatus();
+      }
+      const auto own = own_.find(path);
+      absl::StatusOr<TensorValue> tensor =
+          own == own_.end()
+              ? TensorValue::Elsewhere(declared->layout, declared->type)
+              : WithLayout(own->second, *declared, mover_.rank());
+      DSD_RETURN_IF_ERROR(tensor) << what_ << ": \"" << path << "\"";
+      value = Value(*std::move(tensor));
+      return absl::OkStatus();
+    }
+    if (value.is<TensorValue>()) {
+      // Of one element: this rank's own, if it has it.
+      const auto own = own_.find(path);
+      if (own != own_.end()) value = Value(own->second);
+      return absl::OkStatus();
+    }
+    if (auto* dict = value.get_if<StateDict>()) {
+      for (size_t i = 0; i < dict->size(); ++i) {
+        DSD_RETURN_IF_ERROR(
+            Resolve(dict->value(i), Under(path, dict->key_text(i))));
+      }
+      return absl::OkStatus();
+    }
+    std::vector<Value>* items = value.get_if<Value::List>();
+    if (auto* tuple = value.get_if<Value::Tuple>()) items = &tuple->items;
+    for (size_t i = 0; items != nullptr && i < items->size(); ++i) {
+      DSD_RETURN_IF_ERROR(Resolve((*items)[i], Under(path, absl::StrCat(i))));
+    }
+    return absl::OkStatus();
+  }
+
+  const absl::string_view what_;
+  const std::vector<int64_t> replicas_;
+  const Mover& mover_;
+  const CallClock& clock_;
+  absl::flat_hash_map<std::string, TensorValue> own_;
+  absl::flat_hash_map<std::string, std::vector<int>> ranks_of_;
+  std::vector<std::string> misfits_;
+};
+
+absl::StatusOr<std::vector<int64_t>> CheckReplicas(
+    const std::vector<int>* replica_ranks, const Mover& mover) {
+  if (replica_ranks == nullptr) return std::vector<int64_t>();
+  std::vector<int64_t> replicas(replica_ranks->begin(), replica_ranks->end());
+  std::sort(replicas.begin(), replicas.end());
+  replicas.erase(std::unique(replicas.begin(), replicas.end()), replicas.end());
+  if (replicas.empty() || replicas.front() < 0 ||
+      replicas.back() >= mover.world_size() ||
+      !std::binary_search(replicas.begin(), replicas.end(), mover.rank())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("replica_ranks: expected ranks of a world of ",
+                     mover.world_size(), ", rank ", mover.rank(),
+                     " among them, found ", absl::StrJoin(replicas, ", ")));
+  }
+  return replicas;
+}
+
+}  // namespace
+
+absl::StatusOr<StateDict> JoinDicts(absl::string_view what,
+                                    const absl::Status& local,
+                                    const StateDict& mine,
+                                    const std::vector<int>* replica_ranks,
+                                    const Mover& mover,
+                                    const CallClock& clock) {
+  absl::StatusOr<std::vector<int64_t>> replicas =
+      CheckReplicas(replica_ranks, mover);
+  absl::Status status = local;
+  status.Update(replicas.status());
+  return Joiner(what, replicas.value_or(std::vector<int64_t>()), mover, clock)
+      .Join(status, mine);
+}
+
+absl::StatusOr<std::vector<TensorPair>> JoinPairs(
+    absl::string_view what, const absl::Status& local,
+    const std::vector<TensorPair>& mine, StateDict& sources,
+    const std::vector<int>* replica_ranks, const Mover& mover,
+    const CallClock& clock) {
+  // Sources are known to all ranks by their paths.
+  absl::flat_hash_map<const void*, std::string> path_of;
+  absl::flat_hash_map<std::string, TensorValue> at_path;
+  ForEachTensor(sources, "", [&](const std::string& path, TensorValue& tensor) {
+    path_of.emplace(tensor.id(), path);
+    at_path.emplace(path, tensor);
+  });
+  StateDict pairs;
+  absl::Status status = local;
+  for (const TensorPair& pair : mine) {
+    const auto path = path_of.find(pair.source.id());
+    if (path == path_of.end()) {
+      status.Update(absl::InternalError(
+          absl::StrCat("\"", pair.name, "\" is not from the dict")));
+      continue;
+    }
+    StateDict entry;
+    entry.Set("source", Value(path->second));
+    entry.Set("target", Value(pair.target));
+    pairs.Set(pair.name, Value(std::move(entry)));
+  }
+  DSD_ASSIGN_OR_RETURN(StateDict joint, JoinDicts(what, status, pairs,
+                                                  replica_ranks, mover, clock));
+  std::vector<TensorPair> out;
+  for (size_t i = 0; i < joint.size(); ++i) {
+    const auto* entry = joint.value(i).get_if<StateDict>();
+    const Value* source = entry == nullptr ? nullptr : entry->Find("source");
+    const Value* target = entry == nullptr ? nullptr : entry->Find("target");
+    const auto* path =
+        source == nullptr ? nullptr : source->get_if<std::string>();
+    const auto* tensor =
+        target == nullptr ? nullptr : target->get_if<TensorValue>();
+    const auto from = path == nullptr ? at_path.end() : at_path.find(*path);
+    if (tensor == nullptr || from == at_path.end()) return Malformed();
+    out.push_back({joint.key_text(i), from->second, *tensor});
+  }
+  return out;
+}
+
+}  // namespace dsd

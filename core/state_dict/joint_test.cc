@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Ranks with different keys: two pipeline stages of one or two ranks each, and
+// what happens to a key that is truly missing.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/ops/equal.h"
+#include "ATen/ops/zeros.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/state_dict/fake_sources.h"
+#include "dsd/core/state_dict/source_session.h"
+#include "dsd/core/state_dict/test_world.h"
+#include "dsd/testing/harness/rank_threads.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace dsd {
+namespace {
+
+using ::dsd::test::FakeModel;
+using ::dsd::test::FakeOptimizer;
+using ::dsd::test::Full;
+using ::dsd::test::KeysOf;
+using ::dsd::test::Numbers;
+using ::dsd::test::RunAndLeave;
+using ::dsd::test::TensorAt;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+// Stage s has "s<s>.plain" on both of its ranks, "s<s>.rows" and "s<s>.columns"
+// sharded over them, and "s<s>.scale" of one element.
+struct Stage {
+  Stage(const Communicator& comm, double start)
+      : stage(comm.rank() * 2 / comm.size()) {
+    const int per_stage = comm.size() / 2;
+    std::vector<Holder> holders;
+    for (int i = 0; i < per_stage; ++i) {
+      options.replica_ranks.push_back(stage * per_stage + i);
+      holders.push_back(stage * per_stage + i);
+    }
+    options.full_state_dict = true;
+    const DeviceMesh mesh = *DeviceMesh::Create({per_stage}, holders);
+    for (const auto& [name, whole] : Whole(stage, start)) {
+      if (name.find("rows") != std::string::npos ||
+          name.find("columns") != std::string::npos) {
+        const int dim = name.find("rows") != std::string::npos ? 0 : 1;
+        model.AddShard(name, whole.clone().requires_grad_(),
+                       *Layout::FromPlacements(
+                           {whole.sizes().begin(), whole.sizes().end()}, mesh,
+                           {Shard(dim)}),
+                       comm.rank());
+      } else {
+        model.Add(name, whole.clone().requires_grad_());
+      }
+    }
+    FakeOptimizer::Group group;
+    for (size_t i = 0; i < model.size(); ++i) {
+      group.params.push_back(model.tensor(i));
+      StateDict& state = optimizer.StateOf(model.tensor(i));
+      state.Set("step", Value(int64_t{3 + stage}));
+      state.Set("moment", Value(TensorValue(model.tensor(i).detach().mul(2))));
+    }
+    group.hyperparameters.Set("lr", Object(0.5 + stage));
+    optimizer.groups.push_back(std::move(group));
+  }
+
+  static std::vector<std::pair<std::string, at::Tensor>> Whole(int stage,
+                                                               double start) {
+    const double from = start + 1000 * stage;
+    return {{absl::StrCat("s", stage, ".plain"), Numbers({3, 2}, from)},
+            {absl::StrCat("s", stage, ".rows"), Numbers({5, 3}, from + 100)},
+            {absl::StrCat("s", stage, ".columns"), Numbers({3, 3}, from + 200)},
+            {absl::StrCat("s", stage, ".scale"), Numbers({1}, from + 300)}};
+  }
+
+  static StateDict WholeDict(double start) {
+    StateDict dict;
+    for (const int stage : {0, 1}) {
+      for (const auto& [name, whole] : Whole(stage, start)) {
+        dict.Set(name, Value(TensorValue(whole)));
+      }
+    }
+    return dict;
+  }
+
+  absl::Status Check(const Communicator& comm, double start) {
+    Stage expected(comm, start);
+    for (size_t i = 0; i < model.size(); ++i) {
+      if (!at::equal(model.tensor(i).detach(),
+                     expected.model.tensor(i).detach())) {
+        return test::Fail(absl::StrCat("tensor ", i, " has other values"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  int stage;
+  StateDictOptions options;
+  FakeModel model;
+  FakeOptimizer optimizer;
+};
+
+class JointTest : public testing::TestWithParam<int> {
+ protected:
+  int ranks() const { return GetParam(); }
+};
+INSTANTIATE_TEST_SUITE_P(Ranks, JointTest, testing::Values(2, 4));
+
+// 126595, 112167: pipeline stages.
+TEST_P(JointTest, FullGetHasTheKeysOfAllStages) {
+  for (const bool one_rank : {false, true}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            ranks(),
+            [&](Communicator& comm) -> absl::Status {
+              Stage stage(comm, 0);
+              if (one_rank) stage.options.full_state_dict_ranks = {ranks() - 1};
+              SourceSession session(&stage.model, {&stage.optimizer}, &comm,
+                                    stage.options);
+              DSD_ASSIGN_OR_RETURN(const ModelAndOptimizerStateDict dicts,
+                                   session.Get());
+              if (one_rank && comm.rank() != ranks() - 1) {
+                DSD_REQUIRE(dicts.model.empty() && dicts.optimizer.empty());
+                return absl::OkStatus();
+              }
+              const StateDict expected = Stage::WholeDict(0);
+              DSD_REQUIRE(KeysOf(dicts.model) == KeysOf(expected));
+              const auto& state =
+                  *dicts.optimizer.Find("state")->get_if<StateDict>();
+              for (const std::string& key : KeysOf(expected)) {
+                const at::Tensor whole = TensorAt(expected, key);
+                DSD_REQUIRE(at::equal(TensorAt(dicts.model, key), whole));
+                DSD_REQUIRE(at::equal(
+                    TensorAt(*state.Find(key)->get_if<StateDict>(), "moment"),
+                    whole.mul(2)));
+              }
+              const auto& groups =
+                  *dicts.optimizer.Find("param_groups")->get_if<Value::List>();
+              DSD_REQUIRE(groups.size() == 2);
+              DSD_REQUIRE(*groups[1]
+                               .get_if<StateDict>()
+                               ->Find("lr")
+                               ->get_if<double>() == 1.5);
+              return absl::OkStatus();
+            }),
+        AllOk());
+  }
+}
+
+TEST_P(JointTest, SetTakesValuesFromWhateverRankHasThem) {
+  enum Who { kAll, kOwnKeys, kLastRank, kFirstByName };
+  for (const Who who : {kAll, kOwnKeys, kLastRank, kFirstByName}) {
+    EXPECT_THAT(
+        RunRankThreads(ranks(),
+                       [&](Communicator& comm) -> absl::Status {
+                         Stage stage(comm, 0);
+                         StateDict dict;
+                         if (who == kAll ||
+                             (who == kLastRank && comm.rank() == ranks() - 1)) {
+                           dict = Stage::WholeDict(70);
+                         } else if (who == kOwnKeys) {
+                           for (const auto& [name, whole] :
+                                Stage::Whole(stage.stage, 70)) {
+                             dict.Set(name, Value(TensorValue(whole)));
+                           }
+                         } else if (who == kFirstByName) {
+                           stage.options.source_rank = 0;
+                           dict = Stage::WholeDict(comm.rank() == 0 ? 70 : 5);
+                         }
+                         SourceSession session(&stage.model, {}, &comm,
+                                               stage.options);
+                         DSD_ASSIGN_OR_RETURN(const IncompatibleKeys keys,
+                                              session.SetModel(dict));
+                         DSD_REQUIRE(keys.empty());
+                         return stage.Check(comm, 70);
+                       }),
+        AllOk())
+        << who;
+  }
+}
+
+TEST_P(JointTest, BothDictsRoundTripThroughOneRank) {
+  EXPECT_THAT(
+      RunRankThreads(
+          ranks(),
+          [&](Communicator& comm) -> absl::Status {
+            Stage from(comm, 40);
+            from.options.full_state_dict_ranks = {0};
+            DSD_ASSIGN_OR_RETURN(const ModelAndOptimizerStateDict dicts,
+                                 SourceSession(&from.model, {&from.optimizer},
+                                               &comm, from.options)
+                                     .Get());
+            Stage to(comm, 0);
+            DSD_ASSIGN_OR_RETURN(
+                const IncompatibleKeys keys,
+                SourceSession(&to.model, {&to.optimizer}, &comm, to.options)
+                    .Set(dicts.model, dicts.optimizer));
+            DSD_REQUIRE(keys.empty());
+            for (size_t i = 0; i < to.model.size(); ++i) {
+              DSD_REQUIRE(at::equal(
+                  TensorAt(to.optimizer.StateOf(to.model.tensor(i)), "moment"),
+                  to.model.tensor(i).detach().mul(2)));
+            }
+            return to.Check(comm, 40);
+          }),
+      AllOk());
+}
+
+TEST_P(JointTest, KeyThatIsTrulyMissingIsNamedWithItsRank) {
+  if (ranks() < 4) GTEST_SKIP() << "needs two ranks per stage";
+  for (const bool set : {false, true}) {
+    for (const absl::Status& status :
+         RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+           Stage stage(comm, 0);
+           FakeModel less;
+           for (const auto& [name, whole] : Stage::Whole(stage.stage, 0)) {
+             if (comm.rank() == 3 && name == "s1.plain") continue;
+             less.Add(name, whole);
+           }
+           SourceSession session(&less, {}, &comm, stage.options);
+           return set ? session.SetModel(Stage::WholeDict(0)).status()
+                      : session.GetModel().status();
+         })) {
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                   "s1.plain\" is missing on rank 3 and is on "
+                                   "rank 2"));
+    }
+  }
+}
+
+TEST_P(JointTest, MissingAndUnexpectedKeysAreThoseOfTheWholeJob) {
+  for (const absl::Status& status :
+       RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+         Stage stage(comm, 0);
+         StateDict dict = Stage::WholeDict(70);
+         dict.Erase(std::string("s1.rows"));
+         dict.Set("nowhere", Value(TensorValue(at::zeros({2}))));
+         const absl::Status status =
+             SourceSession(&stage.model, {}, &comm, stage.options)
+                 .SetModel(dict)
+                 .status();
+         DSD_RETURN_IF_ERROR(stage.Check(comm, 0));
+         return status;
+       })) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+    EXPECT_THAT(std::string(status.message()),
+                AllOf(HasSubstr("missing keys (1): \"s1.rows\""),
+                      HasSubstr("unexpected keys (1): \"nowhere\""),
+                      testing::Not(HasSubstr("\"s0."))));
+  }
+}
+
+TEST_P(JointTest, RanksWithoutTheOptionDisagree) {
+  for (const bool set : {false, true}) {
+    for (const absl::Status& status :
+         RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+           Stage stage(comm, 0);
+           if (comm.rank() == 0) stage.options.replica_ranks.clear();
+           SourceSession session(&stage.model, {}, &comm, stage.options);
+           return set ? session.SetModel(Stage::WholeDict(0)).status()
+                      : session.GetModel().status();
+         })) {
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                   "replica_ranks"));
+    }
+  }
+}
+
+TEST_P(JointTest, ReplicasMustHaveTheRankItself) {
+  for (const absl::Status& status :
+       RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+         Stage stage(comm, 0);
+         if (comm.rank() == 0) stage.options.replica_ranks = {1};
+         return SourceSession(&stage.model, {}, &comm, stage.options)
+             .GetModel()
+             .status();
+       })) {
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kInvalidArgument,
+                                 "rank 0 among them, found 1"));
+  }
+}
+
+}  // namespace
+}  // namespace dsd

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/state_dict/local_copy.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "ATen/core/Tensor.h"
+#include "ATen/core/grad_mode.h"
+#include "absl/status/status.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/layout/layout.h"
+#include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/tensor/torch_types.h"
+
+namespace dsd {
+namespace {
+
+bool IsPlainMemory(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.layout() == c10::Layout::Strided &&
+         !tensor.is_meta() && ToDType(tensor.scalar_type()).ok() &&
+         ToDevice(tensor.device()).ok();
+}
+
+// Whether both have their elements in the same order without gaps, as bytes
+// that mean the same.
+bool HaveSameBytes(const at::Tensor& from, const at::Tensor& to) {
+  if (from.scalar_type() != to.scalar_type() || !from.is_cpu() ||
+      !to.is_cpu() || from.is_conj() != to.is_conj() ||
+      from.is_neg() != to.is_neg()) {
+    return false;
+  }
+  return (from.is_contiguous() && to.is_contiguous()) ||
+         (from.is_non_overlapping_and_dense() &&
+          from.strides() == to.strides());
+}
+
+void Copy(const at::Tensor& from, const at::Tensor& to) {
+  if (!HaveSameBytes(from, to)) {
+    to.copy_(from);
+    return;
+  }
+  // May be the same memory: a dict with aliases is set where it is from.
+  if (to.numel() > 0 && from.const_data_ptr() != to.const_data_ptr()) {
+    std::memmove(to.mutable_data_ptr(), from.const_data_ptr(), to.nbytes());
+  }
+  to.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace
+
+bool IsLocalCopy(const TensorPair& pair) {
+  const absl::Span<const at::Tensor> from = pair.source.locals();
+  const absl::Span<const at::Tensor> to = pair.target.locals();
+  if (pair.source.is_plain() != pair.target.is_plain() ||
+      from.size() != to.size()) {
+    return false;
+  }
+  if (!pair.source.is_plain() &&
+      (pair.source.holder() != pair.target.holder() ||
+       !Layout::SameGeometry(pair.source.layout(), pair.target.layout()))) {
+    return false;
+  }
+  for (size_t i = 0; i < from.size(); ++i) {
+    if (!IsPlainMemory(from[i]) || !IsPlainMemory(to[i]) ||
+        to[i].is_inference() || from[i].sizes() != to[i].sizes()) {
+      return false;
+    }
+  }
+  return true;
+}
+
+absl::StatusOr<TransferStats> CopyLocally(absl::Span<const TensorPair> pairs,
+                                          const CallOptions& call) {
+  TransferStats stats;
+  int64_t total = 0;
+  if (call.progress) {
+    for (const TensorPair& pair : pairs) {
+      for (const at::Tensor& to : pair.target.locals()) total += to.nbytes();
+    }
+  }
+  const at::NoGradGuard no_grad;
+  for (const TensorPair& pair : pairs) {
+    const absl::Span<const at::Tensor> from = pair.source.locals();
+    const absl::Span<const at::Tensor> to = pair.target.locals();
+    const absl::Status copied = TorchToStatus([&] {
+      for (size_t i = 0; i < to.size(); ++i) {
+        Copy(from[i], to[i]);
+        stats.bytes_local += static_cast<int64_t>(to[i].nbytes());
+      }
+    });
+    DSD_RETURN_IF_ERROR(copied) << "\"" << pair.name << "\"";
+    if (call.progress) call.progress({stats.bytes_local, total});
+    if (call.cancel != nullptr && *call.cancel) {
+      return absl::CancelledError("set cancelled");
+    }
+  }
+  return stats;
+}
+
+}  // namespace dsd

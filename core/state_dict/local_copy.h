@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Tensors from a dict to live ones where both are whole on this rank, or the
+// same shards: nothing has to be planned then.
+
+#ifndef DSD_CORE_STATE_DICT_LOCAL_COPY_H_
+#define DSD_CORE_STATE_DICT_LOCAL_COPY_H_
+
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "dsd/core/base/call_options.h"
+#include "dsd/core/tensor/tensor_value.h"
+#include "dsd/core/transfer/transfer.h"
+
+namespace dsd {
+
+// A tensor of a dict and the live one that it is to fill.
+struct TensorPair {
+  std::string name;
+  TensorValue source;
+  TensorValue target;
+};
+
+// Whether CopyLocally can do it: the parts are the same, and all tensors dense,
+// with memory and of types that endpoints know.
+bool IsLocalCopy(const TensorPair& pair);
+
+// Fills the targets, cast to their types as Tensor::copy_ does.
+// Errors: Cancelled; what LibTorch reports, with the pair's name. Some targets
+// may then be filled.
+absl::StatusOr<TransferStats> CopyLocally(absl::Span<const TensorPair> pairs,
+                                          const CallOptions& call);
+
+}  // namespace dsd
+
+#endif  // DSD_CORE_STATE_DICT_LOCAL_COPY_H_

@@ -1,0 +1,329 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/state_dict/optimizer_reader.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/state_dict/optimizer_dict.h"
+#include "dsd/core/tensor/sharding_table.h"
+
+namespace dsd {
+namespace {
+
+// The group without "params". Python has the names first, if it has them.
+absl::StatusOr<StateDict> GroupDict(const OptimizerSource& optimizer,
+                                    size_t group, const ObjectDict& values,
+                                    size_t num_params) {
+  StateDict dict;
+  const Object* names = values.Find(kParamNamesKey);
+  if (names != nullptr) {
+    const auto* list = names->get_if<Object::List>();
+    // Of the parameters that the group had when they were loaded.
+    if (list != nullptr && list->size() == num_params) {
+      dict.Set(kParamNamesKey, FromObject(*names));
+    }
+  }
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (values.key_text(i) == kParamNamesKey) continue;
+    if (values.key_text(i) == kParamsKey) {
+      return absl::InternalError(absl::StrCat(GroupName(optimizer, group),
+                                              " has a hyperparameter named \"",
+                                              kParamsKey, "\""));
+    }
+    dict.Set(values.key(i), FromObject(values.value(i)));
+  }
+  return dict;
+}
+
+const StateField* FindField(const std::vector<StateField>& fields,
+                            const PathSegment& key) {
+  const auto* name = std::get_if<std::string>(&key);
+  if (name == nullptr) return nullptr;
+  for (const StateField& field : fields) {
+    if (field.name == *name) return &field;
+  }
+  return nullptr;
+}
+
+// `entries` with what a state has according to `fields` and they lack.
+StateDict Complete(const std::vector<StateField>& fields,
+                   const StateDict& entries, const StateDict& inert) {
+  StateDict complete;
+  for (const StateField& field : fields) {
+    const Value* value = entries.Find(field.name);
+    if (value == nullptr && field.required) value = inert.Find(field.name);
+    if (value != nullptr) complete.Append(field.name, *value);
+  }
+  for (size_t i = 0; i < entries.size(); ++i) {
+    if (FindField(fields, entries.key(i)) == nullptr) {
+      complete.Append(entries.key(i), entries.value(i));
+    }
+  }
+  return complete;
+}
+
+}  // namespace
+
+std::string GroupName(const OptimizerSource& optimizer, size_t group) {
+  return absl::StrCat(optimizer.type_name(), " group ", group);
+}
+
+ParameterOwners::ParameterOwners(const LiveModel& model)
+    : model_(model), owners_(model.table().groups().size()) {}
+
+absl::StatusOr<bool> ParameterOwners::Add(const OptimizerSource& optimizer,
+                                          size_t group, size_t param) {
+  const at::Tensor& tensor = optimizer.params(group)[param];
+  const absl::StatusOr<size_t> model_group = model_.GroupOf(tensor);
+  if (!model_group.ok()) {
+    return Annotate(
+        model_group.status(),
+        absl::StrCat(GroupName(optimizer, group), " parameter ", param));
+  }
+  model_group_ = *model_group;
+  Owner& owner = owners_[model_group_];
+  const Owner self{&optimizer, group, tensor.unsafeGetTensorImpl()};
+  if (owner.optimizer == nullptr) {
+    owner = self;
+    return true;
+  }
+  if (owner.optimizer == self.optimizer && owner.group == self.group &&
+      owner.tensor == self.tensor) {
+    return false;
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "parameter \"", model_.fqn(model_group_), "\" is in ",
+      GroupName(*owner.optimizer, owner.group), " and in ",
+      GroupName(optimizer, group),
+      owner.tensor == self.tensor ? "" : " (as another tensor of that memory)",
+      ", but an optimizer state dict has one state for each parameter; give "
+      "each parameter to one group, or use one session per optimizer"));
+}
+
+absl::StatusOr<TensorValue> WithShardingOf(const TensorValue& param,
+                                           const at::Tensor& tensor) {
+  if (std::optional<Sharding> own = ShardingTable::Global().Find(tensor)) {
+    return TensorValue::Sharded(*std::move(own), tensor);
+  }
+  if (!param.is_plain() && param.locals().size() == 1 &&
+      param.locals()[0].sizes() == tensor.sizes()) {
+    return TensorValue::Sharded(Sharding{param.layout(), param.holder()},
+                                tensor);
+  }
+  return TensorValue(tensor);
+}
+
+absl::Status CheckGroupState(const LiveModel& model,
+                             const OptimizerSource& optimizer, size_t group) {
+  if (!optimizer.has_group_state()) return absl::OkStatus();
+  for (const at::Tensor& tensor : optimizer.params(group)) {
+    DSD_ASSIGN_OR_RETURN(const size_t model_group, model.GroupOf(tensor));
+    if (model.value(model_group).is_plain()) continue;
+    return absl::FailedPreconditionError(absl::StrCat(
+        optimizer.type_name(),
+        " has one state for all parameters, in vectors over all their "
+        "elements, and \"",
+        model.fqn(model_group),
+        "\" is sharded; use an optimizer with a state per parameter, or do not "
+        "shard its parameters"));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<StateDict> OptimizerReader::ReadParam(const LiveModel& model,
+                                                     const Group& group,
+                                                     size_t index,
+                                                     size_t model_group,
+                                                     Param& param) {
+  const OptimizerSource& optimizer = *group.optimizer;
+  DSD_ASSIGN_OR_RETURN(StateDict entries, optimizer.State(group.index, index));
+  param.live = true;
+  if (!entries.empty() || param.trainable) {
+    const auto is_missing = [&](const StateField& field) {
+      return field.required && entries.Find(field.name) == nullptr;
+    };
+    if (std::any_of(group.fields.begin(), group.fields.end(), is_missing)) {
+      DSD_ASSIGN_OR_RETURN(const StateDict inert,
+                           optimizer.InertState(group.index, index));
+      entries = Complete(group.fields, entries, inert);
+      param.live = false;
+    }
+  }
+  const TensorValue& live = model.value(model_group);
+  const bool has_shards =
+      !live.is_plain() || ShardingTable::Global().generation() > 0;
+  for (size_t i = 0; has_shards && i < entries.size(); ++i) {
+    const auto* tensor = std::as_const(entries).value(i).get_if<TensorValue>();
+    if (tensor == nullptr || !tensor->is_plain() || !tensor->defined()) {
+      continue;
+    }
+    const StateField* const field = FindField(group.fields, entries.key(i));
+    if (field == nullptr || field->shape != StateField::Shape::kLikeParameter) {
+      continue;
+    }
+    absl::StatusOr<TensorValue> sharded =
+        WithShardingOf(live, tensor->locals()[0]);
+    DSD_RETURN_IF_ERROR(sharded)
+        << "optimizer state \"" << model.fqn(model_group) << "." << field->name
+        << "\"";
+    if (!sharded->is_plain()) entries.value(i) = Value(*std::move(sharded));
+  }
+  entries.Share();
+  return entries;
+}
+
+absl::Status OptimizerReader::ReadAll(
+    const LiveModel& model, absl::Span<OptimizerSource* const> optimizers) {
+  groups_.clear();
+  ParameterOwners owners(model);
+  StateDict state;
+  Value::List group_dicts;
+  for (OptimizerSource* const optimizer : optimizers) {
+    for (size_t index = 0; index < optimizer->num_groups(); ++index) {
+      Group group;
+      group.optimizer = optimizer;
+      group.index = index;
+      DSD_RETURN_IF_ERROR(CheckGroupState(model, *optimizer, index));
+      DSD_ASSIGN_OR_RETURN(group.hyperparameters,
+                           optimizer->Hyperparameters(index));
+      DSD_ASSIGN_OR_RETURN(group.fields,
+                           optimizer->StateFields(group.hyperparameters));
+      const absl::Span<const at::Tensor> params = optimizer->params(index);
+      group.params.reserve(params.size());
+      state.Reserve(state.size() + params.size());
+      Value::List names;
+      names.reserve(params.size());
+      for (size_t i = 0; i < params.size(); ++i) {
+        DSD_ASSIGN_OR_RETURN(const bool is_new,
+                             owners.Add(*optimizer, index, i));
+        Param& param = group.params.emplace_back(
+            Param{params[i].unsafeGetTensorImpl(), kNoEntry, !is_new,
+                  params[i].requires_grad(), true});
+        if (!is_new) continue;
+        const std::string& fqn = model.fqn(owners.model_group());
+        names.push_back(Value(fqn));
+        DSD_ASSIGN_OR_RETURN(
+            StateDict entries,
+            ReadParam(model, group, i, owners.model_group(), param));
+        if (entries.empty()) continue;
+        param.entry = static_cast<uint32_t>(state.size());
+        state.Append(fqn, Value(std::move(entries)));
+      }
+      DSD_ASSIGN_OR_RETURN(
+          StateDict group_dict,
+          GroupDict(*optimizer, index, group.hyperparameters, names.size()));
+      group_dict.Append(kParamsKey, Value(std::move(names)));
+      group_dict.Share();
+      group_dicts.push_back(Value(std::move(group_dict)));
+      groups_.push_back(std::move(group));
+    }
+  }
+  dict_ = StateDict();
+  dict_.Append(kStateKey, Value(std::move(state)));
+  dict_.Append(kGroupsKey, Value(std::move(group_dicts)));
+  dict_.Share();
+  return absl::OkStatus();
+}
+
+bool OptimizerReader::HasSameParameters(
+    const LiveModel& model,
+    absl::Span<OptimizerSource* const> optimizers) const {
+  if (model.tables_built() != tables_built_ ||
+      ShardingTable::Global().generation() != shardings_) {
+    return false;
+  }
+  size_t at = 0;
+  for (OptimizerSource* const optimizer : optimizers) {
+    for (size_t index = 0; index < optimizer->num_groups(); ++index, ++at) {
+      if (at == groups_.size()) return false;
+      const Group& group = groups_[at];
+      const absl::Span<const at::Tensor> params = optimizer->params(index);
+      if (group.optimizer != optimizer || group.index != index ||
+          group.params.size() != params.size()) {
+        return false;
+      }
+      for (size_t i = 0; i < params.size(); ++i) {
+        if (params[i].unsafeGetTensorImpl() != group.params[i].tensor) {
+          return false;
+        }
+      }
+    }
+  }
+  return at == groups_.size();
+}
+
+absl::Status OptimizerReader::ReadChanges(const LiveModel& model, bool* all) {
+  struct Change {
+    uint32_t entry;
+    StateDict state;
+  };
+  std::vector<Change> changes;
+  const StateDict& state = *std::as_const(dict_).value(0).get_if<StateDict>();
+  const StateDict none;
+  for (Group& group : groups_) {
+    DSD_ASSIGN_OR_RETURN(const ObjectDict hyperparameters,
+                         group.optimizer->Hyperparameters(group.index));
+    if (!(hyperparameters == group.hyperparameters)) {
+      *all = true;
+      return absl::OkStatus();
+    }
+    const absl::Span<const at::Tensor> params =
+        group.optimizer->params(group.index);
+    for (size_t i = 0; i < params.size(); ++i) {
+      Param& param = group.params[i];
+      if (param.duplicate) continue;
+      if (param.entry == kNoEntry) {
+        if (group.optimizer->HasState(group.index, i, none) &&
+            params[i].requires_grad() == param.trainable) {
+          continue;
+        }
+        *all = true;
+        return absl::OkStatus();
+      }
+      if (param.live &&
+          group.optimizer->HasState(
+              group.index, i, *state.value(param.entry).get_if<StateDict>())) {
+        continue;
+      }
+      param.trainable = params[i].requires_grad();
+      DSD_ASSIGN_OR_RETURN(const size_t model_group, model.GroupOf(params[i]));
+      DSD_ASSIGN_OR_RETURN(StateDict entries,
+                           ReadParam(model, group, i, model_group, param));
+      if (entries.empty()) {
+        *all = true;
+        return absl::OkStatus();
+      }
+      changes.push_back({param.entry, std::move(entries)});
+    }
+  }
+  if (changes.empty()) return absl::OkStatus();
+  StateDict& own = *dict_.value(0).get_if<StateDict>();
+  for (Change& change : changes) {
+    own.value(change.entry) = Value(std::move(change.state));
+  }
+  dict_.Share();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<StateDict> OptimizerReader::Read(
+    const LiveModel& model, absl::Span<OptimizerSource* const> optimizers) {
+  bool all = !HasSameParameters(model, optimizers);
+  absl::Status status;
+  if (!all) status = ReadChanges(model, &all);
+  if (all) status = ReadAll(model, optimizers);
+  tables_built_ = status.ok() ? model.tables_built() : -1;
+  shardings_ = ShardingTable::Global().generation();
+  DSD_RETURN_IF_ERROR(status);
+  return dict_;
+}
+
+}  // namespace dsd

@@ -1,0 +1,545 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Sets of models: key maps, assign, types, and tensors of every kind on both
+// sides.
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/ops/empty.h"
+#include "ATen/ops/equal.h"
+#include "ATen/ops/zeros.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/state_dict/fake_sources.h"
+#include "dsd/core/state_dict/key_map.h"
+#include "dsd/core/state_dict/source_session.h"
+#include "dsd/core/state_dict/test_world.h"
+#include "dsd/core/tensor/sharding_table.h"
+#include "dsd/testing/harness/rank_threads.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace dsd {
+namespace {
+
+using ::dsd::test::FakeModel;
+using ::dsd::test::FakeOptimizer;
+using ::dsd::test::Full;
+using ::dsd::test::KeysOf;
+using ::dsd::test::Numbers;
+using ::dsd::test::TensorAt;
+using ::dsd::test::World;
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+StateDict DictOf(std::vector<std::pair<std::string, at::Tensor>> tensors) {
+  StateDict dict;
+  for (auto& [key, tensor] : tensors) {
+    dict.Set(key, Value(TensorValue(std::move(tensor))));
+  }
+  return dict;
+}
+
+absl::StatusOr<IncompatibleKeys> Set(FakeModel& model, const StateDict& dict,
+                                     StateDictOptions options = {}) {
+  return SourceSession(&model, {}, nullptr, std::move(options)).SetModel(dict);
+}
+
+// torchtitan 639: names change between versions of a model.
+TEST(KeyMapTest, TableRenamesKeysOfBothDicts) {
+  FakeModel model;
+  FakeOptimizer optimizer;
+  model.Add("layer.w", at::zeros({2}).requires_grad_());
+  model.Add("layer.b", at::zeros({2}).requires_grad_());
+  optimizer.groups.push_back({{model.tensor(0), model.tensor(1)}, {}});
+  StateDictOptions options;
+  options.key_map = RenameKeys({{"old.w", "layer.w"}, {"dropped", ""}});
+  const StateDict model_dict = DictOf({{"old.w", Numbers({2}, 1)},
+                                       {"layer.b", Numbers({2}, 3)},
+                                       {"dropped", Numbers({9})}});
+  const auto state_of = [](double start) {
+    StateDict entry;
+    entry.Set("step", Value(4));
+    entry.Set("moment", Value(TensorValue(Numbers({2}, start))));
+    return Value(entry);
+  };
+  StateDict state;
+  state.Set("old.w", state_of(5));
+  state.Set("layer.b", state_of(7));
+  StateDict group;
+  group.Set("lr", Value(0.25));
+  group.Set("params", Value(Value::List{"old.w", "layer.b"}));
+  StateDict nested;
+  nested.Set("state", Value(state));
+  nested.Set("param_groups", Value(Value::List{Value(group)}));
+  StateDict flat;
+  flat.Set("state.old.w.step", Value(4));
+  flat.Set("state.old.w.moment", Value(TensorValue(Numbers({2}, 5))));
+  flat.Set("state.layer.b.step", Value(4));
+  flat.Set("state.layer.b.moment", Value(TensorValue(Numbers({2}, 7))));
+  flat.Set("param_groups.old.w.lr", Value(0.25));
+  flat.Set("param_groups.layer.b.lr", Value(0.25));
+  for (const StateDict& optimizer_dict : {nested, flat}) {
+    optimizer.state.clear();
+    optimizer.groups[0].hyperparameters = ObjectDict();
+    SourceSession session(&model, {&optimizer}, nullptr, options);
+    const auto keys = session.Set(model_dict, optimizer_dict);
+    ASSERT_TRUE(keys.ok()) << keys.status();
+    EXPECT_TRUE(keys->empty());
+    EXPECT_TRUE(at::equal(model.tensor(0).detach(), Numbers({2}, 1)));
+    EXPECT_TRUE(
+        at::equal(TensorAt(optimizer.StateOf(model.tensor(0)), "moment"),
+                  Numbers({2}, 5)));
+    EXPECT_TRUE(
+        at::equal(TensorAt(optimizer.StateOf(model.tensor(1)), "moment"),
+                  Numbers({2}, 7)));
+    EXPECT_EQ(*optimizer.groups[0].hyperparameters.Find("lr"), Object(0.25));
+  }
+  EXPECT_THAT(KeysOf(model_dict), ElementsAre("old.w", "layer.b", "dropped"));
+}
+
+TEST(KeyMapTest, CollisionsNameAllThree) {
+  FakeModel model;
+  model.Add("w", at::zeros({2}));
+  StateDictOptions options;
+  options.key_map = [](absl::string_view) { return std::string("w"); };
+  const absl::Status status =
+      Set(model, DictOf({{"a", Numbers({2})}, {"b", Numbers({2})}}), options)
+          .status();
+  EXPECT_THAT(status, IsStatus(absl::StatusCode::kInvalidArgument,
+                               "\"w\" of both \"a\" and \"b\""));
+}
+
+// Ranks whose functions give other names do not agree.
+TEST(KeyMapTest, FunctionsCountByTheNamesTheyGive) {
+  for (const absl::Status& status :
+       test::RunAndLeave(2, [](Communicator& comm) {
+         FakeModel model;
+         model.Add("w", at::zeros({2}));
+         StateDictOptions options;
+         options.strict = false;
+         options.key_map = [&](absl::string_view key) {
+           return std::string(comm.rank() == 0 ? key : "v");
+         };
+         return SourceSession(&model, {}, &comm, options)
+             .SetModel(DictOf({{"w", Numbers({2})}}))
+             .status();
+       })) {
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                 "ranks disagree"));
+  }
+}
+
+// A dict made by state_dict() of a DDP, compiled or checkpointed model.
+TEST(KeyMapTest, PrefixesOfWrappersAreReportedAndCanBeStripped) {
+  FakeModel model;
+  model.Add("l.w", at::zeros({2}));
+  const StateDict dict = DictOf(
+      {{"module._orig_mod.l._checkpoint_wrapped_module.w", Numbers({2}, 1)}});
+  EXPECT_THAT(Set(model, dict).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument,
+                       "set key_map = dsd::StripWrapperSegments()"));
+  StateDictOptions options;
+  options.key_map = StripWrapperSegments();
+  ASSERT_TRUE(Set(model, dict, options).ok());
+  EXPECT_TRUE(at::equal(model.tensor(0), Numbers({2}, 1)));
+}
+
+TEST(DTypePolicyTest, CastKeepAndError) {
+  FakeModel model;
+  model.Add("w", at::zeros({2}).requires_grad_());
+  const StateDict dict = DictOf({{"w", Numbers({2}, 1, c10::kDouble)}});
+  StateDictOptions options;
+  options.dtype_policy = DTypePolicy::kError;
+  EXPECT_THAT(
+      Set(model, dict, options).status(),
+      IsStatus(absl::StatusCode::kInvalidArgument,
+               "\"w\": type in the dict is Double, in the model Float"));
+  options.dtype_policy = DTypePolicy::kKeep;
+  EXPECT_THAT(Set(model, dict, options).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument, "assign = true"));
+  options.dtype_policy = DTypePolicy::kCast;
+  ASSERT_TRUE(Set(model, dict, options).ok());
+  EXPECT_EQ(model.tensor(0).scalar_type(), c10::kFloat);
+  EXPECT_TRUE(at::equal(model.tensor(0).detach(), Numbers({2}, 1)));
+  options.dtype_policy = DTypePolicy::kKeep;
+  options.assign = true;
+  ASSERT_TRUE(Set(model, dict, options).ok());
+  EXPECT_EQ(model.tensor(0).scalar_type(), c10::kDouble);
+  EXPECT_TRUE(model.tensor(0).requires_grad());
+  EXPECT_THAT(Set(model, DictOf({{"w", Numbers({2}, 1, c10::kLong)}}), options)
+                  .status(),
+              IsStatus(absl::StatusCode::kInvalidArgument, "gradients"));
+}
+
+// 188346: ties stay, and optimizers keep their parameters.
+TEST(AssignTest, ReplacesMemoryOfAllOwnersAndKeepsTheTensors) {
+  FakeModel model;
+  const at::Tensor shared = Numbers({3, 2}).requires_grad_();
+  model.Add("embedding", shared);
+  model.Add("head", shared);
+  model.Add("view", shared.detach());  // the same tensor, another object
+  const void* const memory = shared.data_ptr();
+  const void* const impl = shared.unsafeGetTensorImpl();
+  StateDictOptions options;
+  options.assign = true;
+  const at::Tensor input = Numbers({3, 2}, 10);
+  const auto keys = Set(model, DictOf({{"head", input}}), options);
+  ASSERT_TRUE(keys.ok()) << keys.status();
+  EXPECT_TRUE(keys->empty());
+  EXPECT_EQ(model.tensor(0).unsafeGetTensorImpl(), impl);
+  EXPECT_NE(shared.data_ptr(), memory);
+  EXPECT_TRUE(at::equal(shared.detach(), input));
+  EXPECT_TRUE(shared.requires_grad());
+  EXPECT_EQ(model.tensor(2).data_ptr(), shared.data_ptr());
+  EXPECT_NE(shared.data_ptr(), input.data_ptr());
+}
+
+TEST(AssignTest, MetaTensorsBecomeRealAndOthersAreReported) {
+  FakeModel model;
+  const at::Tensor meta = at::empty({2, 2}, c10::kMeta).requires_grad_();
+  model.Add("w", meta);
+  model.Add("cache", at::empty({4}, c10::kMeta),
+            EntryKind::kNonPersistentBuffer);
+  const StateDict dict = DictOf({{"w", Numbers({2, 2}, 5)}});
+  EXPECT_THAT(Set(model, dict).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument,
+                       "\"w\": the live tensor is on the meta device"));
+  StateDictOptions options;
+  options.assign = true;
+  const auto keys = Set(model, dict, options);
+  ASSERT_TRUE(keys.ok()) << keys.status();
+  EXPECT_THAT(keys->unmaterialized_keys, ElementsAre("cache"));
+  EXPECT_TRUE(meta.is_cpu());
+  EXPECT_TRUE(at::equal(meta.detach(), Numbers({2, 2}, 5)));
+  // It computes and differentiates as any other.
+  meta.mul(meta).sum().backward();
+  EXPECT_TRUE(at::equal(meta.grad(), meta.detach().mul(2)));
+}
+
+TEST(AssignTest, ShardsStayShards) {
+  StateDictOptions options;
+  options.assign = true;
+  options.dtype_policy = DTypePolicy::kKeep;
+  for (const int ranks : {1, 2, 4}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            ranks,
+            [&](Communicator& comm) -> absl::Status {
+              const auto model = World::Make(comm.size(), comm.rank());
+              StateDict dict;
+              for (const auto& [name, whole] : World::Whole(40)) {
+                dict.Set(name, Value(TensorValue(whole.to(c10::kDouble))));
+              }
+              if (comm.rank() != 0) dict = StateDict();
+              SourceSession session(model.get(), {}, &comm, options);
+              DSD_RETURN_IF_ERROR(session.SetModel(dict));
+              DSD_ASSIGN_OR_RETURN(
+                  const StateDict full,
+                  SourceSession(model.get(), {}, &comm, Full()).GetModel());
+              for (const auto& [name, whole] : World::Whole(40)) {
+                DSD_REQUIRE(
+                    at::equal(TensorAt(full, name), whole.to(c10::kDouble)));
+              }
+              return absl::OkStatus();
+            }),
+        AllOk());
+  }
+}
+
+TEST(TensorKindsTest, AnyStridesOnBothSides) {
+  // Transposed, channels last, every other row, a column of a wider tensor.
+  const auto kinds = [](double start) {
+    return std::vector<std::pair<std::string, at::Tensor>>{
+        {"transposed", Numbers({5, 3}, start).t()},
+        {"channels_last", Numbers({2, 3, 4, 5}, start)
+                              .contiguous(c10::MemoryFormat::ChannelsLast)},
+        {"every_other", Numbers({8, 2}, start).slice(0, 0, 8, 2)},
+        {"column", Numbers({6, 4}, start).slice(1, 2, 3)},
+        {"empty", Numbers({3, 0}, start)},
+        {"scalar", Numbers({}, start)}};
+  };
+  FakeModel model;
+  StateDict contiguous;
+  for (const auto& [name, tensor] : kinds(0)) model.Add(name, tensor);
+  for (const auto& [name, tensor] : kinds(100)) {
+    contiguous.Set(name, Value(TensorValue(tensor.contiguous())));
+  }
+  for (const StateDict& dict : {contiguous, DictOf(kinds(100))}) {
+    ASSERT_TRUE(Set(model, dict).ok());
+    size_t i = 0;
+    for (const auto& [name, tensor] : kinds(100)) {
+      EXPECT_TRUE(at::equal(model.tensor(i), tensor)) << name;
+      EXPECT_EQ(model.tensor(i++).strides(), tensor.strides()) << name;
+    }
+  }
+  const auto full = SourceSession(&model, {}, nullptr, Full()).GetModel();
+  ASSERT_TRUE(full.ok());
+  for (const auto& [name, tensor] : kinds(100)) {
+    EXPECT_TRUE(at::equal(TensorAt(*full, name), tensor)) << name;
+    EXPECT_TRUE(TensorAt(*full, name).is_contiguous()) << name;
+  }
+}
+
+TEST(TensorKindsTest, ExpandedValuesAreFineExpandedLiveTensorsAreNot) {
+  FakeModel model;
+  model.Add("w", at::zeros({4}));
+  ASSERT_TRUE(Set(model, DictOf({{"w", Numbers({1}, 7).expand({4})}})).ok());
+  EXPECT_TRUE(at::equal(model.tensor(0), Numbers({1}, 7).expand({4})));
+  model.Add("unfolded", at::zeros({10}).unfold(0, 4, 2));
+  EXPECT_THAT(
+      Set(model, DictOf({{"w", Numbers({4})}, {"unfolded", Numbers({4, 4})}}))
+          .status(),
+      IsStatus(absl::StatusCode::kInvalidArgument,
+               "\"unfolded\": the live tensor is expanded"));
+}
+
+TEST(TensorKindsTest, OverlappingLiveViewsAreNamedAsATarget) {
+  FakeModel model;
+  const at::Tensor whole = Numbers({4, 6});
+  model.Add("left", whole.slice(1, 0, 3));
+  model.Add("right", whole.slice(1, 3, 6));
+  const StateDict halves =
+      DictOf({{"left", Numbers({4, 3}, 1)}, {"right", Numbers({4, 3}, 50)}});
+  ASSERT_TRUE(Set(model, halves).ok());  // interleaved, but no element shared
+  EXPECT_TRUE(at::equal(model.tensor(0), Numbers({4, 3}, 1)));
+  model.Add("all", whole);
+  StateDict dict = halves;
+  dict.Set("all", Value(TensorValue(Numbers({4, 6}, 9))));
+  const at::Tensor before = whole.clone();
+  EXPECT_THAT(Set(model, dict).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument,
+                       "\"left\" and \"all\" share some of their memory"));
+  EXPECT_TRUE(at::equal(whole, before));
+  // A part of them that does not overlap can be set, and all can be got.
+  StateDictOptions options;
+  options.strict = false;
+  EXPECT_TRUE(Set(model, halves, options).ok());
+  EXPECT_TRUE(SourceSession(&model, {}, nullptr, Full()).GetModel().ok());
+}
+
+// Aliases of live tensors under other names: one must not be filled from what
+// the other has just become.
+TEST(TensorKindsTest, LiveTensorsCanBeSwapped) {
+  for (const int ranks : {1, 2}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            ranks,
+            [&](Communicator& comm) -> absl::Status {
+              FakeModel model;
+              const Layout rows = *Layout::FromPlacements(
+                  {4, 4}, DeviceMesh::Iota({comm.size()}), {Shard(0)});
+              model.AddShard("a", Numbers({4, 4}, 0), rows, comm.rank());
+              model.AddShard("b", Numbers({4, 4}, 100), rows, comm.rank());
+              model.Add("c", Numbers({3, 3}, 7));
+              SourceSession session(&model, {}, &comm, {});
+              DSD_ASSIGN_OR_RETURN(StateDict dict, session.GetModel());
+              const Value a = *dict.Find("a");
+              dict.Set("a", *dict.Find("b"));
+              dict.Set("b", a);
+              dict.Set("c", Value(TensorValue(model.tensor(2).t())));
+              DSD_RETURN_IF_ERROR(session.SetModel(dict));
+              DSD_REQUIRE(at::equal(
+                  model.tensor(0),
+                  test::ShardOf(Numbers({4, 4}, 100), rows, comm.rank())));
+              DSD_REQUIRE(at::equal(
+                  model.tensor(1),
+                  test::ShardOf(Numbers({4, 4}, 0), rows, comm.rank())));
+              DSD_REQUIRE(at::equal(model.tensor(2), Numbers({3, 3}, 7).t()));
+              return absl::OkStatus();
+            }),
+        AllOk());
+  }
+}
+
+TEST(TensorKindsTest, MetaIsReturnedByASimpleGetAndRefusedByAFullOne) {
+  FakeModel model;
+  model.Add("w", at::empty({2}, c10::kMeta));
+  const auto dict = SourceSession(&model, {}, nullptr, {}).GetModel();
+  ASSERT_TRUE(dict.ok());
+  EXPECT_TRUE(TensorAt(*dict, "w").is_meta());
+  EXPECT_THAT(SourceSession(&model, {}, nullptr, Full()).GetModel().status(),
+              IsStatus(absl::StatusCode::kInvalidArgument, "meta"));
+  model.tensor(0) = at::zeros({2});
+  EXPECT_THAT(Set(model, *dict).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument,
+                       "\"w\": the tensor in the dict is on the meta device"));
+}
+
+TEST(TensorKindsTest, UndefinedValueIsAMisfit) {
+  FakeModel model;
+  model.Add("w", at::zeros({2}));
+  EXPECT_THAT(
+      Set(model, DictOf({{"w", at::Tensor()}})).status(),
+      IsStatus(absl::StatusCode::kInvalidArgument, "found an undefined one"));
+}
+
+TEST(TensorKindsTest, NonPersistentBuffersAreInNoDict) {
+  FakeModel model;
+  model.Add("w", at::zeros({2}));
+  model.Add("cache", at::zeros({2}), EntryKind::kNonPersistentBuffer);
+  const auto dict = SourceSession(&model, {}, nullptr, {}).GetModel();
+  ASSERT_TRUE(dict.ok());
+  EXPECT_THAT(KeysOf(*dict), ElementsAre("w"));
+  const auto keys = Set(model, *dict);
+  ASSERT_TRUE(keys.ok());
+  EXPECT_THAT(keys->missing_keys, IsEmpty());
+  StateDict more = *dict;
+  more.Set("cache", Value(TensorValue(Numbers({2}))));
+  EXPECT_THAT(Set(model, more).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument,
+                       "unexpected keys (1): \"cache\""));
+}
+
+TEST(TensorKindsTest, FrozenTiedParametersAreLeftOutUnderAllNames) {
+  FakeModel model;
+  const at::Tensor shared = Numbers({2});
+  model.Add("a", shared);
+  model.Add("b", Numbers({2}).requires_grad_());
+  model.Add("c", shared);
+  StateDictOptions options;
+  options.ignore_frozen_params = true;
+  const auto dict = SourceSession(&model, {}, nullptr, options).GetModel();
+  ASSERT_TRUE(dict.ok());
+  EXPECT_THAT(KeysOf(*dict), ElementsAre("b"));
+  // Frozen parameters load as any other; without them it is a partial dict.
+  EXPECT_THAT(Set(model, *dict).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument, "\"a\""));
+  StateDictOptions partial;
+  partial.strict = false;
+  const auto keys = Set(model, *dict, partial);
+  ASSERT_TRUE(keys.ok());
+  EXPECT_THAT(keys->missing_keys, ElementsAre("a"));
+}
+
+// FSDP1 (use_orig_params = False): parameters are intervals of one flat tensor,
+// cut between ranks wherever it comes out.
+TEST(LayoutsTest, FlatParameters) {
+  for (const int ranks : {1, 2, 4}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            ranks,
+            [&](Communicator& comm) -> absl::Status {
+              const std::vector<std::pair<std::string, at::Tensor>> params = {
+                  {"l1.weight", Numbers({3, 5}, 100)},
+                  {"l1.bias", Numbers({3}, 200)},
+                  {"l2.weight", Numbers({2, 3}, 300)}};
+              int64_t total = 0;
+              for (const auto& [name, whole] : params) total += whole.numel();
+              const int64_t part = (total + ranks - 1) / ranks;
+              const at::Tensor flat = at::zeros({part});
+              FakeModel model;
+              int64_t first = 0;
+              for (const auto& [name, whole] : params) {
+                std::vector<FlatInterval> intervals;
+                for (int rank = 0; rank < ranks; ++rank) {
+                  const auto cut = [&](int64_t at) {
+                    return std::min(std::max<int64_t>(at - first, 0),
+                                    whole.numel());
+                  };
+                  intervals.push_back(
+                      {rank, cut(rank * part), cut((rank + 1) * part)});
+                }
+                const FlatInterval mine = intervals[comm.rank()];
+                const int64_t at =
+                    std::max<int64_t>(first - comm.rank() * part, 0);
+                at::Tensor view =
+                    mine.begin == mine.end
+                        ? flat.slice(0, 0, 0)
+                        : flat.slice(0, at, at + mine.end - mine.begin);
+                view.copy_(whole.view(-1).slice(0, mine.begin, mine.end));
+                DSD_ASSIGN_OR_RETURN(
+                    const Layout layout,
+                    Layout::FromFlatIntervals(
+                        {whole.sizes().begin(), whole.sizes().end()},
+                        intervals));
+                DSD_RETURN_IF_ERROR(
+                    ShardingTable::Global().Set(view, layout, comm.rank()));
+                model.Add(name, view);
+                first += whole.numel();
+              }
+              SourceSession session(&model, {}, &comm, Full());
+              DSD_ASSIGN_OR_RETURN(StateDict dict, session.GetModel());
+              StateDict doubled;
+              for (const auto& [name, whole] : params) {
+                DSD_REQUIRE(at::equal(TensorAt(dict, name), whole));
+                doubled.Set(name, Value(TensorValue(whole.mul(2))));
+              }
+              DSD_RETURN_IF_ERROR(
+                  session.SetModel(comm.rank() == 0 ? doubled : StateDict()));
+              DSD_ASSIGN_OR_RETURN(dict, session.GetModel());
+              for (const auto& [name, whole] : params) {
+                DSD_REQUIRE(at::equal(TensorAt(dict, name), whole.mul(2)));
+              }
+              return absl::OkStatus();
+            }),
+        AllOk());
+  }
+}
+
+// ShardedTensor: explicit offsets and sizes, uneven; the last rank has nothing.
+TEST(LayoutsTest, ExplicitBoxes) {
+  for (const int ranks : {1, 2, 4}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            ranks,
+            [&](Communicator& comm) -> absl::Status {
+              const at::Tensor whole = Numbers({7, 3}, 10);
+              std::vector<HolderBox> boxes;
+              const int owners = std::max(1, ranks - 1);
+              int64_t row = 0;
+              for (int rank = 0; rank < owners; ++rank) {
+                const int64_t end =
+                    rank + 1 == owners ? 7 : row + 1 + 2 * (rank % 2);
+                boxes.push_back({rank, Box{{row, 0}, {end, 3}}});
+                row = end;
+              }
+              DSD_ASSIGN_OR_RETURN(const Layout layout,
+                                   Layout::FromBoxes({7, 3}, boxes));
+              const bool has = comm.rank() < owners;
+              at::Tensor local = at::zeros({0, 3});
+              if (has) {
+                const Box& box = boxes[comm.rank()].box;
+                local = whole.slice(0, box.lo[0], box.hi[0]).clone();
+              }
+              DSD_RETURN_IF_ERROR(
+                  ShardingTable::Global().Set(local, layout, comm.rank()));
+              FakeModel model;
+              model.Add("w", local);
+              SourceSession session(&model, {}, &comm, Full());
+              DSD_ASSIGN_OR_RETURN(const StateDict dict, session.GetModel());
+              DSD_REQUIRE(at::equal(TensorAt(dict, "w"), whole));
+              DSD_RETURN_IF_ERROR(
+                  session.SetModel(DictOf({{"w", whole.add(100)}})));
+              DSD_ASSIGN_OR_RETURN(const StateDict after, session.GetModel());
+              DSD_REQUIRE(at::equal(TensorAt(after, "w"), whole.add(100)));
+              // Shards to shards of another kind.
+              DSD_ASSIGN_OR_RETURN(
+                  const Layout columns,
+                  Layout::FromPlacements(
+                      {7, 3}, DeviceMesh::Iota({comm.size()}), {Shard(1)}));
+              DSD_ASSIGN_OR_RETURN(
+                  TensorValue sharded,
+                  TensorValue::Sharded(
+                      {columns, comm.rank()},
+                      test::ShardOf(whole, columns, comm.rank())));
+              StateDict other;
+              other.Set("w", Value(std::move(sharded)));
+              DSD_RETURN_IF_ERROR(
+                  SourceSession(&model, {}, &comm, {}).SetModel(other));
+              DSD_ASSIGN_OR_RETURN(const StateDict again, session.GetModel());
+              DSD_REQUIRE(at::equal(TensorAt(again, "w"), whole));
+              return absl::OkStatus();
+            }),
+        AllOk());
+  }
+}
+
+}  // namespace
+}  // namespace dsd

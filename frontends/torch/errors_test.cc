@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The catalogue of errors of torch.distributed.checkpoint.state_dict, row by
+// row: what is an error here too, with which code and text, and what is none.
+// Rows that the type system excludes have no test: an input that is not a
+// mapping, load_state_dict() overridden without `assign`, deprecation warnings.
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/ops/equal.h"
+#include "ATen/ops/full.h"
+#include "ATen/ops/ones.h"
+#include "ATen/ops/zeros.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "dsd/core/fqn/module_wrapper.h"
+#include "dsd/core/state_dict/extra_state.h"
+#include "dsd/frontends/torch/state_dict.h"
+#include "dsd/testing/harness/rank_threads.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "torch/nn/modules/linear.h"
+#include "torch/optim/adamw.h"
+#include "torch/optim/sgd.h"
+
+namespace dsd {
+namespace {
+
+namespace nn = torch::nn;
+namespace optim = torch::optim;
+constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
+
+StateDictOptions NotStrict() {
+  StateDictOptions options;
+  options.strict = false;
+  return options;
+}
+
+struct Wrapper : nn::Module, ModuleWrapper {
+  explicit Wrapper(const std::string& child) {
+    register_module(child, nn::Linear(2, 1).ptr());
+  }
+  absl::string_view wrapped_child_name() const override { return "module"; }
+};
+
+TEST(VerifyOptionsTest, OptimizerCallWithoutOptimizers) {
+  nn::Linear net(2, 1);
+  EXPECT_THAT(GetOptimizerStateDict(*net, {}).status(),
+              IsStatus(kInvalid, "no optimizers were given"));
+  EXPECT_THAT(SetOptimizerStateDict(*net, {}, StateDict()),
+              IsStatus(kInvalid, "no optimizers were given"));
+}
+
+TEST(VerifyOptionsTest, BroadcastWithoutFull) {
+  nn::Linear net(2, 1);
+  StateDictOptions options;
+  options.broadcast_from_rank0 = true;
+  for (const absl::Status& status :
+       {GetModelStateDict(*net, nullptr, options).status(),
+        SetModelStateDict(*net, StateDict(), nullptr, options).status()}) {
+    EXPECT_THAT(status, IsStatus(kInvalid,
+                                 "broadcast_from_rank0 needs full_state_dict"));
+  }
+}
+
+TEST(VerifyOptionsTest, TwoSourcesOfData) {
+  nn::Linear net(2, 1);
+  StateDictOptions options;
+  options.full_state_dict = true;
+  options.broadcast_from_rank0 = true;
+  options.source_rank = 1;
+  EXPECT_THAT(SetModelStateDict(*net, StateDict(), nullptr, options).status(),
+              IsStatus(kInvalid, "exclude each other"));
+}
+
+TEST(VerifyDictTest, EmptyModelDictWhileRequired) {
+  nn::Linear net(2, 1);
+  EXPECT_THAT(SetModelStateDict(*net, StateDict()).status(),
+              IsStatus(kInvalid, "missing keys (2): \"weight\", \"bias\""));
+  const auto keys = SetModelStateDict(*net, StateDict(), nullptr, NotStrict());
+  ASSERT_TRUE(keys.ok());
+  EXPECT_THAT(keys->missing_keys, testing::ElementsAre("weight", "bias"));
+}
+
+TEST(VerifyDictTest, EmptyOptimizerDictWhileRequired) {
+  nn::Linear net(2, 1);
+  optim::AdamW optimizer(net->parameters());
+  EXPECT_THAT(SetOptimizerStateDict(*net, optimizer, StateDict()),
+              IsStatus(kInvalid, "\"weight\""));
+}
+
+TEST(VerifyDictTest, FlatParamInAKey) {
+  nn::Linear net(2, 1);
+  StateDict dict = *GetModelStateDict(*net);
+  dict.Set("_fsdp_wrapped_module._flat_param",
+           Value(TensorValue(at::zeros({3}))));
+  EXPECT_THAT(SetModelStateDict(*net, dict).status(),
+              IsStatus(kInvalid, "is a flat parameter of FSDP"));
+}
+
+TEST(FqnTest, WrapperWhoseSegmentIsNotThere) {
+  Wrapper net("net");
+  EXPECT_THAT(GetModelStateDict(net).status(),
+              IsStatus(kInvalid, "no child of that name"));
+}
+
+TEST(FqnTest, ExtraStateThatIsNotLast) {
+  nn::Linear net(2, 1);
+  StateDict dict = *GetModelStateDict(*net);
+  dict.Set("_extra_state.weight", Value(1));
+  EXPECT_THAT(SetModelStateDict(*net, dict).status(),
+              IsStatus(kInvalid, "unexpected keys (1)"));
+}
+
+// torchtitan 3569: a key that no attribute has is reported, not a crash.
+TEST(FqnTest, NoSuchAttribute) {
+  nn::Linear net(2, 1);
+  StateDict dict = *GetModelStateDict(*net);
+  dict.Set("made.by.a.hook", Value(TensorValue(at::zeros({1}))));
+  EXPECT_THAT(SetModelStateDict(*net, dict).status(),
+              IsStatus(kInvalid, "unexpected keys (1): \"made.by.a.hook\""));
+  EXPECT_TRUE(SetModelStateDict(*net, dict, nullptr, NotStrict()).ok());
+}
+
+TEST(ModelGetTest, TwoTensorsOfOneName) {
+  Wrapper net("module");
+  net.register_parameter("weight", at::zeros({1}));
+  EXPECT_THAT(GetModelStateDict(net).status(),
+              IsStatus(absl::StatusCode::kAlreadyExists,
+                       "registered as \"weight\" and as \"module.weight\""));
+}
+
+// KeyError upstream: the filter has dropped it before.
+TEST(ModelGetTest, FrozenParameterOutsideTheSubmodules) {
+  struct Net : nn::Module {
+    Net() {
+      register_module("a", a.ptr());
+      register_module("b", b.ptr());
+      a->weight.requires_grad_(false);
+    }
+    nn::Linear a{2, 1};
+    nn::Linear b{2, 1};
+  };
+  Net net;
+  StateDictOptions options;
+  options.ignore_frozen_params = true;
+  options.submodules = {"b"};
+  const auto dict = GetModelStateDict(net, nullptr, options);
+  ASSERT_TRUE(dict.ok());
+  EXPECT_EQ(dict->size(), 2);
+}
+
+// ValueError upstream: any value passes here.
+TEST(GatherTest, ExtraStateOfAnyKind) {
+  struct Net : nn::Module, ExtraState {
+    absl::StatusOr<Value> GetExtraState() const override {
+      return Value(Value::Tuple{{Value(Opaque{"a.B"}), Value(Bytes{"x"})}});
+    }
+    absl::Status SetExtraState(const Value&) override {
+      return absl::OkStatus();
+    }
+  };
+  Net net;
+  StateDictOptions options;
+  options.full_state_dict = true;
+  options.cpu_offload = true;
+  const auto dict = GetModelStateDict(net, nullptr, options);
+  ASSERT_TRUE(dict.ok()) << dict.status();
+  EXPECT_TRUE(dict->Find("_extra_state")->is<Value::Tuple>());
+}
+
+TEST(ModelLoadTest, MissingKeyOfAWrappedModelIsCanonical) {
+  Wrapper net("module");
+  StateDict dict = *GetModelStateDict(net);
+  dict.Erase(std::string("bias"));
+  EXPECT_THAT(SetModelStateDict(net, dict).status(),
+              IsStatus(kInvalid, "missing keys (1): \"bias\""));
+  const auto keys = SetModelStateDict(net, dict, nullptr, NotStrict());
+  ASSERT_TRUE(keys.ok());
+  EXPECT_THAT(keys->missing_keys, testing::ElementsAre("bias"));
+}
+
+// 158519: and the caller's dict stays as it is.
+TEST(ModelLoadTest, InputOfAWrappedModelIsNotEdited) {
+  Wrapper net("module");
+  const StateDict dict = *GetModelStateDict(net);
+  ASSERT_TRUE(SetModelStateDict(net, dict).ok());
+  EXPECT_EQ(dict.size(), 2);
+  EXPECT_TRUE(dict.contains("weight"));
+}
+
+TEST(ModelLoadTest, StrictMismatchListsBothKinds) {
+  nn::Linear net(2, 1);
+  StateDict dict;
+  dict.Set("wieght", Value(TensorValue(at::zeros({1, 2}))));
+  const absl::Status status = SetModelStateDict(*net, dict).status();
+  EXPECT_THAT(status, IsStatus(kInvalid, "missing keys (2)"));
+  EXPECT_THAT(status, IsStatus(kInvalid, "unexpected keys (1): \"wieght\""));
+  EXPECT_THAT(status, IsStatus(kInvalid, "set strict = false"));
+}
+
+TEST(ModelLoadTest, ShapeMismatchWhateverStrictIs) {
+  for (const bool strict : {true, false}) {
+    nn::Linear net(2, 1);
+    const at::Tensor before = net->bias.detach().clone();
+    StateDict dict;
+    dict.Set("weight", Value(TensorValue(at::zeros({2, 2}))));
+    dict.Set("bias", Value(TensorValue(at::full({1}, 5.0))));
+    StateDictOptions options;
+    options.strict = strict;
+    EXPECT_THAT(SetModelStateDict(*net, dict, nullptr, options).status(),
+                IsStatus(kInvalid,
+                         "\"weight\": shape in the dict is [2, 2], in the "
+                         "model [1, 2]"));
+    EXPECT_TRUE(at::equal(net->bias, before));
+  }
+}
+
+// Silently broadcast or half applied upstream.
+TEST(ModelLoadTest, ShapeThatWouldBroadcastIsAMismatch) {
+  nn::Linear net(2, 3);
+  StateDict dict = *GetModelStateDict(*net);
+  dict.Set("bias", Value(TensorValue(at::zeros({1}))));
+  EXPECT_THAT(SetModelStateDict(*net, dict).status(),
+              IsStatus(kInvalid, "\"bias\": shape"));
+}
+
+TEST(OptimizerGetTest, ParameterOutsideTheModel) {
+  nn::Linear net(2, 1);
+  nn::Linear other(2, 1);
+  optim::SGD optimizer(other->parameters(), 0.1);
+  EXPECT_THAT(
+      GetOptimizerStateDict(*net, optimizer).status(),
+      IsStatus(absl::StatusCode::kNotFound, "not a parameter of the model"));
+}
+
+// #164257: the names of all, and what to do.
+TEST(OptimizerSetTest, MissingStateWhileStrict) {
+  nn::Linear net(2, 1);
+  optim::AdamW optimizer(net->parameters());
+  StateDict dict = *GetOptimizerStateDict(*net, optimizer);
+  dict.Set("state", Value(StateDict()));
+  const absl::Status status = SetOptimizerStateDict(*net, optimizer, dict);
+  EXPECT_THAT(status, IsStatus(kInvalid, "\"weight\""));
+  EXPECT_THAT(status, IsStatus(kInvalid, "\"bias\""));
+  EXPECT_THAT(status, IsStatus(kInvalid, "strict = false"));
+  EXPECT_TRUE(
+      SetOptimizerStateDict(*net, optimizer, dict, nullptr, NotStrict()).ok());
+}
+
+// AssertionError upstream: "Expected device to be set".
+TEST(FullLoadTest, StatelessOptimizer) {
+  nn::Linear net(2, 1);
+  optim::SGD optimizer(net->parameters(), 0.1);
+  StateDictOptions options;
+  options.full_state_dict = true;
+  const auto dict = GetOptimizerStateDict(*net, optimizer, nullptr, options);
+  ASSERT_TRUE(dict.ok());
+  EXPECT_TRUE(
+      SetOptimizerStateDict(*net, optimizer, *dict, nullptr, options).ok());
+}
+
+// KeyError upstream.
+TEST(FullLoadTest, FlattenFlagIsIgnored) {
+  nn::Linear net(2, 1);
+  optim::AdamW optimizer(net->parameters());
+  StateDictOptions options;
+  options.full_state_dict = true;
+  const auto nested = GetOptimizerStateDict(*net, optimizer, nullptr, options);
+  ASSERT_TRUE(nested.ok());
+  options.flatten_optimizer_state_dict = true;
+  const auto flat = GetOptimizerStateDict(*net, optimizer, nullptr, options);
+  ASSERT_TRUE(flat.ok());
+  for (const StateDict& dict : {*nested, *flat}) {
+    EXPECT_TRUE(
+        SetOptimizerStateDict(*net, optimizer, dict, nullptr, options).ok());
+  }
+}
+
+// 149516: KeyError upstream.
+TEST(BroadcastTest, CpuOffloadWithAKeyThatOthersDoNotHave) {
+  for (const int ranks : {1, 2, 4}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            ranks,
+            [&](Communicator& comm) -> absl::Status {
+              nn::Linear net(2, 1);
+              StateDictOptions options = NotStrict();
+              options.full_state_dict = true;
+              options.broadcast_from_rank0 = true;
+              options.cpu_offload = true;
+              StateDict dict;
+              if (comm.rank() == 0) {
+                dict.Set("weight", Value(TensorValue(at::full({1, 2}, 4.0))));
+                dict.Set("unknown", Value(TensorValue(at::ones({3}))));
+              }
+              const auto keys = SetModelStateDict(*net, dict, &comm, options);
+              if (!keys.ok()) return keys.status();
+              EXPECT_THAT(keys->missing_keys, testing::ElementsAre("bias"));
+              EXPECT_THAT(keys->unexpected_keys,
+                          testing::ElementsAre("unknown"));
+              EXPECT_TRUE(at::equal(net->weight, at::full({1, 2}, 4.0)));
+              return absl::OkStatus();
+            }),
+        AllOk());
+  }
+}
+
+}  // namespace
+}  // namespace dsd
