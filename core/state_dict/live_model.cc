@@ -90,11 +90,14 @@ absl::Status LiveModel::Refresh(Mover& mover) {
     revision_ = revision;
     has_overlap_.reset();
     identities_.clear();
+    identities_.reserve(tensors_.size());
     for (const at::Tensor& tensor : tensors_) {
       identities_.push_back(IdentityOf(tensor));
     }
     group_of_.clear();
+    group_of_.reserve(tensors_.size());
     group_of_identity_.clear();
+    group_of_identity_.reserve(tensors_.size());
     for (const FqnTable::Entry& entry : table_.entries()) {
       if (entry.kind == EntryKind::kExtraState) continue;
       group_of_.emplace(tensors_[entry.slot].unsafeGetTensorImpl(),

@@ -107,6 +107,15 @@ absl::StatusOr<StateDict> GetModelState(const LiveModel& model,
   const FqnTable& table = model.table();
   DSD_ASSIGN_OR_RETURN(const KeyScope scope, KeyScope::Create(table, options));
   StateDict dict;
+  if (scope.is_everything()) dict.Reserve(table.entries().size());
+  const auto put = [&](const std::string& key, Value value) {
+    // FQNs differ.
+    if (scope.is_everything()) {
+      dict.Append(key, std::move(value));
+    } else {
+      dict.Set(key, std::move(value));
+    }
+  };
   absl::flat_hash_map<size_t, Value> extra_states;  // by group: asked once
   for (const FqnTable::Entry& entry : table.entries()) {
     if (options.ignore_frozen_params && entry.kind == EntryKind::kParameter &&
@@ -115,7 +124,7 @@ absl::StatusOr<StateDict> GetModelState(const LiveModel& model,
     }
     absl::Status status;
     scope.ForEachKey(entry, [&](const std::string& key) {
-      if (dict.contains(key)) {
+      if (!scope.is_everything() && dict.contains(key)) {
         status.Update(absl::InvalidArgumentError(
             absl::StrCat("without the prefixes of the submodules \"", entry.fqn,
                          "\" and another tensor have the key \"", key,
@@ -124,12 +133,12 @@ absl::StatusOr<StateDict> GetModelState(const LiveModel& model,
       }
       ExtraState* const extra = model.extra_state(entry.group);
       if (extra == nullptr) {
-        dict.Set(key, Value(model.value(entry.group)));
+        put(key, Value(model.value(entry.group)));
         return;
       }
       const auto known = extra_states.find(entry.group);
       if (known != extra_states.end()) {
-        dict.Set(key, known->second);
+        put(key, known->second);
         return;
       }
       absl::StatusOr<Value> value = extra->GetExtraState();
@@ -139,7 +148,7 @@ absl::StatusOr<StateDict> GetModelState(const LiveModel& model,
         return;
       }
       extra_states.emplace(entry.group, *value);
-      dict.Set(key, *std::move(value));
+      put(key, *std::move(value));
     });
     DSD_RETURN_IF_ERROR(status);
   }

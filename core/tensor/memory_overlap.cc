@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <map>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -99,32 +98,35 @@ bool OverlapsItself(const at::Tensor& tensor) {
 
 std::optional<std::pair<size_t, size_t>> FindOverlap(
     absl::Span<const at::Tensor> tensors) {
-  std::map<const void*, std::vector<Range>> by_storage;
+  // Most tensors have a storage of their own.
+  struct Place {
+    const void* storage;
+    Range range;
+  };
+  std::vector<Place> places;
+  places.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = tensors[i];
     if (!tensor.defined() || !tensor.has_storage() || tensor.numel() == 0 ||
         tensor.is_meta()) {
       continue;
     }
-    by_storage[tensor.storage().unsafeGetStorageImpl()].push_back(
-        RangeOf(tensor, i));
+    places.push_back(
+        {tensor.storage().unsafeGetStorageImpl(), RangeOf(tensor, i)});
   }
+  std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) {
+    return std::tie(a.storage, a.range.begin, a.range.index) <
+           std::tie(b.storage, b.range.begin, b.range.index);
+  });
   std::optional<std::pair<size_t, size_t>> first;
-  for (auto& [storage, ranges] : by_storage) {
-    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) {
-      return std::tie(a.begin, a.index) < std::tie(b.begin, b.index);
-    });
-    for (size_t i = 0; i < ranges.size(); ++i) {
-      for (size_t j = i + 1;
-           j < ranges.size() && ranges[j].begin < ranges[i].end; ++j) {
-        const std::pair<size_t, size_t> pair =
-            std::minmax(ranges[i].index, ranges[j].index);
-        if (first.has_value() && *first < pair) continue;
-        if (Overlap(tensors[ranges[i].index], ranges[i],
-                    tensors[ranges[j].index])) {
-          first = pair;
-        }
-      }
+  for (size_t i = 0; i < places.size(); ++i) {
+    const Range& a = places[i].range;
+    for (size_t j = i + 1; j < places.size(); ++j) {
+      const Range& b = places[j].range;
+      if (places[j].storage != places[i].storage || b.begin >= a.end) break;
+      const std::pair<size_t, size_t> pair = std::minmax(a.index, b.index);
+      if (first.has_value() && *first < pair) continue;
+      if (Overlap(tensors[a.index], a, tensors[b.index])) first = pair;
     }
   }
   return first;
