@@ -42,6 +42,9 @@ DSD_RANK_PROGRAM(MarkedGets) {
   DSD_ASSIGN_OR_RETURN(const auto session,
                        StateDictSession::Create(model, optimizer, comm.get()));
   DSD_RETURN_IF_ERROR(comm->Barrier());
+  // No rank is before or after its gets while another gets: its messages would
+  // be seen to arrive.
+  DSD_RETURN_IF_ERROR(rank.Pause("before"));
   for (const char* const get : {"dsd:first get", "dsd:second get"}) {
     Mark(get);
     const auto state = session->Get();
@@ -51,6 +54,7 @@ DSD_RANK_PROGRAM(MarkedGets) {
       return absl::InternalError("the state is not all there");
     }
   }
+  DSD_RETURN_IF_ERROR(rank.Pause("after"));
   // What strace must show, or it shows nothing at all.
   Mark("dsd:message");
   const absl::Status status = comm->Barrier();
@@ -60,7 +64,14 @@ DSD_RANK_PROGRAM(MarkedGets) {
 }
 
 TEST(SilentGetTest, Runs) {
-  EXPECT_THAT(RunRanks(2, "MarkedGets"), AllRanksOk());
+  RankProcesses processes(2, "MarkedGets");
+  for (const char* const place : {"before", "after"}) {
+    for (int rank = 0; rank < 2; ++rank) {
+      EXPECT_TRUE(processes.WaitFor(rank, place)) << "rank " << rank;
+    }
+    for (int rank = 0; rank < 2; ++rank) processes.Release(rank);
+  }
+  EXPECT_THAT(processes.Wait(), AllRanksOk());
 }
 
 }  // namespace
