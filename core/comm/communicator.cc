@@ -722,6 +722,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
   engine.store =
       std::make_shared<EngineStore>(raw, member.group, options.store);
   engine.bind_address = options.bind_address;
+  engine.context = options.backend_context;
   absl::StatusOr<std::unique_ptr<Engine>> made = descriptor->create(engine);
   if (!made.ok()) {
     core->Fail(Annotate(made.status(), absl::StrCat("connect ", core->Here())),

@@ -60,6 +60,8 @@ struct CommunicatorOptions {
   uint64_t generation = 0;
   // See EngineOptions.
   std::string bind_address;
+  // What backends that need more of the caller say that it is; usually null.
+  std::shared_ptr<void> backend_context;
   absl::Duration connect_timeout = absl::Minutes(2);
 };
 

@@ -83,6 +83,8 @@ struct EngineOptions {
   // Address of the interface to use, for instance "127.0.0.1"; empty: the
   // backend's own rule and environment variables.
   std::string bind_address;
+  // CommunicatorOptions::backend_context.
+  std::shared_ptr<void> context;
 };
 
 // Thread-safe: any thread may Start; Wait on one batch is called by one thread.
