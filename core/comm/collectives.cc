@@ -449,8 +449,17 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::OpenLane(
         absl::StrCat("OpenLane ", core.Here(), ": there is a lane \"", name,
                      "\" already; lanes of one group need different names"));
   }
-  return absl::WrapUnique(new Communicator(std::make_unique<Lane>(
-      lane_->core, std::string(name), /*is_main=*/false)));
+  auto lane = std::make_unique<Lane>(lane_->core, std::string(name),
+                                     /*is_main=*/false);
+  if (core.has_cuda_memory && core.engine != nullptr) {
+    const ActiveCall active(lane_->core, lane->id, Call("OpenLane"), options,
+                            /*collective=*/true);
+    const absl::Status opened =
+        core.engine->OpenLane(lane->id, active.deadline);
+    if (absl::IsDeadlineExceeded(opened)) return core.TimeIsOver(active, -1);
+    if (!opened.ok()) return core.EngineFailed(opened, active.call.text);
+  }
+  return absl::WrapUnique(new Communicator(std::move(lane)));
 }
 
 absl::Status Communicator::Shutdown(const CallOptions& options) {

@@ -36,6 +36,10 @@ std::string Quoted(absl::string_view text) {
   return absl::StrCat("\"", absl::Utf8SafeCHexEscape(text), "\"");
 }
 
+std::string ExchangeText(absl::string_view label) {
+  return absl::StrCat("exchange ", Quoted(label));
+}
+
 size_t CallBytes(const Call& call) {
   return std::min(call.text.size(), kMaxEnvelopeCall);
 }
@@ -46,9 +50,15 @@ size_t PayloadOffset(const Call& call) {
   return sizeof(EnvelopeHead) + CallBytes(call);
 }
 
-size_t EnvelopeBytes(const Call& call, size_t payload_bytes) {
-  return PayloadOffset(call) +
-         (payload_bytes <= kMaxInlinePayload ? payload_bytes : 0);
+template <class Op>
+bool RidesInEnvelope(const Op& op) {
+  return op.space.type == DeviceType::kCpu &&
+         op.data.size() <= kMaxInlinePayload;
+}
+
+template <class Op>
+size_t EnvelopeBytes(const Call& call, const Op& op) {
+  return PayloadOffset(call) + (RidesInEnvelope(op) ? op.data.size() : 0);
 }
 
 }  // namespace
@@ -326,8 +336,8 @@ struct PendingExchange::Impl {
   using ActiveCall = Communicator::ActiveCall;
 
   struct Incoming {
-    int peer;
-    absl::Span<std::byte> data;
+    RecvOp op;
+    const Call* call;
     uint64_t sequence;
     const std::byte* envelope;
     // Where its messages stand in the list given to the engine.
@@ -335,6 +345,15 @@ struct PendingExchange::Impl {
     size_t payload_index;  // kNone: rides in the envelope
   };
   static constexpr size_t kNone = ~size_t{0};
+
+  // That of the message alone, or that of the exchange.
+  const Call& CallOf(absl::string_view label) {
+    if (label.empty()) return active->call;
+    if (labelled.empty() || labelled.back().text != ExchangeText(label)) {
+      labelled.emplace_back(ExchangeText(label));
+    }
+    return labelled.back();
+  }
 
   ~Impl() {
     if (!finished) {
@@ -356,6 +375,7 @@ struct PendingExchange::Impl {
   std::unique_ptr<ActiveCall> own;  // if it is a call by itself
   const ActiveCall* active = nullptr;
   bool finished = false;
+  std::deque<Call> labelled;  // for CallOf
   std::unique_ptr<std::byte[]> envelopes;
   std::vector<Incoming> incoming;
   std::vector<std::shared_ptr<bool>> self_done;
@@ -374,23 +394,24 @@ absl::Status PendingExchange::Impl::Check(const Incoming& in) {
   std::memcpy(&e, in.envelope, sizeof(e));
   if (e.magic != EnvelopeHead::kMagic || e.version != EnvelopeHead::kVersion) {
     return absl::FailedPreconditionError(absl::StrCat(
-        "rank ", in.peer, " sends messages of format ", absl::Hex(e.magic), " ",
-        e.version, ", expected ", absl::Hex(EnvelopeHead::kMagic), " ",
+        "rank ", in.op.peer, " sends messages of format ", absl::Hex(e.magic),
+        " ", e.version, ", expected ", absl::Hex(EnvelopeHead::kMagic), " ",
         EnvelopeHead::kVersion, "; use the same dsd on all ranks"));
   }
   if (e.generation != core->generation || e.lane != lane->id ||
       e.sequence != in.sequence || e.call_size > kMaxEnvelopeCall) {
     return absl::InternalError(absl::StrCat(
-        "message ", in.sequence, " from rank ", in.peer, " on lane ",
+        "message ", in.sequence, " from rank ", in.op.peer, " on lane ",
         Quoted(lane->name), " says that it is message ", e.sequence,
         " of lane ", absl::Hex(e.lane), ", generation ", e.generation));
   }
-  if (e.call_digest != active->call.digest ||
-      e.payload_size != in.data.size()) {
+  if (e.call_digest != in.call->digest || e.payload_size != in.op.data.size() ||
+      e.memory != in.op.space.type) {
     const absl::string_view call(
         reinterpret_cast<const char*>(in.envelope + sizeof(e)), e.call_size);
-    return lane->Mismatch(in.peer, call, e.payload_size, active->call.text,
-                          in.data.size(), in.sequence);
+    return lane->Mismatch(in.op.peer, {call, e.payload_size, e.memory},
+                          {in.call->text, in.op.data.size(), in.op.space.type},
+                          in.sequence);
   }
   return absl::OkStatus();
 }
@@ -400,21 +421,21 @@ absl::Status PendingExchange::Impl::WaitForAll() {
     if (const absl::Status status =
             batch->WaitReceived(in.envelope_index, active->deadline);
         !status.ok()) {
-      return Explain(status, in.peer);
+      return Explain(status, in.op.peer);
     }
     if (const absl::Status status = Check(in); !status.ok()) {
       core->Fail(status, /*tell=*/true);
       return core->ErrorDuring(active->call.text);
     }
     if (in.payload_index == kNone) {
-      if (!in.data.empty()) {
-        std::memcpy(in.data.data(), in.envelope + PayloadOffset(active->call),
-                    in.data.size());
+      if (!in.op.data.empty()) {
+        std::memcpy(in.op.data.data(), in.envelope + PayloadOffset(*in.call),
+                    in.op.data.size());
       }
     } else if (const absl::Status status =
                    batch->WaitReceived(in.payload_index, active->deadline);
                !status.ok()) {
-      return Explain(status, in.peer);
+      return Explain(status, in.op.peer);
     }
   }
   if (batch != nullptr) {
@@ -471,16 +492,22 @@ Communicator::Lane::Lane(std::shared_ptr<Core> c, std::string n, bool main)
       next_send(core->size, 0),
       next_recv(core->size, 0) {}
 
-absl::Status Communicator::Lane::Mismatch(int from, absl::string_view sent,
-                                          uint64_t sent_size,
-                                          absl::string_view expected,
-                                          uint64_t expected_size,
+absl::Status Communicator::Lane::Mismatch(int from, const Described& sent,
+                                          const Described& expected,
                                           uint64_t sequence) const {
+  const auto text = [&](const Described& message) {
+    return absl::StrCat(
+        message.size, " bytes ",
+        sent.memory == expected.memory
+            ? ""
+            : (message.memory == DeviceType::kCpu ? "of host memory "
+                                                  : "of device memory "),
+        "in ", message.call);
+  };
   return absl::FailedPreconditionError(absl::StrCat(
-      "ranks disagree: rank ", from, " sends ", sent_size, " bytes in ", sent,
-      ", but rank ", core->rank, " expects ", expected_size, " bytes in ",
-      expected, " (message ", sequence, " between them on lane ", Quoted(name),
-      " of group ", Quoted(core->group),
+      "ranks disagree: rank ", from, " sends ", text(sent), ", but rank ",
+      core->rank, " expects ", text(expected), " (message ", sequence,
+      " between them on lane ", Quoted(name), " of group ", Quoted(core->group),
       "); all ranks must make the same calls in the same order"));
 }
 
@@ -491,8 +518,8 @@ absl::Status Communicator::Lane::MatchSelf() {
     self_sends.pop_front();
     self_recvs.pop_front();
     if (send.size != recv.size || send.call.digest != recv.call.digest) {
-      core->Fail(Mismatch(core->rank, send.call.text, send.size, recv.call.text,
-                          recv.size, 0),
+      core->Fail(Mismatch(core->rank, {send.call.text, send.size},
+                          {recv.call.text, recv.size}, 0),
                  /*tell=*/true);
       return core->ErrorDuring(recv.call.text);
     }
@@ -521,8 +548,7 @@ Communicator::Lane::Begin(Call call, const CallOptions& options,
 absl::StatusOr<PendingExchange> Communicator::Lane::Start(
     absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
     const ActiveCall& active) {
-  const Call& call = active.call;
-  if (!core->status().ok()) return core->ErrorDuring(call.text);
+  if (!core->status().ok()) return core->ErrorDuring(active.call.text);
 
   auto impl = std::make_unique<PendingExchange::Impl>();
   impl->core = core;
@@ -531,7 +557,9 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
   impl->finished = true;  // until something is posted
   // A receive must have room for what another call of its peer might send.
   size_t room = recvs.size() * kMaxEnvelopeBytes;
-  for (const SendOp& op : sends) room += EnvelopeBytes(call, op.data.size());
+  for (const SendOp& op : sends) {
+    room += EnvelopeBytes(impl->CallOf(op.label), op);
+  }
   impl->envelopes.reset(new std::byte[room]);
   std::byte* envelope = impl->envelopes.get();
   const auto take = [&](size_t bytes) {
@@ -541,14 +569,15 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
   std::vector<EngineRecv> engine_recvs;
   engine_recvs.reserve(2 * recvs.size());
   for (const RecvOp& op : recvs) {
+    const Call& call = impl->CallOf(op.label);
     if (op.peer == core->rank) {
       self_recvs.push_back({call, nullptr, op.data.data(), op.data.size()});
       impl->self_done.push_back(self_recvs.back().done);
       continue;
     }
     const uint64_t sequence = next_recv[op.peer]++;
-    PendingExchange::Impl::Incoming in{op.peer,
-                                       op.data,
+    PendingExchange::Impl::Incoming in{op,
+                                       &call,
                                        sequence,
                                        envelope,
                                        engine_recvs.size(),
@@ -556,12 +585,12 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
     engine_recvs.push_back({op.peer,
                             MessageTag(id, sequence, MessagePart::kEnvelope, 0),
                             take(kMaxEnvelopeBytes)});
-    if (op.data.size() > kMaxInlinePayload) {
+    if (!RidesInEnvelope(op)) {
       in.payload_index = engine_recvs.size();
       engine_recvs.push_back(
           {op.peer,
            MessageTag(id, sequence, MessagePart::kPayload, op.data.size()),
-           op.data});
+           op.data, op.space, id});
     }
     impl->incoming.push_back(in);
   }
@@ -569,6 +598,7 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
   std::vector<EngineSend> engine_sends;
   engine_sends.reserve(2 * sends.size());
   for (const SendOp& op : sends) {
+    const Call& call = impl->CallOf(op.label);
     if (op.peer == core->rank) {
       self_sends.push_back({call, op.data.data(), nullptr, op.data.size()});
       impl->self_done.push_back(self_sends.back().done);
@@ -576,23 +606,23 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
     }
     const uint64_t sequence = next_send[op.peer]++;
     EnvelopeHead e;
-    e.call_size = static_cast<uint16_t>(CallBytes(call));
+    e.call_size = static_cast<uint8_t>(CallBytes(call));
+    e.memory = op.space.type;
     e.generation = core->generation;
     e.lane = id;
     e.sequence = sequence;
     e.payload_size = op.data.size();
     e.call_digest = call.digest;
-    const absl::Span<std::byte> bytes =
-        take(EnvelopeBytes(call, op.data.size()));
+    const absl::Span<std::byte> bytes = take(EnvelopeBytes(call, op));
     std::memcpy(bytes.data(), &e, sizeof(e));
     std::memcpy(bytes.data() + sizeof(e), call.text.data(), e.call_size);
     engine_sends.push_back(
         {op.peer, MessageTag(id, sequence, MessagePart::kEnvelope, 0), bytes});
-    if (op.data.size() > kMaxInlinePayload) {
+    if (!RidesInEnvelope(op)) {
       engine_sends.push_back(
           {op.peer,
            MessageTag(id, sequence, MessagePart::kPayload, op.data.size()),
-           op.data});
+           op.data, op.space, id});
     } else if (!op.data.empty()) {
       std::memcpy(bytes.data() + PayloadOffset(call), op.data.data(),
                   op.data.size());
@@ -603,7 +633,9 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
   if (!engine_recvs.empty() || !engine_sends.empty()) {
     absl::StatusOr<std::unique_ptr<EngineBatch>> batch =
         core->engine->Start(engine_sends, engine_recvs);
-    if (!batch.ok()) return core->EngineFailed(batch.status(), call.text);
+    if (!batch.ok()) {
+      return core->EngineFailed(batch.status(), active.call.text);
+    }
     impl->batch = *std::move(batch);
   }
   impl->finished = false;
@@ -640,6 +672,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
   core->rank = options.rank;
   core->size = options.world_size;
   core->backend = descriptor == nullptr ? "" : std::string(descriptor->name);
+  core->has_cuda_memory = descriptor != nullptr && descriptor->cuda_memory;
   core->group = options.group;
   core->generation = options.generation;
   core->env = options.env;
@@ -689,6 +722,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
   engine.store =
       std::make_shared<EngineStore>(raw, member.group, options.store);
   engine.bind_address = options.bind_address;
+  engine.context = options.backend_context;
   absl::StatusOr<std::unique_ptr<Engine>> made = descriptor->create(engine);
   if (!made.ok()) {
     core->Fail(Annotate(made.status(), absl::StrCat("connect ", core->Here())),
@@ -736,6 +770,9 @@ Communicator::~Communicator() {
 int Communicator::rank() const { return lane_->core->rank; }
 int Communicator::size() const { return lane_->core->size; }
 absl::string_view Communicator::backend() const { return lane_->core->backend; }
+bool Communicator::has_cuda_memory() const {
+  return lane_->core->has_cuda_memory;
+}
 uint64_t Communicator::generation() const { return lane_->core->generation; }
 Env* Communicator::env() const { return lane_->core->env; }
 
@@ -745,18 +782,29 @@ absl::StatusOr<PendingExchange> Communicator::StartExchange(
     absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
     absl::string_view label, const CallOptions& options) {
   Core& core = *lane_->core;
-  const auto check = [&](int peer) {
-    if (peer >= 0 && peer < core.size) return absl::OkStatus();
-    return absl::InvalidArgumentError(
-        absl::StrCat("exchange ", Quoted(label), " ", core.Here(), ": peer ",
-                     peer, " is not in [0, ", core.size, ")"));
+  const auto check = [&](int peer, const MemorySpace& space) {
+    const auto error = [&](auto... what) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(ExchangeText(label), " ", core.Here(), ": ", what...));
+    };
+    if (peer < 0 || peer >= core.size) {
+      return error("peer ", peer, " is not in [0, ", core.size, ")");
+    }
+    if (space.type == DeviceType::kCpu) return absl::OkStatus();
+    if (peer == core.rank) {
+      return error("a message to the rank itself must be in host memory");
+    }
+    if (!core.has_cuda_memory) {
+      return error("backend ", Quoted(core.backend),
+                   " moves host memory only; copy there first");
+    }
+    return absl::OkStatus();
   };
-  for (const SendOp& op : sends) DSD_RETURN_IF_ERROR(check(op.peer));
-  for (const RecvOp& op : recvs) DSD_RETURN_IF_ERROR(check(op.peer));
+  for (const SendOp& op : sends) DSD_RETURN_IF_ERROR(check(op.peer, op.space));
+  for (const RecvOp& op : recvs) DSD_RETURN_IF_ERROR(check(op.peer, op.space));
   DSD_ASSIGN_OR_RETURN(
       std::unique_ptr<ActiveCall> active,
-      lane_->Begin(Call(absl::StrCat("exchange ", Quoted(label))), options,
-                   /*collective=*/false));
+      lane_->Begin(Call(ExchangeText(label)), options, /*collective=*/false));
   DSD_ASSIGN_OR_RETURN(PendingExchange pending,
                        lane_->Start(sends, recvs, *active));
   pending.impl_->own = std::move(active);

@@ -29,13 +29,20 @@ namespace dsd {
 
 enum class ReduceOp : uint8_t { kSum, kMin, kMax };
 
+// `label`: of this message alone, else that of the exchange holds. Both sides
+// of a message are in memory of the same type; memory of a device needs a
+// backend with cuda_memory and a peer that is another rank.
 struct SendOp {
   int peer;
   absl::Span<const std::byte> data;
+  MemorySpace space = {};
+  absl::string_view label = {};
 };
 struct RecvOp {
   int peer;
   absl::Span<std::byte> data;
+  MemorySpace space = {};
+  absl::string_view label = {};
 };
 
 struct CommunicatorOptions {
@@ -53,6 +60,8 @@ struct CommunicatorOptions {
   uint64_t generation = 0;
   // See EngineOptions.
   std::string bind_address;
+  // What backends that need more of the caller say that it is; usually null.
+  std::shared_ptr<void> backend_context;
   absl::Duration connect_timeout = absl::Minutes(2);
 };
 
@@ -108,6 +117,8 @@ class Communicator {
   int rank() const;
   int size() const;
   absl::string_view backend() const;
+  // Whether messages may be in CUDA memory.
+  bool has_cuda_memory() const;
   uint64_t generation() const;
   Env* env() const;
 
@@ -125,7 +136,8 @@ class Communicator {
   // match in the order in which each side names them, over all calls on this
   // lane. The two sides must agree on sizes; a rank with no op for a peer is
   // not involved. Memory must stay until Wait returns. Deadline and
-  // cancellation of `options` hold for the Wait.
+  // cancellation of `options` hold for the Wait. Messages in device memory that
+  // wait for each other, as in a ring, must be in one exchange on each rank.
   absl::StatusOr<PendingExchange> StartExchange(
       absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
       absl::string_view label, const CallOptions& options = {});

@@ -87,6 +87,7 @@ struct Communicator::Core {
   int rank = 0;
   int size = 1;
   std::string backend;
+  bool has_cuda_memory = false;
   std::string group;
   uint64_t generation = 0;
   Env* env = nullptr;
@@ -163,9 +164,13 @@ struct Communicator::Lane {
   absl::Status MatchSelf();
 
   // The mismatch of a message, as an error that both sides understand.
-  absl::Status Mismatch(int from, absl::string_view sent, uint64_t sent_size,
-                        absl::string_view expected, uint64_t expected_size,
-                        uint64_t sequence) const;
+  struct Described {
+    absl::string_view call;
+    uint64_t size = 0;
+    DeviceType memory = DeviceType::kCpu;
+  };
+  absl::Status Mismatch(int from, const Described& sent,
+                        const Described& expected, uint64_t sequence) const;
 
   absl::Status Barrier(const ActiveCall& active);
   // parts[rank] is in place already.

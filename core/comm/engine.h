@@ -17,26 +17,46 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "dsd/core/base/dtype.h"
 
 namespace dsd {
 
 class Env;
 class Store;
 
+// Where the bytes of a message are. Memory of a CUDA device is read and written
+// in the order of `stream`, a cudaStream_t (null: the default stream): after
+// what was enqueued there before the call, and before what is enqueued there
+// after the wait.
+struct MemorySpace {
+  DeviceType type = DeviceType::kCpu;
+  void* stream = nullptr;
+};
+
 // `tag` names one message from one rank to another: Communicator never uses a
 // tag twice between the same two ranks in one direction. A send may be shorter
 // than the receive of its tag, which then fills the front of its memory, and is
 // never longer; a send or receive whose counterpart has another tag never
 // matches anything and is ended by Cancel. `peer` is never this rank.
+//
+// Device memory comes only to engines with cuda_memory, and to a counterpart of
+// the same size in device memory. Such messages of one lane come from one
+// thread at a time, in an order in which the Starts of a lane could be carried
+// out one after another: messages that wait for each other, as in a ring, are
+// in one Start on each rank.
 struct EngineSend {
   int peer;
   uint64_t tag;
   absl::Span<const std::byte> data;
+  MemorySpace space = {};
+  uint64_t lane = 0;  // as in OpenLane
 };
 struct EngineRecv {
   int peer;
   uint64_t tag;
   absl::Span<std::byte> data;
+  MemorySpace space = {};
+  uint64_t lane = 0;
 };
 
 // Posted sends and receives. The destructor blocks until the engine no longer
@@ -63,6 +83,8 @@ struct EngineOptions {
   // Address of the interface to use, for instance "127.0.0.1"; empty: the
   // backend's own rule and environment variables.
   std::string bind_address;
+  // CommunicatorOptions::backend_context.
+  std::shared_ptr<void> context;
 };
 
 // Thread-safe: any thread may Start; Wait on one batch is called by one thread.
@@ -75,6 +97,12 @@ class Engine {
   // Errors: DeadlineExceeded naming absent ranks where known; Unavailable;
   // Aborted after Cancel.
   virtual absl::Status Connect(absl::Time deadline) = 0;
+
+  // Device memory may be sent on this lane from now on. Collective. Errors:
+  // those of Connect.
+  virtual absl::Status OpenLane(uint64_t /*lane*/, absl::Time /*deadline*/) {
+    return absl::OkStatus();
+  }
 
   // Posts all receives, then all sends, without waiting for completion.
   virtual absl::StatusOr<std::unique_ptr<EngineBatch>> Start(

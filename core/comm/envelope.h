@@ -9,21 +9,24 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "dsd/core/base/dtype.h"
+
 namespace dsd {
 
 // An envelope is this head, the text of the call (for people; may be cut), and
-// the payload if it is small: one message, so that small ones cost one. It says
-// what the sender means before the receiver must trust a size. A larger payload
-// is the next message, straight from and to the caller's memory; the size is
-// part of that message's tag, so one of another size than expected matches no
-// receive, whatever the backend would do with it.
+// the payload if it is small and in host memory: one message, so that small
+// ones cost one. It says what the sender means before the receiver must trust a
+// size. A larger payload is the next message, straight from and to the caller's
+// memory; the size is part of that message's tag, so one of another size than
+// expected matches no receive, whatever the backend would do with it.
 struct EnvelopeHead {
   static constexpr uint32_t kMagic = 0x6d647364;  // "dsdm"
-  static constexpr uint16_t kVersion = 2;
+  static constexpr uint16_t kVersion = 3;
 
   uint32_t magic = kMagic;
   uint16_t version = kVersion;
-  uint16_t call_size = 0;
+  uint8_t call_size = 0;
+  DeviceType memory = DeviceType::kCpu;  // of the payload
   uint64_t generation = 0;
   uint64_t lane = 0;
   uint64_t sequence = 0;
@@ -34,6 +37,7 @@ static_assert(sizeof(EnvelopeHead) == 48);
 static_assert(std::is_trivially_copyable_v<EnvelopeHead>);
 
 inline constexpr size_t kMaxEnvelopeCall = 192;
+static_assert(kMaxEnvelopeCall <= 0xff);
 // Up to here a copy costs less than a message.
 inline constexpr size_t kMaxInlinePayload = size_t{16} << 10;
 inline constexpr size_t kMaxEnvelopeBytes =

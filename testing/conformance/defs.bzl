@@ -1,35 +1,31 @@
-"""The conformance suite as a test per backend."""
+"""The conformance suite as a test of a backend, of this repository or another."""
 
 load("//third_party/bazel:cc.bzl", "dsd_cc_test")
 
-def conformance_test(name, backends, cases):
-    """Declares <name>_<backend> for each backend, and <name> for all.
+def conformance_test(name, backend, target):
+    """Declares a test that runs all cases on one backend.
 
     Args:
-      name: of the suite of all.
-      backends: names of folders in //backends.
-      cases: libraries of cases, with alwayslink.
+      name: of the test.
+      backend: the name under which it is registered.
+      target: the library that registers it.
     """
-    for backend in backends:
-        dsd_cc_test(
-            name = "%s_%s" % (name, backend),
-            size = "large",
-            srcs = ["conformance_test.cc"],
-            local_defines = ["DSD_BACKEND=\\\"%s\\\"" % backend],
-            main = "//testing/harness:rank_main",
-            tags = ["cpu:2"],
-            deps = cases + [
-                ":conformance",
-                "//backends/" + backend,
-                "//core/base",
-                "//core/comm",
-                "//testing/harness:rank_processes",
-                "//testing/harness:rank_threads",
-                "@com_google_absl//absl/strings",
-                "@com_google_absl//absl/synchronization",
-            ],
-        )
-    native.test_suite(
+    dsd_cc_test(
         name = name,
-        tests = [":%s_%s" % (name, backend) for backend in backends],
+        size = "large",
+        srcs = [Label("//testing/conformance:conformance_test.cc")],
+        local_defines = ["DSD_BACKEND=\\\"%s\\\"" % backend],
+        main = Label("//testing/harness:rank_main"),
+        tags = ["cpu:2"],
+        deps = [
+            target,
+            Label("//core/base"),
+            Label("//core/comm"),
+            Label("//testing/conformance"),
+            Label("//testing/conformance:cases"),
+            Label("//testing/harness:rank_processes"),
+            Label("//testing/harness:rank_threads"),
+            Label("@com_google_absl//absl/strings"),
+            Label("@com_google_absl//absl/synchronization"),
+        ],
     )

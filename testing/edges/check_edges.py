@@ -26,6 +26,8 @@ ALLOWED = {
     "core/tensor": ["core/transfer"],
     "core/state_dict": ["core/tensor", "core/fqn", "core/value", "core/plan"],
     "backends": ["core/base", "core/comm"],
+    # Works over a process group of LibTorch's.
+    "backends/c10d": ["core/comm", "core/tensor"],
     "frontends/module": ["core/state_dict"],
     "frontends/optimizer": ["core/state_dict"],
     "frontends/script": ["core/state_dict"],

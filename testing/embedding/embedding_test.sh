@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Makes a second workspace and builds two programs there against @dsd: one with
-# each backend as the default, and one with LibTorch.
+# Makes a second workspace and builds two programs there against @dsd, one with
+# each backend as the default and one with LibTorch, and a backend.
 set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
@@ -72,6 +72,16 @@ if "$bazel" "${startup[@]}" "${build[@]}" --@dsd//backends:default=carrier_pigeo
   exit 1
 fi
 grep -q 'gloo' "$TEST_TMPDIR/err"
+
+# A backend of theirs is the default of a program, and passes the suite that ours pass.
+"$bazel" "${startup[@]}" "${build[@]}" --@dsd//backends:default_backend=//:pigeon //:embedded //:pigeon_conformance_test
+./bazel-bin/embedded | tee "$TEST_TMPDIR/out"
+grep -qx 'backends: pigeon' "$TEST_TMPDIR/out"
+./bazel-bin/pigeon_conformance_test > "$TEST_TMPDIR/out" || {
+  tail -n 100 "$TEST_TMPDIR/out"
+  exit 1
+}
+tail -n 1 "$TEST_TMPDIR/out"
 
 # What the embedder declared before the call is what is used.
 "$bazel" "${startup[@]}" query "${workspace_mode[@]}" --noshow_progress //external:xxhash --output=build \

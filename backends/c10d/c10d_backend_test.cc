@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What is c10d's own; what all backends must do is in testing/conformance.
+
+#include "dsd/backends/c10d/c10d_backend.h"
+
+#include <signal.h>
+#include <stdlib.h>
+
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/Functions.h"
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/backends/c10d/own_group.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/testing/harness/rank_processes.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "torch/csrc/distributed/c10d/Backend.hpp"
+#include "torch/csrc/distributed/c10d/ProcessGroup.hpp"
+
+namespace dsd {
+namespace {
+
+using Group = c10::intrusive_ptr<c10d::Backend>;
+using ::testing::HasSubstr;
+
+// The argument is the file in which the ranks of LibTorch meet.
+absl::StatusOr<Group> MakeGroup(RankContext& rank) {
+  signal(SIGPIPE, SIG_IGN);
+  return MakeGlooGroup(rank.argument(), rank.rank(), rank.world_size());
+}
+
+std::vector<RankResult> RunWithFile(int ranks, absl::string_view program,
+                                    RankRunOptions options = {}) {
+  std::string path = absl::StrCat(getenv("TEST_TMPDIR"), "/c10d_XXXXXX");
+  EXPECT_NE(mkdtemp(path.data()), nullptr);
+  options.argument = path + "/store";
+  return RunRanks(ranks, program, options);
+}
+
+absl::Status SumsUp(Group& group) {
+  return TorchToStatus([&]() -> absl::Status {
+    std::vector<at::Tensor> tensors = {
+        at::full({3}, static_cast<float>(group->getRank() + 1), at::kFloat)};
+    group->allreduce(tensors)->wait();
+    const int size = group->getSize();
+    const float expected = static_cast<float>(size * (size + 1)) / 2;
+    return tensors[0].eq(expected).all().item<bool>()
+               ? absl::OkStatus()
+               : absl::InternalError("the group's own sum is wrong");
+  });
+}
+
+// Messages of `bytes` from each rank to each, small and large ones mixed.
+absl::Status AllToAll(Communicator& comm, size_t bytes) {
+  std::vector<std::vector<std::byte>> out(comm.size());
+  std::vector<std::vector<std::byte>> in(comm.size());
+  std::vector<SendOp> sends;
+  std::vector<RecvOp> recvs;
+  for (int peer = 0; peer < comm.size(); ++peer) {
+    out[peer].assign(bytes, std::byte(16 * comm.rank() + peer));
+    in[peer].resize(bytes);
+    sends.push_back({peer, out[peer]});
+    recvs.push_back({peer, absl::MakeSpan(in[peer])});
+  }
+  DSD_RETURN_IF_ERROR(comm.Exchange(sends, recvs, "all to all"));
+  for (int peer = 0; peer < comm.size(); ++peer) {
+    if (in[peer] !=
+        std::vector<std::byte>(bytes, std::byte(16 * peer + comm.rank()))) {
+      return absl::InternalError(absl::StrCat("from rank ", peer));
+    }
+  }
+  return absl::OkStatus();
+}
+
+DSD_RANK_PROGRAM(SharesTheGroup) {
+  DSD_ASSIGN_OR_RETURN(Group group, MakeGroup(rank));
+  DSD_RETURN_IF_ERROR(SumsUp(group));
+  // Two at once, one after another, and the group's own calls in between.
+  for (int round = 0; round < 2; ++round) {
+    DSD_ASSIGN_OR_RETURN(const auto comm, ConnectOverProcessGroup(group));
+    DSD_ASSIGN_OR_RETURN(const auto other, ConnectOverProcessGroup(group));
+    if (comm->backend() != "c10d") return absl::InternalError("backend");
+    for (const size_t bytes : {0, 1, 20 << 10, (20 << 10) + 1, 5 << 20}) {
+      DSD_RETURN_IF_ERROR(AllToAll(*comm, bytes));
+      DSD_RETURN_IF_ERROR(SumsUp(group));
+      DSD_RETURN_IF_ERROR(AllToAll(*other, bytes));
+    }
+    DSD_RETURN_IF_ERROR(other->Shutdown());
+    DSD_RETURN_IF_ERROR(AllToAll(*comm, 100));
+    DSD_RETURN_IF_ERROR(comm->Shutdown());
+  }
+  return SumsUp(group);
+}
+
+TEST(C10dBackendTest, SharesTheGroupWithItsUser) {
+  for (const int ranks : {1, 2, 4}) {
+    EXPECT_THAT(RunWithFile(ranks, "SharesTheGroup"), AllRanksOk()) << ranks;
+  }
+}
+
+DSD_RANK_PROGRAM(LosesARank) {
+  DSD_ASSIGN_OR_RETURN(Group group, MakeGroup(rank));
+  DSD_ASSIGN_OR_RETURN(const auto comm, ConnectOverProcessGroup(group));
+  DSD_RETURN_IF_ERROR(comm->Barrier());
+  rank.Reach("connected");
+  return AllToAll(*comm, 32 << 20);
+}
+
+TEST(C10dBackendTest, DeathIsNamed) {
+  for (int dead = 0; dead < 3; ++dead) {
+    RankRunOptions options;
+    options.kill_at = {{dead, "connected"}};
+    const std::vector<RankResult> results =
+        RunWithFile(3, "LosesARank", options);
+    for (int rank = 0; rank < 3; ++rank) {
+      if (rank == dead) continue;
+      EXPECT_EQ(results[rank].status.code(), absl::StatusCode::kUnavailable)
+          << ::testing::PrintToString(results[rank]);
+      EXPECT_THAT(results[rank].status.message(),
+                  HasSubstr(absl::StrCat("rank ", dead)));
+    }
+  }
+}
+
+DSD_RANK_PROGRAM(WrongHost) {
+  DSD_ASSIGN_OR_RETURN(Group group, MakeGroup(rank));
+  ProcessGroupOptions options;
+  options.store_host = "192.0.2.1";  // nobody's
+  return ConnectOverProcessGroup(group, options).status();
+}
+
+TEST(C10dBackendTest, ErrorOfRankZeroIsEverybodys) {
+  for (const RankResult& result : RunWithFile(2, "WrongHost")) {
+    EXPECT_EQ(result.status.code(), absl::StatusCode::kFailedPrecondition)
+        << ::testing::PrintToString(result);
+    EXPECT_THAT(result.status.message(), HasSubstr("192.0.2.1"));
+  }
+}
+
+TEST(C10dBackendTest, GroupsThatCannotServe) {
+  EXPECT_EQ(ConnectOverProcessGroup(Group()).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  const auto empty = c10::make_intrusive<c10d::ProcessGroup>(0, 2);
+  const absl::Status status = ConnectOverProcessGroup(empty).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("host memory"));
+}
+
+}  // namespace
+}  // namespace dsd

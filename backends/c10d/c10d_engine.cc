@@ -1,0 +1,572 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A process group's tags have 31 bits and no say in sizes: Gloo's ends the
+// process if a message is longer than its receive. So tags of messages travel
+// in frames of a fixed size, which one thread of each rank receives from all
+// others. A small message is in the frame. A large one waits until the receiver
+// says that it is ready, in a frame that names the tag (here: slot) under which
+// it now expects just these bytes in the caller's own memory.
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "ATen/core/Tensor.h"
+#include "ATen/ops/empty.h"
+#include "ATen/ops/from_blob.h"
+#include "absl/base/no_destructor.h"
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "dsd/backends/c10d/c10d_backend.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/tensor/torch_boundary.h"
+#include "torch/csrc/distributed/c10d/Backend.hpp"
+
+namespace dsd {
+namespace {
+
+using Work = c10::intrusive_ptr<c10d::Work>;
+using Message = std::pair<int, uint64_t>;  // peer, tag
+
+// Every envelope of Communicator fits.
+constexpr size_t kMaxFramedBytes = size_t{20} << 10;
+// What peers may send before this rank expects it; far more than a call has
+// under way.
+constexpr size_t kMaxEarlyBytes = size_t{256} << 20;
+constexpr absl::Duration kByePatience = absl::Seconds(2);
+constexpr std::chrono::milliseconds kForever = std::chrono::hours(24 * 365);
+
+// Tags of the process group; its user's own are small numbers.
+constexpr int kFirstSlot = 1 << 29;
+constexpr int kFirstFrameTag = 1 << 30;
+
+enum class FrameKind : uint32_t { kSmall = 1, kReady = 2, kBye = 3 };
+
+struct FrameHead {
+  static constexpr uint32_t kMagic = 0x66647364;  // "dsdf"
+  uint32_t magic = kMagic;
+  FrameKind kind = FrameKind::kBye;
+  int32_t source = 0;
+  int32_t slot = 0;   // kReady
+  uint64_t tag = 0;   // of the message
+  uint64_t size = 0;  // kSmall: bytes that follow
+};
+
+at::Tensor BytesAt(const std::byte* data, size_t size) {
+  return at::from_blob(const_cast<std::byte*>(data),
+                       {static_cast<int64_t>(size)}, at::kByte);
+}
+
+// What several communicators over one group share. Never freed: few are made.
+struct GroupNumbers {
+  absl::Mutex mu;
+  int communicators ABSL_GUARDED_BY(mu) = 0;
+  int slots ABSL_GUARDED_BY(mu) = 0;
+};
+GroupNumbers& NumbersOf(const c10d::Backend* group) {
+  struct All {
+    absl::Mutex mu;
+    absl::flat_hash_map<const c10d::Backend*, std::unique_ptr<GroupNumbers>>
+        numbers ABSL_GUARDED_BY(mu);
+  };
+  static absl::NoDestructor<All> all;
+  absl::MutexLock lock(&all->mu);
+  std::unique_ptr<GroupNumbers>& numbers = all->numbers[group];
+  if (numbers == nullptr) numbers = std::make_unique<GroupNumbers>();
+  return *numbers;
+}
+
+// Keeps what a group may still touch, in memory that is its own, for good.
+void Abandon(Work work) {
+  struct All {
+    absl::Mutex mu;
+    std::vector<Work> works ABSL_GUARDED_BY(mu);
+  };
+  static absl::NoDestructor<All> all;
+  if (work == nullptr) return;
+  absl::MutexLock lock(&all->mu);
+  all->works.push_back(std::move(work));
+}
+
+absl::Status CancelledStatus() { return absl::AbortedError("cancelled"); }
+
+class C10dEngine final : public Engine {
+ public:
+  C10dEngine(const EngineOptions& options,
+             const c10::intrusive_ptr<c10d::Backend>& group)
+      : options_(options), group_(group), numbers_(NumbersOf(group.get())) {}
+  ~C10dEngine() override;
+
+  absl::Status Connect(absl::Time deadline) override;
+  absl::StatusOr<std::unique_ptr<EngineBatch>> Start(
+      absl::Span<const EngineSend> sends,
+      absl::Span<const EngineRecv> recvs) override;
+  void Cancel() override;
+
+ private:
+  class Batch;
+
+  // One message of a batch. What is not constant is guarded by mu_.
+  struct Op {
+    bool is_send;
+    Message message;
+    std::byte* data;
+    size_t size;
+    bool framed;
+    Work work;       // moves the message, or its frame; null: not posted yet
+    Work announced;  // of a large receive: the frame that says so
+    bool arrived = false;
+    bool done = false;  // only for the batch's thread
+  };
+
+  absl::Status PostRecv(const std::shared_ptr<Op>& op)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status PostSend(const std::shared_ptr<Op>& op)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::StatusOr<Work> SendFrame(int peer, const FrameHead& head,
+                                 const std::byte* data)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status SendLarge(Op& op, int slot) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  void CancelLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Ends the waits for it; only Gloo's works can do that.
+  static void AbortWork(c10d::Work& work) {
+    TorchToStatus([&] { work.abort(); }).IgnoreError();
+  }
+
+  // OK, or why nothing works any more.
+  absl::Status CheckUsable() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+    return cancelled_ ? CancelledStatus() : error_;
+  }
+  absl::Status WaitForWork(const Work& work, const Op& op, absl::Time deadline);
+  absl::Status WaitFor(Op& op, absl::Time deadline);
+
+  void ReceiveFrames();
+  // Returns false after the last frame.
+  absl::StatusOr<bool> TakeFrame(const at::Tensor& frame);
+  void EndFrames();
+
+  const EngineOptions options_;
+  const c10::intrusive_ptr<c10d::Backend> group_;
+  GroupNumbers& numbers_;
+  int frame_tag_ = 0;
+
+  absl::Mutex mu_;  // also: one call of the group at a time
+  bool cancelled_ ABSL_GUARDED_BY(mu_) = false;
+  bool frames_over_ ABSL_GUARDED_BY(mu_) = false;
+  absl::Status error_ ABSL_GUARDED_BY(mu_);
+  Work frame_work_ ABSL_GUARDED_BY(mu_);
+  // Works that somebody waits for.
+  absl::flat_hash_map<c10d::Work*, int> waited_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<Message, std::shared_ptr<Op>> recvs_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<Message, std::shared_ptr<Op>> sends_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<Message, std::string> early_ ABSL_GUARDED_BY(mu_);
+  size_t early_bytes_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::flat_hash_map<Message, int> ready_ ABSL_GUARDED_BY(mu_);
+  std::unique_ptr<EnvThread> thread_;
+};
+
+class C10dEngine::Batch final : public EngineBatch {
+ public:
+  explicit Batch(C10dEngine* engine) : engine_(engine) {}
+
+  ~Batch() override {
+    absl::MutexLock lock(&engine_->mu_);
+    for (const std::shared_ptr<Op>& op : ops_) {
+      if (op->done) continue;
+      // What was not finished is never finished.
+      engine_->CancelLocked();
+      auto& waiting = op->is_send ? engine_->sends_ : engine_->recvs_;
+      const auto it = waiting.find(op->message);
+      if (it != waiting.end() && it->second == op) waiting.erase(it);
+      Abandon(std::move(op->announced));
+      if (op->framed) {
+        Abandon(std::move(op->work));
+      } else if (op->work != nullptr) {
+        // The caller's memory: a wait that times out closes the connections.
+        // The first one may only hear of the cancellation.
+        for (int i = 0; i < 2; ++i) {
+          TorchToStatus([&] {
+            op->work->wait(std::chrono::milliseconds(1));
+          }).IgnoreError();
+        }
+        op->work.reset();
+      }
+    }
+  }
+
+  absl::Status Wait(absl::Time deadline) override {
+    for (const std::shared_ptr<Op>& op : ops_) {
+      DSD_RETURN_IF_ERROR(engine_->WaitFor(*op, deadline));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status WaitReceived(size_t index, absl::Time deadline) override {
+    return engine_->WaitFor(*ops_[index], deadline);  // the receives come first
+  }
+
+  const std::shared_ptr<Op>& Add(bool is_send, int peer, uint64_t tag,
+                                 const std::byte* data, size_t size) {
+    ops_.push_back(std::make_shared<Op>(Op{is_send,
+                                           {peer, tag},
+                                           const_cast<std::byte*>(data),
+                                           size,
+                                           size <= kMaxFramedBytes,
+                                           nullptr,
+                                           nullptr}));
+    return ops_.back();
+  }
+
+ private:
+  C10dEngine* const engine_;
+  std::vector<std::shared_ptr<Op>> ops_;
+};
+
+C10dEngine::~C10dEngine() {
+  EndFrames();
+  thread_.reset();
+}
+
+absl::Status C10dEngine::Connect(absl::Time /*deadline*/) {
+  if (group_->getRank() != options_.rank ||
+      group_->getSize() != options_.world_size) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the process group has rank ", group_->getRank(), " of ",
+                     group_->getSize(), ", expected ", options_.rank, " of ",
+                     options_.world_size));
+  }
+  {
+    absl::MutexLock lock(&numbers_.mu);
+    frame_tag_ = kFirstFrameTag + numbers_.communicators++;
+  }
+  thread_ = options_.env->StartThread("dsd_c10d", [this] { ReceiveFrames(); });
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Work> C10dEngine::SendFrame(int peer, const FrameHead& head,
+                                           const std::byte* data) {
+  return TorchToStatus([&] {
+    const at::Tensor frame =
+        at::empty({static_cast<int64_t>(sizeof(head) + head.size)}, at::kByte);
+    std::memcpy(frame.data_ptr(), &head, sizeof(head));
+    if (head.size > 0) {
+      std::memcpy(frame.mutable_data_ptr<uint8_t>() + sizeof(head), data,
+                  head.size);
+    }
+    std::vector<at::Tensor> tensors = {frame};
+    return group_->send(tensors, peer, frame_tag_);
+  });
+}
+
+absl::Status C10dEngine::SendLarge(Op& op, int slot) {
+  DSD_ASSIGN_OR_RETURN(
+      op.work, TorchToStatus([&] {
+        std::vector<at::Tensor> tensors = {BytesAt(op.data, op.size)};
+        return group_->send(tensors, op.message.first, slot);
+      }));
+  return absl::OkStatus();
+}
+
+absl::Status C10dEngine::PostRecv(const std::shared_ptr<Op>& op) {
+  const auto early = early_.find(op->message);
+  if (early != early_.end()) {
+    if (early->second.size() > op->size) {
+      return absl::InternalError(absl::StrCat(
+          "rank ", op->message.first, " sent ", early->second.size(),
+          " bytes for a receive of ", op->size));
+    }
+    if (!early->second.empty()) {
+      std::memcpy(op->data, early->second.data(), early->second.size());
+    }
+    early_bytes_ -= early->second.size();
+    early_.erase(early);
+    op->arrived = true;
+    return absl::OkStatus();
+  }
+  recvs_[op->message] = op;
+  if (op->framed) return absl::OkStatus();
+  FrameHead head;
+  head.kind = FrameKind::kReady;
+  head.source = options_.rank;
+  head.tag = op->message.second;
+  {
+    absl::MutexLock lock(&numbers_.mu);
+    head.slot = kFirstSlot + numbers_.slots++ % (kFirstFrameTag - kFirstSlot);
+  }
+  DSD_ASSIGN_OR_RETURN(
+      op->work, TorchToStatus([&] {
+        std::vector<at::Tensor> tensors = {BytesAt(op->data, op->size)};
+        return group_->recv(tensors, op->message.first, head.slot);
+      }));
+  DSD_ASSIGN_OR_RETURN(op->announced,
+                       SendFrame(op->message.first, head, nullptr));
+  return absl::OkStatus();
+}
+
+absl::Status C10dEngine::PostSend(const std::shared_ptr<Op>& op) {
+  if (op->framed) {
+    FrameHead head;
+    head.kind = FrameKind::kSmall;
+    head.source = options_.rank;
+    head.tag = op->message.second;
+    head.size = op->size;
+    DSD_ASSIGN_OR_RETURN(op->work,
+                         SendFrame(op->message.first, head, op->data));
+    return absl::OkStatus();
+  }
+  const auto ready = ready_.find(op->message);
+  if (ready == ready_.end()) {
+    sends_[op->message] = op;
+    return absl::OkStatus();
+  }
+  const int slot = ready->second;
+  ready_.erase(ready);
+  return SendLarge(*op, slot);
+}
+
+absl::StatusOr<std::unique_ptr<EngineBatch>> C10dEngine::Start(
+    absl::Span<const EngineSend> sends, absl::Span<const EngineRecv> recvs) {
+  auto batch = std::make_unique<Batch>(this);
+  std::vector<std::shared_ptr<Op>> posted;
+  for (const EngineRecv& recv : recvs) {
+    posted.push_back(batch->Add(/*is_send=*/false, recv.peer, recv.tag,
+                                recv.data.data(), recv.data.size()));
+  }
+  for (const EngineSend& send : sends) {
+    posted.push_back(batch->Add(/*is_send=*/true, send.peer, send.tag,
+                                send.data.data(), send.data.size()));
+  }
+  absl::Status status;
+  {
+    absl::MutexLock lock(&mu_);
+    status = CheckUsable();
+    for (const std::shared_ptr<Op>& op : posted) {
+      if (!status.ok()) break;
+      status = op->is_send ? PostSend(op) : PostRecv(op);
+    }
+  }
+  // The batch, which locks, is destroyed outside of the lock.
+  if (absl::IsAborted(status)) return status;
+  if (!status.ok()) return absl::UnavailableError(status.message());
+  return batch;
+}
+
+absl::Status C10dEngine::WaitForWork(const Work& work, const Op& op,
+                                     absl::Time deadline) {
+  {
+    absl::MutexLock lock(&mu_);
+    DSD_RETURN_IF_ERROR(CheckUsable());
+    ++waited_[work.get()];
+  }
+  const absl::Duration left =
+      std::max(deadline - options_.env->Now(), absl::ZeroDuration());
+  const absl::StatusOr<bool> completed = TorchToStatus([&] {
+    return work->wait(std::max(
+        std::chrono::milliseconds(1),
+        absl::ToChronoMilliseconds(absl::Ceil(left, absl::Milliseconds(1)))));
+  });
+  {
+    absl::MutexLock lock(&mu_);
+    if (--waited_[work.get()] == 0) waited_.erase(work.get());
+    if (completed.ok() && *completed) return absl::OkStatus();
+    if (op.arrived) return absl::OkStatus();
+    if (cancelled_) return CancelledStatus();
+  }
+  const std::string what =
+      absl::StrCat(op.is_send ? "send to rank " : "receive from rank ",
+                   op.message.first, ": ");
+  if (completed.ok()) return CancelledStatus();
+  if (options_.env->Now() >= deadline) {
+    return absl::DeadlineExceededError(
+        absl::StrCat(what, completed.status().message()));
+  }
+  return absl::UnavailableError(
+      absl::StrCat(what, completed.status().message()));
+}
+
+absl::Status C10dEngine::WaitFor(Op& op, absl::Time deadline) {
+  if (op.done) return absl::OkStatus();
+  Work work;
+  {
+    absl::MutexLock lock(&mu_);
+    const auto moves = [&]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+      return op.arrived || op.work != nullptr || !CheckUsable().ok();
+    };
+    if (!options_.env->Await(mu_, absl::Condition(&moves), deadline)) {
+      return absl::DeadlineExceededError(
+          absl::StrCat(op.is_send ? "send to" : "receive from", " rank ",
+                       op.message.first, ": not in time"));
+    }
+    if (!op.arrived) DSD_RETURN_IF_ERROR(CheckUsable());
+    work = op.work;
+  }
+  if (op.announced != nullptr) {
+    DSD_RETURN_IF_ERROR(WaitForWork(op.announced, op, deadline));
+  }
+  if (op.is_send || !op.framed) {
+    if (work != nullptr) {
+      DSD_RETURN_IF_ERROR(WaitForWork(work, op, deadline));
+    }
+    if (!op.is_send) {
+      absl::MutexLock lock(&mu_);
+      const auto it = recvs_.find(op.message);
+      if (it != recvs_.end() && it->second.get() == &op) recvs_.erase(it);
+    }
+  }
+  op.done = true;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> C10dEngine::TakeFrame(const at::Tensor& frame) {
+  FrameHead head;
+  const std::byte* const bytes =
+      static_cast<const std::byte*>(frame.const_data_ptr());
+  std::memcpy(&head, bytes, sizeof(head));
+  if (head.magic != FrameHead::kMagic || head.size > kMaxFramedBytes ||
+      head.source < 0 || head.source >= options_.world_size) {
+    return absl::InternalError(
+        "a message of somebody else came through the process group");
+  }
+  const Message message(head.source, head.tag);
+  const std::byte* const data = bytes + sizeof(head);
+  absl::MutexLock lock(&mu_);
+  switch (head.kind) {
+    case FrameKind::kBye:
+      return false;
+    case FrameKind::kSmall: {
+      const auto it = recvs_.find(message);
+      if (it == recvs_.end()) {
+        early_bytes_ += head.size;
+        if (early_bytes_ > kMaxEarlyBytes) {
+          return absl::ResourceExhaustedError(
+              absl::StrCat("the other ranks have sent ", early_bytes_ >> 20,
+                           " MiB that this rank does not expect yet"));
+        }
+        early_[message].assign(reinterpret_cast<const char*>(data), head.size);
+        return true;
+      }
+      Op& op = *it->second;
+      if (head.size > op.size) {
+        return absl::InternalError(
+            absl::StrCat("rank ", head.source, " sent ", head.size,
+                         " bytes for a receive of ", op.size));
+      }
+      if (head.size > 0) std::memcpy(op.data, data, head.size);
+      op.arrived = true;
+      // Nothing will come under its slot.
+      if (op.work != nullptr) AbortWork(*op.work);
+      recvs_.erase(it);
+      return true;
+    }
+    case FrameKind::kReady: {
+      const auto it = sends_.find(message);
+      if (it == sends_.end()) {
+        ready_[message] = head.slot;
+        return true;
+      }
+      const std::shared_ptr<Op> op = std::move(it->second);
+      sends_.erase(it);
+      DSD_RETURN_IF_ERROR(SendLarge(*op, head.slot));
+      return true;
+    }
+  }
+  return absl::InternalError("a frame of a kind that nobody knows");
+}
+
+void C10dEngine::ReceiveFrames() {
+  absl::Status status;
+  while (true) {
+    at::Tensor frame;
+    Work work;
+    {
+      absl::MutexLock lock(&mu_);
+      if (cancelled_) break;
+      status = TorchToStatus([&] {
+        frame = at::empty(
+            {static_cast<int64_t>(sizeof(FrameHead) + kMaxFramedBytes)},
+            at::kByte);
+        std::vector<at::Tensor> tensors = {frame};
+        work = group_->recvAnysource(tensors, frame_tag_);
+      });
+      if (!status.ok()) break;
+      frame_work_ = work;
+    }
+    const absl::StatusOr<bool> came =
+        TorchToStatus([&] { return work->wait(kForever); });
+    {
+      absl::MutexLock lock(&mu_);
+      frame_work_.reset();
+    }
+    if (!came.ok() || !*came) {
+      status = came.ok() ? CancelledStatus() : came.status();
+      Abandon(std::move(work));
+      break;
+    }
+    const absl::StatusOr<bool> more = TakeFrame(frame);
+    status = more.status();
+    if (!more.ok() || !*more) break;
+  }
+  absl::MutexLock lock(&mu_);
+  frames_over_ = true;
+  if (!status.ok() && error_.ok()) {
+    error_ = absl::UnavailableError(
+        absl::StrCat("the process group failed: ", status.message()));
+    for (const auto& [waiting, count] : waited_) AbortWork(*waiting);
+  }
+}
+
+// All ranks have left, and each tells the next to listen no more: a receive
+// that stays posted would spoil the group for its user.
+void C10dEngine::EndFrames() {
+  absl::StatusOr<Work> bye = Work();
+  {
+    absl::MutexLock lock(&mu_);
+    if (thread_ == nullptr) return;
+    if (CheckUsable().ok()) {
+      FrameHead head;
+      head.source = options_.rank;
+      bye = SendFrame((options_.rank + 1) % options_.world_size, head, nullptr);
+      const auto over = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
+        return frames_over_ || cancelled_;
+      };
+      options_.env->Await(mu_, absl::Condition(&over),
+                          options_.env->Now() + kByePatience);
+    }
+    CancelLocked();
+  }
+  if (!bye.ok() || *bye == nullptr) return;
+  if (!TorchToStatus([&] {
+         return (*bye)->wait(absl::ToChronoMilliseconds(kByePatience));
+       }).ok()) {
+    Abandon(*std::move(bye));
+  }
+}
+
+void C10dEngine::CancelLocked() {
+  cancelled_ = true;
+  if (frame_work_ != nullptr) AbortWork(*frame_work_);
+  for (const auto& [work, count] : waited_) AbortWork(*work);
+}
+
+void C10dEngine::Cancel() {
+  absl::MutexLock lock(&mu_);
+  CancelLocked();
+}
+
+}  // namespace
+
+std::unique_ptr<Engine> MakeC10dEngine(
+    const EngineOptions& options,
+    const c10::intrusive_ptr<c10d::Backend>& group) {
+  return std::make_unique<C10dEngine>(options, group);
+}
+
+}  // namespace dsd
