@@ -3,8 +3,8 @@
 // The store of a job whose ranks are processes: rank 0 serves it, all ranks
 // (rank 0 too) are its clients. A client's connection lives as long as the
 // process uses the store; its end without a goodbye is the death of its rank. A
-// host that vanishes without a word (power, cable) is noticed within a minute;
-// a process that is stopped is not: that is for deadlines.
+// process that is stopped, or whose host vanishes without a word (power,
+// cable), gives no sign of life any more, and is given up after a while.
 //
 // It trusts its network, as the libraries under it do: whoever can reach the
 // port can take part.
@@ -32,6 +32,10 @@ struct TcpStoreServerOptions {
   int listen_fd = -1;
   // Clients of another job are refused.
   std::string job_id;
+  // Who gives no sign of life for so long is given up, on all connections, by
+  // both sides; zero: nobody is. The threads of the store give the signs,
+  // whatever else a process does.
+  absl::Duration heartbeat_bound = absl::Seconds(30);
   // When this group has dissolved, no new clients are accepted: they mean the
   // next server at this address. May be empty.
   std::string last_group;

@@ -39,12 +39,13 @@ class TcpStore final : public Store,
                        public std::enable_shared_from_this<TcpStore> {
  public:
   TcpStore(Env* env, TcpStoreOptions options, std::string host, Socket socket,
-           Waker waker)
+           Waker waker, absl::Duration heartbeat_bound)
       : env_(env),
         options_(std::move(options)),
         host_(std::move(host)),
         socket_(std::move(socket)),
-        waker_(std::move(waker)) {
+        waker_(std::move(waker)),
+        beats_(heartbeat_bound) {
     thread_ = env_->StartThread("dsd_store_io", [this] { Run(); });
   }
 
@@ -171,7 +172,10 @@ class TcpStore final : public Store,
   void Run();
   // Returns false for a frame that is not understood.
   bool Receive(absl::string_view body);
-  void Lose(const std::string& why);
+  // The server is gone. `verdict`: in the words of all members of all groups.
+  void Lose(const absl::Status& verdict);
+  void LoseConnection(absl::string_view why);
+  void GiveUp(absl::Duration silence);
   std::shared_ptr<Member> FindMember(uint64_t id) {
     absl::MutexLock lock(&mu_);
     const auto it = members_.find(id);
@@ -183,6 +187,7 @@ class TcpStore final : public Store,
   const std::string host_;
   Socket socket_;  // of the thread
   Waker waker_;
+  BeatWatch beats_;  // of the thread
 
   absl::Mutex mu_;
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
@@ -201,7 +206,14 @@ void TcpStore::Run() {
   std::string in;
   std::string out;
   std::optional<absl::Time> end;
+  absl::Time heard = env_->Now();
+  absl::Time next_beat = heard;
+  beats_.Ran(heard);
   while (true) {
+    if (beats_.on() && env_->Now() >= next_beat) {
+      out += FrameWriter(FrameKind::kBeat, 0).Finish();
+      next_beat = env_->Now() + beats_.period();
+    }
     {
       absl::MutexLock lock(&mu_);
       out += std::exchange(out_, "");
@@ -217,23 +229,30 @@ void TcpStore::Run() {
         {waker_.fd(), POLLIN, 0},
         {socket_.fd(), static_cast<short>(POLLIN | (out.empty() ? 0 : POLLOUT)),
          0}};
-    const absl::StatusOr<int> ready = env_->Poll(
-        absl::MakeSpan(polls), end.has_value() ? *end : env_->Now() + kIdle);
+    const absl::StatusOr<int> ready =
+        env_->Poll(absl::MakeSpan(polls), end.has_value() ? *end
+                                          : beats_.on()   ? next_beat
+                                                        : env_->Now() + kIdle);
     if (!ready.ok()) continue;
     waker_.Clear();
+    const size_t before = in.size();
     const absl::StatusOr<bool> open = socket_.ReadSome(in, kReadBytes);
+    const absl::Time now = env_->Now();
+    if (in.size() > before) heard = now;
     absl::string_view left = in;
     absl::string_view body;
     while (true) {
       const std::optional<bool> whole = TakeFrame(left, kMaxFrameBytes, body);
       if (whole.has_value() && !*whole) break;
       if (!whole.has_value() || !Receive(body)) {
-        return Lose("it sent what is not understood");
+        return LoseConnection("it sent what is not understood");
       }
     }
     in.erase(0, in.size() - left.size());
-    if (!open.ok()) return Lose(std::string(open.status().message()));
-    if (!*open) return Lose("");
+    if (!open.ok()) return LoseConnection(open.status().message());
+    if (!*open) return LoseConnection("");
+    if (beats_.on() && !beats_.Ran(now)) heard = now;
+    if (now - heard >= beats_.bound()) return GiveUp(now - heard);
   }
 }
 
@@ -282,10 +301,28 @@ bool TcpStore::Receive(absl::string_view body) {
   }
 }
 
-void TcpStore::Lose(const std::string& why) {
-  const absl::Status lost = absl::UnavailableError(
+void TcpStore::LoseConnection(absl::string_view why) {
+  Lose(absl::UnavailableError(
       absl::StrCat("rank 0 died (its connection to rank ", options_.rank,
-                   " closed", why.empty() ? "" : absl::StrCat(": ", why), ")"));
+                   " closed", why.empty() ? "" : ": ", why, ")")));
+}
+
+void TcpStore::GiveUp(absl::Duration silence) {
+  const absl::Status verdict = absl::UnavailableError(
+      absl::StrCat("rank 0 ", BeatWatch::HowLong(silence)));
+  // For rank 0 to find, should it go on: else it would blame those who left.
+  std::string out;
+  {
+    absl::MutexLock lock(&mu_);
+    for (const auto& [id, member] : members_) {
+      out += FrameWriter(FrameKind::kFail, 0).Put(id).Put(verdict).Finish();
+    }
+  }
+  socket_.WriteSome(out).IgnoreError();
+  Lose(verdict);
+}
+
+void TcpStore::Lose(const absl::Status& lost) {
   std::vector<std::shared_ptr<Member>> members;
   {
     absl::MutexLock lock(&mu_);
@@ -422,11 +459,14 @@ absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
   const auto kind = static_cast<FrameKind>(reader.Get<uint8_t>());
   reader.Get<uint64_t>();
   const absl::Status verdict = reader.GetStatus();
-  if (!reader.ok() || kind != FrameKind::kReply) return foreign;
+  const int64_t heartbeat_bound = reader.Get<int64_t>();
+  if (kind != FrameKind::kReply) return foreign;
   if (!verdict.ok()) return Annotate(verdict, where);
+  if (!reader.ok()) return foreign;
   DSD_ASSIGN_OR_RETURN(Waker waker, Waker::Create());
   return std::make_shared<TcpStore>(env, options, std::move(host),
-                                    std::move(socket), std::move(waker));
+                                    std::move(socket), std::move(waker),
+                                    absl::Nanoseconds(heartbeat_bound));
 }
 
 }  // namespace

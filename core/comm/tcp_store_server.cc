@@ -43,7 +43,8 @@ class TcpStoreServer::Impl {
         options_(std::move(options)),
         listener_(std::move(listener)),
         port_(port),
-        waker_(std::move(waker)) {
+        waker_(std::move(waker)),
+        beats_(options_.heartbeat_bound) {
     thread_ = env_->StartThread("dsd_store", [this] { Run(); });
   }
 
@@ -66,7 +67,9 @@ class TcpStoreServer::Impl {
     bool greeted = false;
     bool closing = false;  // after what is in `out`
     bool rank_0 = false;
+    bool silent = false;  // was given up
     absl::Time hello_deadline;
+    absl::Time heard;  // a sign of life
     std::vector<GroupTable::MemberId> members;
   };
   using ConnectionId = uint64_t;
@@ -114,6 +117,8 @@ class TcpStoreServer::Impl {
       return askers.empty();
     });
   }
+  // Gives up those who give no sign of life.
+  void Listen(absl::Time now);
   // Forgets connections marked as broken; their members have died.
   void Reap();
 
@@ -129,6 +134,7 @@ class TcpStoreServer::Impl {
   absl::btree_map<ConnectionId, Connection> connections_;
   std::vector<ConnectionId> broken_;
   absl::Time accept_after_ = absl::InfinitePast();
+  BeatWatch beats_;
   absl::flat_hash_map<std::string, std::string> values_;
   absl::flat_hash_map<std::string, std::vector<Asker>> waiting_;  // by key
   GroupTable groups_;
@@ -149,6 +155,7 @@ absl::Time TcpStoreServer::Impl::NextEvent() const {
     if (!connection.greeted) next = std::min(next, connection.hello_deadline);
   }
   if (accept_after_ > env_->Now()) next = std::min(next, accept_after_);
+  if (beats_.on()) next = std::min(next, env_->Now() + beats_.period());
   return next;
 }
 
@@ -195,6 +202,7 @@ void TcpStoreServer::Impl::Run() {
       }
     }
     const absl::Time now = env_->Now();
+    Listen(now);
     Deliver(groups_.Expire(now));
     std::vector<uint64_t> due;
     for (const auto& [id, question] : questions_) {
@@ -236,13 +244,19 @@ void TcpStoreServer::Impl::Accept() {
     if (!socket->valid()) return;
     Connection& connection = connections_[next_connection_++];
     connection.socket = *std::move(socket);
-    connection.hello_deadline = env_->Now() + kHelloPatience;
+    connection.heard = env_->Now();
+    connection.hello_deadline = connection.heard + kHelloPatience;
   }
 }
 
 void TcpStoreServer::Impl::Read(ConnectionId id, Connection& connection) {
+  const size_t before = connection.in.size();
   const absl::StatusOr<bool> open =
       connection.socket.ReadSome(connection.in, kReadBytes);
+  if (connection.in.size() > before) {
+    connection.heard = env_->Now();
+    connection.silent = false;
+  }
   absl::string_view left = connection.in;
   absl::string_view body;
   while (!connection.closing) {
@@ -279,10 +293,11 @@ bool TcpStoreServer::Impl::Greet(Connection& connection, FrameReader& reader) {
                        "\"; give the jobs different values of MASTER_PORT"));
     }
   }
-  connection.out += FrameWriter(FrameKind::kReply, 0)
-                        .Put(verdict)
-                        .Put(absl::string_view())
-                        .Finish();
+  connection.out +=
+      FrameWriter(FrameKind::kReply, 0)
+          .Put(verdict)
+          .Put(beats_.on() ? absl::ToInt64Nanoseconds(beats_.bound()) : 0)
+          .Finish();
   connection.greeted = true;
   connection.closing = !verdict.ok();
   return true;
@@ -434,6 +449,10 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
       if (question->second.rank_of.empty()) FinishQuestion(request);
       return true;
     }
+    case FrameKind::kBeat: {
+      Reply(asker, absl::OkStatus());
+      return true;
+    }
     default:
       return false;
   }
@@ -491,6 +510,27 @@ void TcpStoreServer::Impl::Deliver(
                                     .Put(event.status)
                                     .Finish());
         break;
+    }
+  }
+}
+
+// After all that has arrived was read: a process that was stopped for a while
+// finds the others' signs waiting.
+void TcpStoreServer::Impl::Listen(absl::Time now) {
+  if (!beats_.on()) return;
+  if (!beats_.Ran(now)) {
+    for (auto& [id, connection] : connections_) connection.heard = now;
+    return;
+  }
+  for (auto& [id, connection] : connections_) {
+    const absl::Duration silence = now - connection.heard;
+    if (!connection.greeted || connection.silent || silence < beats_.bound()) {
+      continue;
+    }
+    // It stays connected, so that it hears of this should it go on.
+    connection.silent = true;
+    for (const GroupTable::MemberId member : connection.members) {
+      Deliver(groups_.Silence(member, BeatWatch::HowLong(silence)));
     }
   }
 }

@@ -230,7 +230,7 @@ TEST_F(TcpStoreTest, ClientsOfAnotherVersionAreRefusedByName) {
   uint32_t size;
   std::memcpy(&size, head.data(), 4);
   const std::string body = *socket.ReadExactly(env, size, Soon());
-  EXPECT_THAT(body, AllOf(HasSubstr("version 1"), HasSubstr("version 42")));
+  EXPECT_THAT(body, AllOf(HasSubstr("version 2"), HasSubstr("version 43")));
   EXPECT_FALSE(socket.ReadExactly(env, 1, Soon()).ok());
 }
 
@@ -291,6 +291,106 @@ TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
       absl::OkStatus());
   EXPECT_TRUE(socket.ReadExactly(env, 10, Soon()).ok());
   EXPECT_EQ(client->Set("k", "v", Soon()), absl::OkStatus());
+}
+
+// What a client that is not given up at once hears.
+std::string HelloOfJob() {
+  return FrameWriter(FrameKind::kHello, 0)
+      .Put(kStoreMagic)
+      .Put(kStoreVersion)
+      .Put(absl::string_view())
+      .Put(absl::string_view("job"))
+      .Finish();
+}
+
+// Stands for a process that is stopped: connected, and silent.
+TEST(TcpStoreBeatTest, AClientThatGivesNoSignOfLifeIsGivenUp) {
+  TcpStoreServerOptions options;
+  options.job_id = "job";
+  options.heartbeat_bound = absl::Seconds(2);
+  const auto server = *TcpStoreServer::Start(env, options, Soon());
+  TcpStoreOptions client;
+  client.port = server->port();
+  client.job_id = "job";
+  const auto a = *ConnectTcpStore(env, client, Soon());
+  Socket silent = *ConnectTo(env, "127.0.0.1", server->port(), Soon());
+  ASSERT_EQ(silent.WriteAll(env,
+                            HelloOfJob() + FrameWriter(FrameKind::kJoin, 1)
+                                               .Put(absl::string_view("g"))
+                                               .Put(int32_t{1})
+                                               .Put(int32_t{2})
+                                               .Put(absl::string_view())
+                                               .Put(int64_t{1} << 40)
+                                               .Finish(),
+                            Soon()),
+            absl::OkStatus());
+  absl::Notification heard;
+  absl::Status verdict;
+  MemberOptions member = Member(0, 2);
+  member.on_failure = [&](const absl::Status& status) {
+    verdict = status;
+    heard.Notify();
+  };
+  const auto mine = *a->Join(member, Soon());
+  heard.WaitForNotification();
+  EXPECT_EQ(verdict.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(TextOf(verdict), HasSubstr("rank 1 does not answer for 2s"));
+  // Those who give signs go on, however long they have nothing to say.
+  EXPECT_EQ(a->Set("key", "", Soon()), absl::OkStatus());
+}
+
+TEST(TcpStoreBeatTest, AServerThatGivesNoSignOfLifeIsGivenUp) {
+  const Socket listener = *ListenAt(env, "127.0.0.1", 0, Soon());
+  Socket silent;
+  std::thread server([&] {
+    pollfd poll = {listener.fd(), POLLIN, 0};
+    ASSERT_EQ(*env->Poll(absl::MakeSpan(&poll, 1), Soon()), 1);
+    silent = *AcceptFrom(listener);
+    // It greets, lets one in, and is stopped.
+    const std::string hello = *silent.ReadExactly(env, 4, Soon());
+    uint32_t size;
+    std::memcpy(&size, hello.data(), 4);
+    ASSERT_TRUE(silent.ReadExactly(env, size, Soon()).ok());
+    ASSERT_EQ(
+        silent.WriteAll(env,
+                        FrameWriter(FrameKind::kReply, 0)
+                                .Put(absl::OkStatus())
+                                .Put(absl::ToInt64Nanoseconds(absl::Seconds(2)))
+                                .Finish() +
+                            FrameWriter(FrameKind::kReply, 1)
+                                .Put(absl::OkStatus())
+                                .Put(absl::string_view())
+                                .Finish(),
+                        Soon()),
+        absl::OkStatus());
+  });
+  TcpStoreOptions options;
+  options.port = *listener.LocalPort();
+  options.rank = 3;
+  const auto client = *ConnectTcpStore(env, options, Soon());
+  absl::Notification heard;
+  absl::Status verdict;
+  MemberOptions member = Member(0, 1);
+  member.on_failure = [&](const absl::Status& status) {
+    verdict = status;
+    heard.Notify();
+  };
+  const auto mine = client->Join(member, Soon());
+  ASSERT_TRUE(mine.ok()) << mine.status();
+  server.join();
+  heard.WaitForNotification();
+  EXPECT_EQ(verdict.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(TextOf(verdict), HasSubstr("rank 0 does not answer for 2s"));
+  EXPECT_EQ(client->Get("key", Soon()).status(), verdict);
+  // What it finds when it goes on: why they have left, before their end.
+  std::string in;
+  absl::StatusOr<bool> open = true;
+  while (open.ok() && *open) {
+    pollfd poll = {silent.fd(), POLLIN, 0};
+    ASSERT_EQ(*env->Poll(absl::MakeSpan(&poll, 1), Soon()), 1);
+    open = silent.ReadSome(in, 1 << 20);
+  }
+  EXPECT_THAT(in, HasSubstr("rank 0 does not answer"));
 }
 
 TEST_F(TcpStoreTest, APortInUseIsNamed) {

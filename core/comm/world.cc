@@ -61,8 +61,9 @@ absl::StatusOr<Address> ShareAddress(const LaunchInfo& launch, Env* env,
 }
 
 absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
-                                                 Env* env,
+                                                 const WorldOptions& options,
                                                  absl::Time deadline) {
+  Env* const env = options.env;
   // Counts the worlds of this process: the agent's store outlives each of them.
   static std::atomic<int> worlds{0};
   const int number = worlds.fetch_add(1);
@@ -75,6 +76,8 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
     server_options.port = launch.master_port;
     server_options.listen_fd = launch.listen_fd;
     server_options.job_id = launch.job_id;
+    server_options.heartbeat_bound =
+        launch.heartbeat_bound.value_or(options.heartbeat_bound);
     server_options.last_group = absl::StrCat(kGroup, "#0");
     if (launch.agent_store) {
       DSD_ASSIGN_OR_RETURN(server_options.host,
@@ -138,7 +141,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(
     }
     const absl::Time deadline = options.env->Now() + options.connect_timeout;
     absl::StatusOr<std::shared_ptr<Store>> store =
-        FindStore(launch, options.env, deadline);
+        FindStore(launch, options, deadline);
     if (!store.ok()) {
       return Annotate(store.status(),
                       absl::StrCat("connect on rank ", launch.rank, " of ",
