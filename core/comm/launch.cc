@@ -310,6 +310,16 @@ absl::StatusOr<LaunchInfo> LaunchFromEnvironment(const EnvironmentMap& env) {
         reader.Number("DSD_HEARTBEAT_SECONDS", 0, kMaxHeartbeatSeconds));
     info.heartbeat_bound = absl::Seconds(seconds);
   }
+  for (const auto& [name, field] :
+       {std::pair("DSD_TOKEN", &info.token),
+        std::pair("DSD_TOKEN_FILE", &info.token_file)}) {
+    *field = reader.Text(name);
+    // A job that was to have one must not run without.
+    if (reader.Has(name) && field->empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, " is empty; unset it for a job without a token"));
+    }
+  }
   return info;
 }
 

@@ -32,6 +32,11 @@ struct LaunchInfo {
   // WorldOptions::heartbeat_bound, from outside; zero: none, for work with a
   // debugger. Variable DSD_HEARTBEAT_SECONDS; rank 0's counts.
   std::optional<absl::Duration> heartbeat_bound;
+  // The secret of the job, the same for all ranks, or empty: with it only those
+  // who know it can take part in its store. Variable DSD_TOKEN; or
+  // DSD_TOKEN_FILE, the path of a file that holds it.
+  std::string token;
+  std::string token_file;
   // torchrun's agent already serves a c10d TCPStore at master_addr:master_port.
   bool agent_store = false;
 };

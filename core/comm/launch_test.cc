@@ -222,6 +222,20 @@ TEST(LaunchTest, HeartbeatsWhateverTheLauncher) {
   }
 }
 
+TEST(LaunchTest, TokensWhateverTheLauncher) {
+  EXPECT_EQ(LaunchFromEnvironment({})->token, "");
+  const auto info = LaunchFromEnvironment({{"DSD_TOKEN", "secret"}});
+  EXPECT_EQ(info->token, "secret");
+  EXPECT_EQ(info->token_file, "");
+  EXPECT_EQ(LaunchFromEnvironment({{"DSD_TOKEN_FILE", "/run/t"}})->token_file,
+            "/run/t");
+  for (const char* name : {"DSD_TOKEN", "DSD_TOKEN_FILE"}) {
+    const absl::Status status = LaunchFromEnvironment({{name, ""}}).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(status.message()), HasSubstr(name));
+  }
+}
+
 TEST(LaunchTest, ContradictionsAndGarbageAreNamed) {
   const Bad cases[] = {
       {{{"RANK", "0"}}, {"WORLD_SIZE is not set", "RANK is set"}},

@@ -4,8 +4,10 @@
 // length, 1 byte kind, 8 bytes id, then fields; all little-endian. Private to
 // this package.
 //
-// A client says kHello and gets one kReply; then it may ask. Frames that are
-// too long or do not decode end the connection.
+// A client says kHello and gets one kReply; then it may ask. Where the job has
+// a token, kChallenge and kProof come between, and the reply has the server's
+// own proof (job_token.h). Frames that are too long or do not decode end the
+// connection.
 
 #ifndef DSD_CORE_COMM_STORE_PROTOCOL_H_
 #define DSD_CORE_COMM_STORE_PROTOCOL_H_
@@ -26,7 +28,7 @@ namespace dsd {
 // "dsds"; the first field of kHello. It and the version come first in every
 // version, and a refusal is a kReply in every version.
 inline constexpr uint32_t kStoreMagic = 0x73647364;
-inline constexpr uint32_t kStoreVersion = 2;
+inline constexpr uint32_t kStoreVersion = 3;
 
 inline constexpr size_t kFrameHeaderBytes = sizeof(uint32_t);
 inline constexpr size_t kMaxHelloBytes = 4096;
@@ -37,7 +39,7 @@ inline constexpr size_t kMaxValueBytes = kMaxFrameBytes / 2;
 
 enum class FrameKind : uint8_t {
   // From a client. The id is its name for the request.
-  kHello = 1,    // magic, version, credentials (reserved, empty), job
+  kHello = 1,    // magic, version, version of dsd, nonce, job
   kSet = 2,      // key, value                              -> kReply
   kGet = 3,      // key                                     -> kReply: value
   kAdd = 4,      // key, delta                              -> kReply: sum
@@ -49,11 +51,13 @@ enum class FrameKind : uint8_t {
   kAsk = 10,     // member, question, patience (ns)         -> kReply: answers
   kAnswer = 11,  // text; the id is the question's
   kBeat = 12,    // now and then                            -> kReply
+  kProof = 13,   // to kChallenge: that of the client
   // From the server.
-  kReply = 64,     // code, text, value; the id is the request's
-                   // (to kHello: code, text, heartbeat bound (ns))
-  kFailed = 65,    // member, code, text
-  kQuestion = 66,  // member, question; the id is the question's
+  kReply = 64,      // code, text, value; the id is the request's
+                    // (to kHello: code, text, heartbeat bound (ns), proof)
+  kFailed = 65,     // member, code, text
+  kQuestion = 66,   // member, question; the id is the question's
+  kChallenge = 67,  // to kHello: nonce
 };
 // A member is named by the id of its kJoin.
 

@@ -15,7 +15,9 @@
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/base/version.h"
 #include "dsd/core/comm/duration_text.h"
+#include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/store_protocol.h"
 #include "dsd/core/comm/tcp_store.h"
@@ -421,6 +423,123 @@ absl::StatusOr<std::unique_ptr<Membership>> TcpStore::Join(
   return std::make_unique<Handle>(shared_from_this(), id, member);
 }
 
+// The two ends of a new connection, until they know each other.
+class Greeting {
+ public:
+  Greeting(Env* env, const TcpStoreOptions& options, const std::string& where,
+           Socket& socket, absl::Time deadline)
+      : env_(env),
+        options_(options),
+        where_(where),
+        socket_(socket),
+        deadline_(deadline),
+        nonce_(NewNonce(env)) {}
+
+  // Returns the server's heartbeat bound. Unavailable if the server went away
+  // before it said anything.
+  absl::StatusOr<absl::Duration> Run() {
+    DSD_RETURN_IF_ERROR(Send(FrameWriter(FrameKind::kHello, 0)
+                                 .Put(kStoreMagic)
+                                 .Put(kStoreVersion)
+                                 .Put(absl::string_view(kLibraryVersion))
+                                 .Put(absl::string_view(nonce_))
+                                 .Put(absl::string_view(options_.job_id))));
+    DSD_ASSIGN_OR_RETURN(std::string body, Receive());
+    if (KindOf(body) == FrameKind::kChallenge) {
+      DSD_RETURN_IF_ERROR(Answer(body));
+      DSD_ASSIGN_OR_RETURN(body, Receive());
+    }
+    if (KindOf(body) != FrameKind::kReply) return Foreign();
+    FrameReader reader = FieldsOf(body);
+    const absl::Status verdict = reader.GetStatus();
+    if (!verdict.ok()) return Annotate(verdict, where_);
+    const int64_t bound = reader.Get<int64_t>();
+    const absl::string_view proof = reader.GetText();
+    if (!reader.ok()) return Foreign();
+    DSD_RETURN_IF_ERROR(CheckServer(proof));
+    return absl::Nanoseconds(bound);
+  }
+
+ private:
+  static FrameKind KindOf(const std::string& body) {
+    return static_cast<FrameKind>(FrameReader(body).Get<uint8_t>());
+  }
+  static FrameReader FieldsOf(const std::string& body) {
+    FrameReader reader(body);
+    reader.Get<uint8_t>();
+    reader.Get<uint64_t>();
+    return reader;
+  }
+
+  absl::Status Send(FrameWriter& frame) {
+    return socket_.WriteAll(env_, frame.Finish(), deadline_);
+  }
+
+  absl::StatusOr<std::string> Receive() {
+    absl::StatusOr<std::string> head =
+        socket_.ReadExactly(env_, kFrameHeaderBytes, deadline_);
+    if (absl::IsDeadlineExceeded(head.status())) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("connected to ", where_,
+                       ", but no store answers there; is the port of "
+                       "another program?"));
+    }
+    DSD_RETURN_IF_ERROR(head);
+    uint32_t size;
+    std::memcpy(&size, head->data(), sizeof(size));
+    if (size > kMaxHelloBytes) return Foreign();
+    return socket_.ReadExactly(env_, size, deadline_);
+  }
+
+  absl::Status Answer(const std::string& challenge) {
+    FrameReader reader = FieldsOf(challenge);
+    server_nonce_ = std::string(reader.GetText());
+    if (!reader.ok() || server_nonce_.size() != kNonceBytes) return Foreign();
+    if (options_.token.empty()) {
+      return absl::PermissionDeniedError(absl::StrCat(
+          where_,
+          ": the store asks for the token of its job, and this rank has none; "
+          "set DSD_TOKEN or DSD_TOKEN_FILE as for rank 0"));
+    }
+    DSD_ASSIGN_OR_RETURN(const std::string proof,
+                         TokenProof(options_.token, TokenSide::kClient,
+                                    options_.job_id, nonce_, server_nonce_));
+    return Send(
+        FrameWriter(FrameKind::kProof, 0).Put(absl::string_view(proof)));
+  }
+
+  absl::Status CheckServer(absl::string_view proof) const {
+    if (options_.token.empty()) return absl::OkStatus();
+    if (server_nonce_.empty()) {
+      return absl::PermissionDeniedError(absl::StrCat(
+          where_,
+          ": this rank has a token, and the store does not ask for it; set "
+          "DSD_TOKEN or DSD_TOKEN_FILE for rank 0, too"));
+    }
+    DSD_ASSIGN_OR_RETURN(const std::string expected,
+                         TokenProof(options_.token, TokenSide::kServer,
+                                    options_.job_id, nonce_, server_nonce_));
+    if (SameProof(proof, expected)) return absl::OkStatus();
+    return absl::PermissionDeniedError(absl::StrCat(
+        where_, ": what answers there does not know the token of this job"));
+  }
+
+  absl::Status Foreign() const {
+    return absl::FailedPreconditionError(
+        absl::StrCat("what answers at ", where_,
+                     " is no store of dsd; is MASTER_PORT the port "
+                     "of another program?"));
+  }
+
+  Env* const env_;
+  const TcpStoreOptions& options_;
+  const std::string& where_;
+  Socket& socket_;
+  const absl::Time deadline_;
+  const std::string nonce_;
+  std::string server_nonce_;  // empty: there was no challenge
+};
+
 // One attempt; Unavailable if the server went away before it said anything.
 absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
                                              const TcpStoreOptions& options,
@@ -429,44 +548,12 @@ absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
                        ConnectTo(env, options.host, options.port, deadline));
   DSD_ASSIGN_OR_RETURN(std::string host, socket.PeerHost());
   const std::string where = HostPort(host, options.port);
-  DSD_RETURN_IF_ERROR(socket.WriteAll(env,
-                                      FrameWriter(FrameKind::kHello, 0)
-                                          .Put(kStoreMagic)
-                                          .Put(kStoreVersion)
-                                          .Put(absl::string_view())
-                                          .Put(options.job_id)
-                                          .Finish(),
-                                      deadline));
-  absl::StatusOr<std::string> head =
-      socket.ReadExactly(env, kFrameHeaderBytes, deadline);
-  if (absl::IsDeadlineExceeded(head.status())) {
-    return absl::DeadlineExceededError(
-        absl::StrCat("connected to ", where,
-                     ", but no store answers there; is the port of "
-                     "another program?"));
-  }
-  DSD_RETURN_IF_ERROR(head);
-  uint32_t size;
-  std::memcpy(&size, head->data(), sizeof(size));
-  const absl::Status foreign = absl::FailedPreconditionError(
-      absl::StrCat("what answers at ", where,
-                   " is no store of dsd; is MASTER_PORT the port "
-                   "of another program?"));
-  if (size > kMaxHelloBytes) return foreign;
-  DSD_ASSIGN_OR_RETURN(const std::string body,
-                       socket.ReadExactly(env, size, deadline));
-  FrameReader reader(body);
-  const auto kind = static_cast<FrameKind>(reader.Get<uint8_t>());
-  reader.Get<uint64_t>();
-  const absl::Status verdict = reader.GetStatus();
-  const int64_t heartbeat_bound = reader.Get<int64_t>();
-  if (kind != FrameKind::kReply) return foreign;
-  if (!verdict.ok()) return Annotate(verdict, where);
-  if (!reader.ok()) return foreign;
+  DSD_ASSIGN_OR_RETURN(const absl::Duration heartbeat_bound,
+                       Greeting(env, options, where, socket, deadline).Run());
   DSD_ASSIGN_OR_RETURN(Waker waker, Waker::Create());
   return std::make_shared<TcpStore>(env, options, std::move(host),
                                     std::move(socket), std::move(waker),
-                                    absl::Nanoseconds(heartbeat_bound));
+                                    heartbeat_bound);
 }
 
 }  // namespace
