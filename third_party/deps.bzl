@@ -35,6 +35,7 @@ def _system_libraries():
         "cli11": ("libcli11-dev", ["CLI"], []),
         "libdeflate": ("libdeflate-dev", ["libdeflate.h"], ["libdeflate.a"]),
         "nlohmann_json": ("nlohmann-json3-dev", ["nlohmann"], []),
+        "openssl": ("libssl-dev", ["openssl"], ["libcrypto.a"]),
         "xxhash": ("libxxhash-dev", ["xxhash.h", "xxh3.h"], []),
     }.items():
         _maybe(

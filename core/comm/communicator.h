@@ -210,6 +210,11 @@ struct WorldOptions {
   Env* env = Env::Real();
   std::string bind_address;  // see EngineOptions
   absl::Duration connect_timeout = absl::Minutes(2);
+  // A process that gives no sign of life for so long, because it is stopped or
+  // its host is out of reach, is dead for the others (Unavailable, naming its
+  // rank). The signs come from a thread of their own, whatever the process
+  // computes. Zero: only deadlines notice. Rank 0's counts.
+  absl::Duration heartbeat_bound = absl::Seconds(30);
 };
 
 // The communicator of all ranks of a launch; of a world of one without a

@@ -53,6 +53,10 @@ class GroupTable {
   // Unavailable: rank <r> <how>.
   std::vector<Event> Remove(MemberId member, absl::string_view how);
 
+  // The member gives no sign of life, and may never know it. The group fails
+  // with Unavailable: rank <r> <how>.
+  std::vector<Event> Silence(MemberId member, absl::string_view how);
+
   // Joins whose time is over.
   std::vector<Event> Expire(absl::Time now);
   absl::Time NextExpiry() const;

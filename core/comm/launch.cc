@@ -25,6 +25,7 @@ constexpr int kTorchrunPort = 29500;
 constexpr int kMinDerivedPort = 15000;
 constexpr int kMaxDerivedPort = 30000;
 constexpr int kMaxHosts = 1 << 20;
+constexpr int kMaxHeartbeatSeconds = 24 * 60 * 60;
 
 class Reader {
  public:
@@ -271,10 +272,7 @@ absl::StatusOr<LaunchInfo> FromMpi(Reader& reader, absl::string_view launcher,
   return info;
 }
 
-}  // namespace
-
-absl::StatusOr<LaunchInfo> LaunchFromEnvironment(const EnvironmentMap& env) {
-  Reader reader(env);
+absl::StatusOr<LaunchInfo> FromLauncher(Reader& reader) {
   // The innermost launcher counts: torchrun may run inside a job of any other,
   // and mpirun starts its ranks through steps of Slurm. There PMI_RANK alone is
   // srun's own (--mpi=pmi2); mpiexec sets MPI_LOCALRANKID, too.
@@ -298,6 +296,31 @@ absl::StatusOr<LaunchInfo> LaunchFromEnvironment(const EnvironmentMap& env) {
   }
   if (in_step) return FromSlurm(reader);
   return LaunchInfo();
+}
+
+}  // namespace
+
+absl::StatusOr<LaunchInfo> LaunchFromEnvironment(const EnvironmentMap& env) {
+  Reader reader(env);
+  DSD_ASSIGN_OR_RETURN(LaunchInfo info, FromLauncher(reader));
+  reader.set_because("");
+  if (reader.Has("DSD_HEARTBEAT_SECONDS")) {
+    DSD_ASSIGN_OR_RETURN(
+        const int seconds,
+        reader.Number("DSD_HEARTBEAT_SECONDS", 0, kMaxHeartbeatSeconds));
+    info.heartbeat_bound = absl::Seconds(seconds);
+  }
+  for (const auto& [name, field] :
+       {std::pair("DSD_TOKEN", &info.token),
+        std::pair("DSD_TOKEN_FILE", &info.token_file)}) {
+    *field = reader.Text(name);
+    // A job that was to have one must not run without.
+    if (reader.Has(name) && field->empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, " is empty; unset it for a job without a token"));
+    }
+  }
+  return info;
 }
 
 EnvironmentMap ProcessEnvironment() {

@@ -6,10 +6,12 @@
 #ifndef DSD_CORE_COMM_LAUNCH_H_
 #define DSD_CORE_COMM_LAUNCH_H_
 
+#include <optional>
 #include <string>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 
 namespace dsd {
 
@@ -27,6 +29,14 @@ struct LaunchInfo {
   // launcher on one machine hands out a port that the kernel chose. Rank 0
   // only; variable DSD_LISTEN_FD.
   int listen_fd = -1;
+  // WorldOptions::heartbeat_bound, from outside; zero: none, for work with a
+  // debugger. Variable DSD_HEARTBEAT_SECONDS; rank 0's counts.
+  std::optional<absl::Duration> heartbeat_bound;
+  // The secret of the job, the same for all ranks, or empty: with it only those
+  // who know it can take part in its store. Variable DSD_TOKEN; or
+  // DSD_TOKEN_FILE, the path of a file that holds it.
+  std::string token;
+  std::string token_file;
   // torchrun's agent already serves a c10d TCPStore at master_addr:master_port.
   bool agent_store = false;
 };

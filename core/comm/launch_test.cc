@@ -2,6 +2,7 @@
 
 #include "dsd/core/comm/launch.h"
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -203,6 +204,37 @@ struct Bad {
   EnvironmentMap env;
   std::vector<std::string> texts;  // that the error contains
 };
+
+TEST(LaunchTest, HeartbeatsWhateverTheLauncher) {
+  EXPECT_EQ(LaunchFromEnvironment({})->heartbeat_bound, std::nullopt);
+  EXPECT_EQ(
+      LaunchFromEnvironment({{"DSD_HEARTBEAT_SECONDS", "0"}})->heartbeat_bound,
+      absl::ZeroDuration());
+  EXPECT_EQ(
+      LaunchFromEnvironment(
+          {{"RANK", "0"}, {"WORLD_SIZE", "1"}, {"DSD_HEARTBEAT_SECONDS", "90"}})
+          ->heartbeat_bound,
+      absl::Seconds(90));
+  for (const char* bad : {"", "-1", "soon", "86401"}) {
+    EXPECT_EQ(
+        LaunchFromEnvironment({{"DSD_HEARTBEAT_SECONDS", bad}}).status().code(),
+        absl::StatusCode::kInvalidArgument);
+  }
+}
+
+TEST(LaunchTest, TokensWhateverTheLauncher) {
+  EXPECT_EQ(LaunchFromEnvironment({})->token, "");
+  const auto info = LaunchFromEnvironment({{"DSD_TOKEN", "secret"}});
+  EXPECT_EQ(info->token, "secret");
+  EXPECT_EQ(info->token_file, "");
+  EXPECT_EQ(LaunchFromEnvironment({{"DSD_TOKEN_FILE", "/run/t"}})->token_file,
+            "/run/t");
+  for (const char* name : {"DSD_TOKEN", "DSD_TOKEN_FILE"}) {
+    const absl::Status status = LaunchFromEnvironment({{name, ""}}).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(status.message()), HasSubstr(name));
+  }
+}
 
 TEST(LaunchTest, ContradictionsAndGarbageAreNamed) {
   const Bad cases[] = {

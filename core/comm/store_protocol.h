@@ -4,8 +4,10 @@
 // length, 1 byte kind, 8 bytes id, then fields; all little-endian. Private to
 // this package.
 //
-// A client says kHello and gets one kReply; then it may ask. Frames that are
-// too long or do not decode end the connection.
+// A client says kHello and gets one kReply; then it may ask. Where the job has
+// a token, kChallenge and kProof come between, and the reply has the server's
+// own proof (job_token.h). Frames that are too long or do not decode end the
+// connection.
 
 #ifndef DSD_CORE_COMM_STORE_PROTOCOL_H_
 #define DSD_CORE_COMM_STORE_PROTOCOL_H_
@@ -17,14 +19,16 @@
 #include <type_traits>
 
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
 
 namespace dsd {
 
 // "dsds"; the first field of kHello. It and the version come first in every
 // version, and a refusal is a kReply in every version.
 inline constexpr uint32_t kStoreMagic = 0x73647364;
-inline constexpr uint32_t kStoreVersion = 1;
+inline constexpr uint32_t kStoreVersion = 3;
 
 inline constexpr size_t kFrameHeaderBytes = sizeof(uint32_t);
 inline constexpr size_t kMaxHelloBytes = 4096;
@@ -35,7 +39,7 @@ inline constexpr size_t kMaxValueBytes = kMaxFrameBytes / 2;
 
 enum class FrameKind : uint8_t {
   // From a client. The id is its name for the request.
-  kHello = 1,    // magic, version, credentials (reserved, empty), job
+  kHello = 1,    // magic, version, version of dsd, nonce, job
   kSet = 2,      // key, value                              -> kReply
   kGet = 3,      // key                                     -> kReply: value
   kAdd = 4,      // key, delta                              -> kReply: sum
@@ -46,12 +50,56 @@ enum class FrameKind : uint8_t {
   kGone = 9,     // member
   kAsk = 10,     // member, question, patience (ns)         -> kReply: answers
   kAnswer = 11,  // text; the id is the question's
+  kBeat = 12,    // now and then                            -> kReply
+  kProof = 13,   // to kChallenge: that of the client
   // From the server.
-  kReply = 64,     // code, text, value; the id is the request's
-  kFailed = 65,    // member, code, text
-  kQuestion = 66,  // member, question; the id is the question's
+  kReply = 64,      // code, text, value; the id is the request's
+                    // (to kHello: code, text, heartbeat bound (ns), proof)
+  kFailed = 65,     // member, code, text
+  kQuestion = 66,   // member, question; the id is the question's
+  kChallenge = 67,  // to kHello: nonce
 };
 // A member is named by the id of its kJoin.
+
+// How many signs of life fit into the bound at which one that gives none is
+// given up.
+inline constexpr int kBeatsPerBound = 6;
+
+// What one end of a connection thinks of the other. Thread-compatible.
+class BeatWatch {
+ public:
+  // `bound`: zero or infinite if nobody is given up.
+  explicit BeatWatch(absl::Duration bound)
+      : bound_(bound > absl::ZeroDuration() ? bound
+                                            : absl::InfiniteDuration()) {}
+
+  bool on() const { return bound_ != absl::InfiniteDuration(); }
+  absl::Duration bound() const { return bound_; }
+  absl::Duration period() const { return bound_ / kBeatsPerBound; }
+
+  // To be called once per period at least, after what has arrived was read.
+  // Whether this process has run since the last call: one that was stopped
+  // itself has no opinion of others.
+  bool Ran(absl::Time now) {
+    const bool ran = now - looked_ < bound_ / 2;
+    looked_ = now;
+    return ran;
+  }
+
+  // "does not answer for 30s (...)", of one that was last heard of then.
+  static std::string HowLong(absl::Duration silence) {
+    return absl::StrCat(
+        "does not answer for ",
+        absl::FormatDuration(absl::Trunc(silence, silence < absl::Seconds(1)
+                                                      ? absl::Milliseconds(1)
+                                                      : absl::Seconds(1))),
+        " (its process is stopped, or its host is out of reach)");
+  }
+
+ private:
+  const absl::Duration bound_;
+  absl::Time looked_ = absl::InfinitePast();
+};
 
 class FrameWriter {
  public:

@@ -3,11 +3,13 @@
 // The store of a job whose ranks are processes: rank 0 serves it, all ranks
 // (rank 0 too) are its clients. A client's connection lives as long as the
 // process uses the store; its end without a goodbye is the death of its rank. A
-// host that vanishes without a word (power, cable) is noticed within a minute;
-// a process that is stopped is not: that is for deadlines.
+// process that is stopped, or whose host vanishes without a word (power,
+// cable), gives no sign of life any more, and is given up after a while.
 //
-// It trusts its network, as the libraries under it do: whoever can reach the
-// port can take part.
+// Without a token it trusts its network, as the libraries under it do: whoever
+// can reach the port can take part. With one, both ends of a connection prove
+// that they know it before anything else is said; what is said then is neither
+// encrypted nor signed.
 
 #ifndef DSD_CORE_COMM_TCP_STORE_H_
 #define DSD_CORE_COMM_TCP_STORE_H_
@@ -32,6 +34,15 @@ struct TcpStoreServerOptions {
   int listen_fd = -1;
   // Clients of another job are refused.
   std::string job_id;
+  // Clients that do not know it are refused. Empty: none is asked for.
+  std::string token;
+  // How long a connection may take to greet. Of those who have not yet, few are
+  // kept: beyond, the oldest goes.
+  absl::Duration greeting_patience = absl::Seconds(20);
+  // Who gives no sign of life for so long is given up, on all connections, by
+  // both sides; zero: nobody is. The threads of the store give the signs,
+  // whatever else a process does.
+  absl::Duration heartbeat_bound = absl::Seconds(30);
   // When this group has dissolved, no new clients are accepted: they mean the
   // next server at this address. May be empty.
   std::string last_group;
@@ -59,12 +70,14 @@ struct TcpStoreOptions {
   std::string host = "127.0.0.1";
   int port = 0;
   std::string job_id;
+  // A server that does not know it is refused. Empty: none is asked for.
+  std::string token;
   int rank = 0;  // of the client, for error texts
 };
 
 // Connects, waiting until somebody serves. Errors: DeadlineExceeded;
 // FailedPrecondition if what answers is no store of this version or of another
-// job.
+// job; PermissionDenied if the two ends do not have the same token.
 absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
     Env* env, const TcpStoreOptions& options, absl::Time deadline);
 

@@ -15,7 +15,9 @@
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/base/version.h"
 #include "dsd/core/comm/duration_text.h"
+#include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/store_protocol.h"
 #include "dsd/core/comm/tcp_store.h"
@@ -39,12 +41,13 @@ class TcpStore final : public Store,
                        public std::enable_shared_from_this<TcpStore> {
  public:
   TcpStore(Env* env, TcpStoreOptions options, std::string host, Socket socket,
-           Waker waker)
+           Waker waker, absl::Duration heartbeat_bound)
       : env_(env),
         options_(std::move(options)),
         host_(std::move(host)),
         socket_(std::move(socket)),
-        waker_(std::move(waker)) {
+        waker_(std::move(waker)),
+        beats_(heartbeat_bound) {
     thread_ = env_->StartThread("dsd_store_io", [this] { Run(); });
   }
 
@@ -171,7 +174,10 @@ class TcpStore final : public Store,
   void Run();
   // Returns false for a frame that is not understood.
   bool Receive(absl::string_view body);
-  void Lose(const std::string& why);
+  // The server is gone. `verdict`: in the words of all members of all groups.
+  void Lose(const absl::Status& verdict);
+  void LoseConnection(absl::string_view why);
+  void GiveUp(absl::Duration silence);
   std::shared_ptr<Member> FindMember(uint64_t id) {
     absl::MutexLock lock(&mu_);
     const auto it = members_.find(id);
@@ -183,6 +189,7 @@ class TcpStore final : public Store,
   const std::string host_;
   Socket socket_;  // of the thread
   Waker waker_;
+  BeatWatch beats_;  // of the thread
 
   absl::Mutex mu_;
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
@@ -201,7 +208,14 @@ void TcpStore::Run() {
   std::string in;
   std::string out;
   std::optional<absl::Time> end;
+  absl::Time heard = env_->Now();
+  absl::Time next_beat = heard;
+  beats_.Ran(heard);
   while (true) {
+    if (beats_.on() && env_->Now() >= next_beat) {
+      out += FrameWriter(FrameKind::kBeat, 0).Finish();
+      next_beat = env_->Now() + beats_.period();
+    }
     {
       absl::MutexLock lock(&mu_);
       out += std::exchange(out_, "");
@@ -217,23 +231,30 @@ void TcpStore::Run() {
         {waker_.fd(), POLLIN, 0},
         {socket_.fd(), static_cast<short>(POLLIN | (out.empty() ? 0 : POLLOUT)),
          0}};
-    const absl::StatusOr<int> ready = env_->Poll(
-        absl::MakeSpan(polls), end.has_value() ? *end : env_->Now() + kIdle);
+    const absl::StatusOr<int> ready =
+        env_->Poll(absl::MakeSpan(polls), end.has_value() ? *end
+                                          : beats_.on()   ? next_beat
+                                                        : env_->Now() + kIdle);
     if (!ready.ok()) continue;
     waker_.Clear();
+    const size_t before = in.size();
     const absl::StatusOr<bool> open = socket_.ReadSome(in, kReadBytes);
+    const absl::Time now = env_->Now();
+    if (in.size() > before) heard = now;
     absl::string_view left = in;
     absl::string_view body;
     while (true) {
       const std::optional<bool> whole = TakeFrame(left, kMaxFrameBytes, body);
       if (whole.has_value() && !*whole) break;
       if (!whole.has_value() || !Receive(body)) {
-        return Lose("it sent what is not understood");
+        return LoseConnection("it sent what is not understood");
       }
     }
     in.erase(0, in.size() - left.size());
-    if (!open.ok()) return Lose(std::string(open.status().message()));
-    if (!*open) return Lose("");
+    if (!open.ok()) return LoseConnection(open.status().message());
+    if (!*open) return LoseConnection("");
+    if (beats_.on() && !beats_.Ran(now)) heard = now;
+    if (now - heard >= beats_.bound()) return GiveUp(now - heard);
   }
 }
 
@@ -282,10 +303,28 @@ bool TcpStore::Receive(absl::string_view body) {
   }
 }
 
-void TcpStore::Lose(const std::string& why) {
-  const absl::Status lost = absl::UnavailableError(
+void TcpStore::LoseConnection(absl::string_view why) {
+  Lose(absl::UnavailableError(
       absl::StrCat("rank 0 died (its connection to rank ", options_.rank,
-                   " closed", why.empty() ? "" : absl::StrCat(": ", why), ")"));
+                   " closed", why.empty() ? "" : ": ", why, ")")));
+}
+
+void TcpStore::GiveUp(absl::Duration silence) {
+  const absl::Status verdict = absl::UnavailableError(
+      absl::StrCat("rank 0 ", BeatWatch::HowLong(silence)));
+  // For rank 0 to find, should it go on: else it would blame those who left.
+  std::string out;
+  {
+    absl::MutexLock lock(&mu_);
+    for (const auto& [id, member] : members_) {
+      out += FrameWriter(FrameKind::kFail, 0).Put(id).Put(verdict).Finish();
+    }
+  }
+  socket_.WriteSome(out).IgnoreError();
+  Lose(verdict);
+}
+
+void TcpStore::Lose(const absl::Status& lost) {
   std::vector<std::shared_ptr<Member>> members;
   {
     absl::MutexLock lock(&mu_);
@@ -384,6 +423,123 @@ absl::StatusOr<std::unique_ptr<Membership>> TcpStore::Join(
   return std::make_unique<Handle>(shared_from_this(), id, member);
 }
 
+// The two ends of a new connection, until they know each other.
+class Greeting {
+ public:
+  Greeting(Env* env, const TcpStoreOptions& options, const std::string& where,
+           Socket& socket, absl::Time deadline)
+      : env_(env),
+        options_(options),
+        where_(where),
+        socket_(socket),
+        deadline_(deadline),
+        nonce_(NewNonce(env)) {}
+
+  // Returns the server's heartbeat bound. Unavailable if the server went away
+  // before it said anything.
+  absl::StatusOr<absl::Duration> Run() {
+    DSD_RETURN_IF_ERROR(Send(FrameWriter(FrameKind::kHello, 0)
+                                 .Put(kStoreMagic)
+                                 .Put(kStoreVersion)
+                                 .Put(absl::string_view(kLibraryVersion))
+                                 .Put(absl::string_view(nonce_))
+                                 .Put(absl::string_view(options_.job_id))));
+    DSD_ASSIGN_OR_RETURN(std::string body, Receive());
+    if (KindOf(body) == FrameKind::kChallenge) {
+      DSD_RETURN_IF_ERROR(Answer(body));
+      DSD_ASSIGN_OR_RETURN(body, Receive());
+    }
+    if (KindOf(body) != FrameKind::kReply) return Foreign();
+    FrameReader reader = FieldsOf(body);
+    const absl::Status verdict = reader.GetStatus();
+    if (!verdict.ok()) return Annotate(verdict, where_);
+    const int64_t bound = reader.Get<int64_t>();
+    const absl::string_view proof = reader.GetText();
+    if (!reader.ok()) return Foreign();
+    DSD_RETURN_IF_ERROR(CheckServer(proof));
+    return absl::Nanoseconds(bound);
+  }
+
+ private:
+  static FrameKind KindOf(const std::string& body) {
+    return static_cast<FrameKind>(FrameReader(body).Get<uint8_t>());
+  }
+  static FrameReader FieldsOf(const std::string& body) {
+    FrameReader reader(body);
+    reader.Get<uint8_t>();
+    reader.Get<uint64_t>();
+    return reader;
+  }
+
+  absl::Status Send(FrameWriter& frame) {
+    return socket_.WriteAll(env_, frame.Finish(), deadline_);
+  }
+
+  absl::StatusOr<std::string> Receive() {
+    absl::StatusOr<std::string> head =
+        socket_.ReadExactly(env_, kFrameHeaderBytes, deadline_);
+    if (absl::IsDeadlineExceeded(head.status())) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("connected to ", where_,
+                       ", but no store answers there; is the port of "
+                       "another program?"));
+    }
+    DSD_RETURN_IF_ERROR(head);
+    uint32_t size;
+    std::memcpy(&size, head->data(), sizeof(size));
+    if (size > kMaxHelloBytes) return Foreign();
+    return socket_.ReadExactly(env_, size, deadline_);
+  }
+
+  absl::Status Answer(const std::string& challenge) {
+    FrameReader reader = FieldsOf(challenge);
+    server_nonce_ = std::string(reader.GetText());
+    if (!reader.ok() || server_nonce_.size() != kNonceBytes) return Foreign();
+    if (options_.token.empty()) {
+      return absl::PermissionDeniedError(absl::StrCat(
+          where_,
+          ": the store asks for the token of its job, and this rank has none; "
+          "set DSD_TOKEN or DSD_TOKEN_FILE as for rank 0"));
+    }
+    DSD_ASSIGN_OR_RETURN(const std::string proof,
+                         TokenProof(options_.token, TokenSide::kClient,
+                                    options_.job_id, nonce_, server_nonce_));
+    return Send(
+        FrameWriter(FrameKind::kProof, 0).Put(absl::string_view(proof)));
+  }
+
+  absl::Status CheckServer(absl::string_view proof) const {
+    if (options_.token.empty()) return absl::OkStatus();
+    if (server_nonce_.empty()) {
+      return absl::PermissionDeniedError(absl::StrCat(
+          where_,
+          ": this rank has a token, and the store does not ask for it; set "
+          "DSD_TOKEN or DSD_TOKEN_FILE for rank 0, too"));
+    }
+    DSD_ASSIGN_OR_RETURN(const std::string expected,
+                         TokenProof(options_.token, TokenSide::kServer,
+                                    options_.job_id, nonce_, server_nonce_));
+    if (SameProof(proof, expected)) return absl::OkStatus();
+    return absl::PermissionDeniedError(absl::StrCat(
+        where_, ": what answers there does not know the token of this job"));
+  }
+
+  absl::Status Foreign() const {
+    return absl::FailedPreconditionError(
+        absl::StrCat("what answers at ", where_,
+                     " is no store of dsd; is MASTER_PORT the port "
+                     "of another program?"));
+  }
+
+  Env* const env_;
+  const TcpStoreOptions& options_;
+  const std::string& where_;
+  Socket& socket_;
+  const absl::Time deadline_;
+  const std::string nonce_;
+  std::string server_nonce_;  // empty: there was no challenge
+};
+
 // One attempt; Unavailable if the server went away before it said anything.
 absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
                                              const TcpStoreOptions& options,
@@ -392,41 +548,12 @@ absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
                        ConnectTo(env, options.host, options.port, deadline));
   DSD_ASSIGN_OR_RETURN(std::string host, socket.PeerHost());
   const std::string where = HostPort(host, options.port);
-  DSD_RETURN_IF_ERROR(socket.WriteAll(env,
-                                      FrameWriter(FrameKind::kHello, 0)
-                                          .Put(kStoreMagic)
-                                          .Put(kStoreVersion)
-                                          .Put(absl::string_view())
-                                          .Put(options.job_id)
-                                          .Finish(),
-                                      deadline));
-  absl::StatusOr<std::string> head =
-      socket.ReadExactly(env, kFrameHeaderBytes, deadline);
-  if (absl::IsDeadlineExceeded(head.status())) {
-    return absl::DeadlineExceededError(
-        absl::StrCat("connected to ", where,
-                     ", but no store answers there; is the port of "
-                     "another program?"));
-  }
-  DSD_RETURN_IF_ERROR(head);
-  uint32_t size;
-  std::memcpy(&size, head->data(), sizeof(size));
-  const absl::Status foreign = absl::FailedPreconditionError(
-      absl::StrCat("what answers at ", where,
-                   " is no store of dsd; is MASTER_PORT the port "
-                   "of another program?"));
-  if (size > kMaxHelloBytes) return foreign;
-  DSD_ASSIGN_OR_RETURN(const std::string body,
-                       socket.ReadExactly(env, size, deadline));
-  FrameReader reader(body);
-  const auto kind = static_cast<FrameKind>(reader.Get<uint8_t>());
-  reader.Get<uint64_t>();
-  const absl::Status verdict = reader.GetStatus();
-  if (!reader.ok() || kind != FrameKind::kReply) return foreign;
-  if (!verdict.ok()) return Annotate(verdict, where);
+  DSD_ASSIGN_OR_RETURN(const absl::Duration heartbeat_bound,
+                       Greeting(env, options, where, socket, deadline).Run());
   DSD_ASSIGN_OR_RETURN(Waker waker, Waker::Create());
   return std::make_shared<TcpStore>(env, options, std::move(host),
-                                    std::move(socket), std::move(waker));
+                                    std::move(socket), std::move(waker),
+                                    heartbeat_bound);
 }
 
 }  // namespace

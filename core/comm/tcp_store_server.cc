@@ -10,11 +10,14 @@
 
 #include "absl/container/btree_map.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/base/version.h"
 #include "dsd/core/comm/group_table.h"
+#include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/store.h"
 #include "dsd/core/comm/store_protocol.h"
@@ -23,7 +26,8 @@
 namespace dsd {
 namespace {
 
-constexpr absl::Duration kHelloPatience = absl::Seconds(20);
+// Who has not greeted is a stranger. Ranks greet at once, and try again.
+constexpr size_t kMaxStrangers = 256;
 constexpr absl::Duration kFlushPatience = absl::Seconds(1);
 // After running out of descriptors.
 constexpr absl::Duration kAcceptPause = absl::Milliseconds(100);
@@ -43,7 +47,8 @@ class TcpStoreServer::Impl {
         options_(std::move(options)),
         listener_(std::move(listener)),
         port_(port),
-        waker_(std::move(waker)) {
+        waker_(std::move(waker)),
+        beats_(options_.heartbeat_bound) {
     thread_ = env_->StartThread("dsd_store", [this] { Run(); });
   }
 
@@ -59,14 +64,20 @@ class TcpStoreServer::Impl {
   int port() const { return port_; }
 
  private:
+  enum class Stage { kHello, kProof, kGreeted };
   struct Connection {
     Socket socket;
     std::string in;
     std::string out;
-    bool greeted = false;
+    Stage stage = Stage::kHello;
+    std::string job;  // that it says it belongs to
+    std::string client_nonce;
+    std::string server_nonce;
     bool closing = false;  // after what is in `out`
     bool rank_0 = false;
+    bool silent = false;  // was given up
     absl::Time hello_deadline;
+    absl::Time heard;  // a sign of life
     std::vector<GroupTable::MemberId> members;
   };
   using ConnectionId = uint64_t;
@@ -98,7 +109,12 @@ class TcpStoreServer::Impl {
   void Write(ConnectionId id, Connection& connection);
   // Returns false for a frame that is not understood.
   bool Handle(ConnectionId id, Connection& connection, absl::string_view body);
+  // These return false for a frame that is not understood.
   bool Greet(Connection& connection, FrameReader& reader);
+  bool CheckProof(Connection& connection, FrameReader& reader);
+  void Welcome(Connection& connection);
+  void Refuse(Connection& connection, const absl::Status& verdict);
+  void DropStrangers();
   void Send(ConnectionId id, std::string frame);
   void Reply(const Asker& asker, const absl::Status& status,
              absl::string_view value = "");
@@ -114,6 +130,8 @@ class TcpStoreServer::Impl {
       return askers.empty();
     });
   }
+  // Gives up those who give no sign of life.
+  void Listen(absl::Time now);
   // Forgets connections marked as broken; their members have died.
   void Reap();
 
@@ -129,6 +147,7 @@ class TcpStoreServer::Impl {
   absl::btree_map<ConnectionId, Connection> connections_;
   std::vector<ConnectionId> broken_;
   absl::Time accept_after_ = absl::InfinitePast();
+  BeatWatch beats_;
   absl::flat_hash_map<std::string, std::string> values_;
   absl::flat_hash_map<std::string, std::vector<Asker>> waiting_;  // by key
   GroupTable groups_;
@@ -146,9 +165,12 @@ absl::Time TcpStoreServer::Impl::NextEvent() const {
     next = std::min(next, question.deadline);
   }
   for (const auto& [id, connection] : connections_) {
-    if (!connection.greeted) next = std::min(next, connection.hello_deadline);
+    if (connection.stage != Stage::kGreeted) {
+      next = std::min(next, connection.hello_deadline);
+    }
   }
   if (accept_after_ > env_->Now()) next = std::min(next, accept_after_);
+  if (beats_.on()) next = std::min(next, env_->Now() + beats_.period());
   return next;
 }
 
@@ -195,6 +217,7 @@ void TcpStoreServer::Impl::Run() {
       }
     }
     const absl::Time now = env_->Now();
+    Listen(now);
     Deliver(groups_.Expire(now));
     std::vector<uint64_t> due;
     for (const auto& [id, question] : questions_) {
@@ -202,7 +225,8 @@ void TcpStoreServer::Impl::Run() {
     }
     for (const uint64_t id : due) FinishQuestion(id);
     for (auto& [id, connection] : connections_) {
-      if (!connection.greeted && connection.hello_deadline <= now) {
+      if (connection.stage != Stage::kGreeted &&
+          connection.hello_deadline <= now) {
         broken_.push_back(id);
       }
     }
@@ -236,18 +260,42 @@ void TcpStoreServer::Impl::Accept() {
     if (!socket->valid()) return;
     Connection& connection = connections_[next_connection_++];
     connection.socket = *std::move(socket);
-    connection.hello_deadline = env_->Now() + kHelloPatience;
+    connection.heard = env_->Now();
+    connection.hello_deadline = connection.heard + options_.greeting_patience;
+    DropStrangers();
   }
 }
 
+void TcpStoreServer::Impl::DropStrangers() {
+  size_t strangers = 0;
+  auto oldest = connections_.end();
+  for (auto it = connections_.begin(); it != connections_.end(); ++it) {
+    if (it->second.stage == Stage::kGreeted) continue;
+    if (++strangers == 1) oldest = it;
+  }
+  // It has no members, and nobody asks it anything.
+  if (strangers > kMaxStrangers) connections_.erase(oldest);
+}
+
 void TcpStoreServer::Impl::Read(ConnectionId id, Connection& connection) {
+  const size_t before = connection.in.size();
+  const size_t most = connection.stage == Stage::kGreeted
+                          ? kReadBytes
+                          : kFrameHeaderBytes + kMaxHelloBytes -
+                                std::min(before, kMaxHelloBytes);
   const absl::StatusOr<bool> open =
-      connection.socket.ReadSome(connection.in, kReadBytes);
+      connection.socket.ReadSome(connection.in, most);
+  if (connection.in.size() > before) {
+    connection.heard = env_->Now();
+    connection.silent = false;
+  }
   absl::string_view left = connection.in;
   absl::string_view body;
   while (!connection.closing) {
     const std::optional<bool> whole = TakeFrame(
-        left, connection.greeted ? kMaxFrameBytes : kMaxHelloBytes, body);
+        left,
+        connection.stage == Stage::kGreeted ? kMaxFrameBytes : kMaxHelloBytes,
+        body);
     if (!whole.has_value() || (*whole && !Handle(id, connection, body))) {
       broken_.push_back(id);
       return;
@@ -262,30 +310,85 @@ bool TcpStoreServer::Impl::Greet(Connection& connection, FrameReader& reader) {
   const uint32_t magic = reader.Get<uint32_t>();
   const uint32_t version = reader.Get<uint32_t>();
   if (!reader.ok() || magic != kStoreMagic) return false;
-  absl::Status verdict;
   if (version != kStoreVersion) {
-    verdict = absl::FailedPreconditionError(
-        absl::StrCat("the store speaks version ", kStoreVersion,
-                     " of its protocol, the client version ", version,
-                     "; use the same dsd on all ranks"));
-  } else {
-    reader.GetText();  // credentials
-    const absl::string_view job = reader.GetText();
-    if (!reader.ok()) return false;
-    if (job != options_.job_id) {
-      verdict = absl::FailedPreconditionError(
-          absl::StrCat("this is the store of job \"", options_.job_id,
-                       "\", the client belongs to job \"", job,
-                       "\"; give the jobs different values of MASTER_PORT"));
-    }
+    Refuse(connection, absl::FailedPreconditionError(absl::StrCat(
+                           "the store speaks version ", kStoreVersion,
+                           " of its protocol, the client version ", version,
+                           "; use the same dsd on all ranks")));
+    return true;
   }
-  connection.out += FrameWriter(FrameKind::kReply, 0)
-                        .Put(verdict)
-                        .Put(absl::string_view())
-                        .Finish();
-  connection.greeted = true;
-  connection.closing = !verdict.ok();
+  const absl::string_view library = reader.GetText();
+  connection.client_nonce = std::string(reader.GetText());
+  connection.job = std::string(reader.GetText());
+  if (!reader.ok() || connection.client_nonce.size() != kNonceBytes) {
+    return false;
+  }
+  if (library != kLibraryVersion) {
+    Refuse(connection,
+           absl::FailedPreconditionError(absl::StrCat(
+               "the store is of dsd ", kLibraryVersion, ", the client of dsd ",
+               absl::Utf8SafeCHexEscape(library),
+               "; use the same dsd on all ranks")));
+  } else if (options_.token.empty()) {
+    Welcome(connection);
+  } else {
+    connection.server_nonce = NewNonce(env_);
+    connection.stage = Stage::kProof;
+    connection.out += FrameWriter(FrameKind::kChallenge, 0)
+                          .Put(absl::string_view(connection.server_nonce))
+                          .Finish();
+  }
   return true;
+}
+
+bool TcpStoreServer::Impl::CheckProof(Connection& connection,
+                                      FrameReader& reader) {
+  const absl::string_view proof = reader.GetText();
+  if (!reader.ok()) return false;
+  const absl::StatusOr<std::string> expected =
+      TokenProof(options_.token, TokenSide::kClient, connection.job,
+                 connection.client_nonce, connection.server_nonce);
+  if (!expected.ok()) {
+    Refuse(connection, expected.status());
+  } else if (!SameProof(proof, *expected)) {
+    Refuse(connection, absl::PermissionDeniedError(
+                           "the token of the client is not that of the store; "
+                           "give all ranks the same DSD_TOKEN"));
+  } else {
+    Welcome(connection);
+  }
+  return true;
+}
+
+void TcpStoreServer::Impl::Welcome(Connection& connection) {
+  if (connection.job != options_.job_id) {
+    return Refuse(connection,
+                  absl::FailedPreconditionError(absl::StrCat(
+                      "this is the store of job \"", options_.job_id,
+                      "\", the client belongs to job \"", connection.job,
+                      "\"; give the jobs different values of MASTER_PORT")));
+  }
+  std::string proof;
+  if (!options_.token.empty()) {
+    absl::StatusOr<std::string> own =
+        TokenProof(options_.token, TokenSide::kServer, connection.job,
+                   connection.client_nonce, connection.server_nonce);
+    if (!own.ok()) return Refuse(connection, own.status());
+    proof = *std::move(own);
+  }
+  connection.stage = Stage::kGreeted;
+  connection.out +=
+      FrameWriter(FrameKind::kReply, 0)
+          .Put(absl::OkStatus())
+          .Put(beats_.on() ? absl::ToInt64Nanoseconds(beats_.bound()) : 0)
+          .Put(absl::string_view(proof))
+          .Finish();
+}
+
+void TcpStoreServer::Impl::Refuse(Connection& connection,
+                                  const absl::Status& verdict) {
+  connection.closing = true;
+  connection.out += FrameWriter(FrameKind::kReply, 0).Put(verdict).Finish();
 }
 
 bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
@@ -294,8 +397,13 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
   const auto kind = static_cast<FrameKind>(reader.Get<uint8_t>());
   const uint64_t request = reader.Get<uint64_t>();
   const Asker asker = {id, request};
-  if (!connection.greeted) {
-    return kind == FrameKind::kHello && Greet(connection, reader);
+  switch (connection.stage) {
+    case Stage::kHello:
+      return kind == FrameKind::kHello && Greet(connection, reader);
+    case Stage::kProof:
+      return kind == FrameKind::kProof && CheckProof(connection, reader);
+    case Stage::kGreeted:
+      break;
   }
   // The member of this connection that a client names by its join.
   const auto member_of =
@@ -434,6 +542,10 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
       if (question->second.rank_of.empty()) FinishQuestion(request);
       return true;
     }
+    case FrameKind::kBeat: {
+      Reply(asker, absl::OkStatus());
+      return true;
+    }
     default:
       return false;
   }
@@ -491,6 +603,28 @@ void TcpStoreServer::Impl::Deliver(
                                     .Put(event.status)
                                     .Finish());
         break;
+    }
+  }
+}
+
+// After all that has arrived was read: a process that was stopped for a while
+// finds the others' signs waiting.
+void TcpStoreServer::Impl::Listen(absl::Time now) {
+  if (!beats_.on()) return;
+  if (!beats_.Ran(now)) {
+    for (auto& [id, connection] : connections_) connection.heard = now;
+    return;
+  }
+  for (auto& [id, connection] : connections_) {
+    const absl::Duration silence = now - connection.heard;
+    if (connection.stage != Stage::kGreeted || connection.silent ||
+        silence < beats_.bound()) {
+      continue;
+    }
+    // It stays connected, so that it hears of this should it go on.
+    connection.silent = true;
+    for (const GroupTable::MemberId member : connection.members) {
+      Deliver(groups_.Silence(member, BeatWatch::HowLong(silence)));
     }
   }
 }

@@ -17,7 +17,9 @@
 #include "absl/synchronization/notification.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/base/version.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/store_protocol.h"
 #include "gmock/gmock.h"
@@ -29,6 +31,7 @@ namespace {
 using ::testing::AllOf;
 using ::testing::AnyOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 Env* const env = Env::Real();
 
@@ -81,6 +84,36 @@ MemberOptions Member(int rank, int size, absl::string_view group = "g") {
   options.size = size;
   options.on_failure = [](const absl::Status&) {};
   return options;
+}
+
+std::string HelloOfJob(absl::string_view library = kLibraryVersion) {
+  return FrameWriter(FrameKind::kHello, 0)
+      .Put(kStoreMagic)
+      .Put(kStoreVersion)
+      .Put(library)
+      .Put(absl::string_view(NewNonce(env)))
+      .Put(absl::string_view("job"))
+      .Finish();
+}
+
+// All that comes until the other side hangs up.
+std::string ReadToEnd(Socket& socket) {
+  std::string in;
+  absl::StatusOr<bool> open = true;
+  while (open.ok() && *open) {
+    pollfd poll = {socket.fd(), POLLIN, 0};
+    EXPECT_EQ(*env->Poll(absl::MakeSpan(&poll, 1), Soon()), 1);
+    if (::testing::Test::HasFailure()) break;
+    open = socket.ReadSome(in, 1 << 20);
+  }
+  return in;
+}
+
+std::string ReadFrame(Socket& socket) {
+  const std::string head = *socket.ReadExactly(env, 4, Soon());
+  uint32_t size;
+  std::memcpy(&size, head.data(), 4);
+  return *socket.ReadExactly(env, size, Soon());
 }
 
 TEST_F(TcpStoreTest, KeysAndCounters) {
@@ -226,23 +259,22 @@ TEST_F(TcpStoreTest, ClientsOfAnotherVersionAreRefusedByName) {
                                 .Finish(),
                             Soon()),
             absl::OkStatus());
-  const std::string head = *socket.ReadExactly(env, 4, Soon());
-  uint32_t size;
-  std::memcpy(&size, head.data(), 4);
-  const std::string body = *socket.ReadExactly(env, size, Soon());
-  EXPECT_THAT(body, AllOf(HasSubstr("version 1"), HasSubstr("version 42")));
+  EXPECT_THAT(ReadFrame(socket),
+              AllOf(HasSubstr("version 3"), HasSubstr("version 44")));
   EXPECT_FALSE(socket.ReadExactly(env, 1, Soon()).ok());
+
+  // The same protocol, but perhaps other plans.
+  Socket other = Raw();
+  ASSERT_EQ(other.WriteAll(env, HelloOfJob("99.1"), Soon()), absl::OkStatus());
+  EXPECT_THAT(ReadToEnd(other),
+              AllOf(HasSubstr(absl::StrCat("of dsd ", kLibraryVersion)),
+                    HasSubstr("of dsd 99.1")));
 }
 
 // Whatever comes in, the connection is closed and the store serves on.
 TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
   const auto client = Connect();
-  std::string hello = FrameWriter(FrameKind::kHello, 0)
-                          .Put(kStoreMagic)
-                          .Put(kStoreVersion)
-                          .Put(absl::string_view())
-                          .Put(absl::string_view("job"))
-                          .Finish();
+  const std::string hello = HelloOfJob();
   const auto after_hello = [&](std::string frame) { return hello + frame; };
   const std::string cases[] = {
       "GET / HTTP/1.1\r\n\r\n",
@@ -270,13 +302,7 @@ TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
   for (const std::string& bytes : cases) {
     Socket socket = Raw();
     ASSERT_EQ(socket.WriteAll(env, bytes, Soon()), absl::OkStatus());
-    std::string in;
-    absl::StatusOr<bool> open = true;
-    while (open.ok() && *open) {  // until the server hangs up
-      pollfd poll = {socket.fd(), POLLIN, 0};
-      ASSERT_EQ(*env->Poll(absl::MakeSpan(&poll, 1), Soon()), 1);
-      open = socket.ReadSome(in, 1 << 20);
-    }
+    ReadToEnd(socket);
   }
   // Names of things that are not there are no garbage.
   Socket socket = Raw();
@@ -291,6 +317,223 @@ TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
       absl::OkStatus());
   EXPECT_TRUE(socket.ReadExactly(env, 10, Soon()).ok());
   EXPECT_EQ(client->Set("k", "v", Soon()), absl::OkStatus());
+}
+
+// Stands for a process that is stopped: connected, and silent.
+TEST(TcpStoreBeatTest, AClientThatGivesNoSignOfLifeIsGivenUp) {
+  TcpStoreServerOptions options;
+  options.job_id = "job";
+  options.heartbeat_bound = absl::Seconds(2);
+  const auto server = *TcpStoreServer::Start(env, options, Soon());
+  TcpStoreOptions client;
+  client.port = server->port();
+  client.job_id = "job";
+  const auto a = *ConnectTcpStore(env, client, Soon());
+  Socket silent = *ConnectTo(env, "127.0.0.1", server->port(), Soon());
+  ASSERT_EQ(silent.WriteAll(env,
+                            HelloOfJob() + FrameWriter(FrameKind::kJoin, 1)
+                                               .Put(absl::string_view("g"))
+                                               .Put(int32_t{1})
+                                               .Put(int32_t{2})
+                                               .Put(absl::string_view())
+                                               .Put(int64_t{1} << 40)
+                                               .Finish(),
+                            Soon()),
+            absl::OkStatus());
+  absl::Notification heard;
+  absl::Status verdict;
+  MemberOptions member = Member(0, 2);
+  member.on_failure = [&](const absl::Status& status) {
+    verdict = status;
+    heard.Notify();
+  };
+  const auto mine = *a->Join(member, Soon());
+  heard.WaitForNotification();
+  EXPECT_EQ(verdict.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(TextOf(verdict), HasSubstr("rank 1 does not answer for 2s"));
+  // Those who give signs go on, however long they have nothing to say.
+  EXPECT_EQ(a->Set("key", "", Soon()), absl::OkStatus());
+}
+
+TEST(TcpStoreBeatTest, AServerThatGivesNoSignOfLifeIsGivenUp) {
+  const Socket listener = *ListenAt(env, "127.0.0.1", 0, Soon());
+  Socket silent;
+  std::thread server([&] {
+    pollfd poll = {listener.fd(), POLLIN, 0};
+    ASSERT_EQ(*env->Poll(absl::MakeSpan(&poll, 1), Soon()), 1);
+    silent = *AcceptFrom(listener);
+    // It greets, lets one in, and is stopped.
+    ReadFrame(silent);
+    ASSERT_EQ(
+        silent.WriteAll(env,
+                        FrameWriter(FrameKind::kReply, 0)
+                                .Put(absl::OkStatus())
+                                .Put(absl::ToInt64Nanoseconds(absl::Seconds(2)))
+                                .Put(absl::string_view())
+                                .Finish() +
+                            FrameWriter(FrameKind::kReply, 1)
+                                .Put(absl::OkStatus())
+                                .Put(absl::string_view())
+                                .Finish(),
+                        Soon()),
+        absl::OkStatus());
+  });
+  TcpStoreOptions options;
+  options.port = *listener.LocalPort();
+  options.rank = 3;
+  const auto client = *ConnectTcpStore(env, options, Soon());
+  absl::Notification heard;
+  absl::Status verdict;
+  MemberOptions member = Member(0, 1);
+  member.on_failure = [&](const absl::Status& status) {
+    verdict = status;
+    heard.Notify();
+  };
+  const auto mine = client->Join(member, Soon());
+  ASSERT_TRUE(mine.ok()) << mine.status();
+  server.join();
+  heard.WaitForNotification();
+  EXPECT_EQ(verdict.code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(TextOf(verdict), HasSubstr("rank 0 does not answer for 2s"));
+  EXPECT_EQ(client->Get("key", Soon()).status(), verdict);
+  // What it finds when it goes on: why they have left, before their end.
+  EXPECT_THAT(ReadToEnd(silent), HasSubstr("rank 0 does not answer"));
+}
+
+constexpr char kToken[] = "0123456789abcdef";
+
+class TcpStoreTokenTest : public ::testing::Test {
+ protected:
+  TcpStoreTokenTest() {
+    TcpStoreServerOptions options;
+    options.job_id = "job";
+    options.token = kToken;
+    server_ = *TcpStoreServer::Start(env, options, Soon());
+  }
+
+  absl::StatusOr<std::shared_ptr<Store>> Connect(absl::string_view token) {
+    TcpStoreOptions options;
+    options.port = server_->port();
+    options.job_id = "job";
+    options.token = std::string(token);
+    return ConnectTcpStore(env, options, Soon());
+  }
+
+  Socket Raw() { return *ConnectTo(env, "127.0.0.1", server_->port(), Soon()); }
+
+  std::unique_ptr<TcpStoreServer> server_;
+};
+
+TEST_F(TcpStoreTokenTest, WhoKnowsItGetsIn) {
+  const auto store = Connect(kToken);
+  ASSERT_TRUE(store.ok()) << store.status();
+  EXPECT_EQ((*store)->Set("k", "v", Soon()), absl::OkStatus());
+  EXPECT_EQ(*(*store)->Get("k", Soon()), "v");
+}
+
+TEST_F(TcpStoreTokenTest, WhoDoesNotIsToldAndHarmsNothing) {
+  const auto store = Connect(kToken);
+  ASSERT_TRUE(store.ok()) << store.status();
+  const absl::Status wrong = Connect("0123456789abcdeg").status();
+  EXPECT_EQ(wrong.code(), absl::StatusCode::kPermissionDenied);
+  EXPECT_THAT(TextOf(wrong),
+              AllOf(HasSubstr("is not that of the store"),
+                    HasSubstr("DSD_TOKEN"), Not(HasSubstr("0123456789abcde"))));
+  const absl::Status none = Connect("").status();
+  EXPECT_EQ(none.code(), absl::StatusCode::kPermissionDenied);
+  EXPECT_THAT(TextOf(none), HasSubstr("this rank has none"));
+  EXPECT_EQ((*store)->Set("k", "v", Soon()), absl::OkStatus());
+}
+
+TEST_F(TcpStoreTest, AServerThatAsksForNoTokenIsNotTrusted) {
+  TcpStoreOptions options;
+  options.port = port_;
+  options.job_id = "job";
+  options.token = kToken;
+  const absl::Status status = ConnectTcpStore(env, options, Soon()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kPermissionDenied);
+  EXPECT_THAT(TextOf(status), HasSubstr("the store does not ask for it"));
+}
+
+TEST(TcpStoreImpostorTest, AServerThatDoesNotKnowTheTokenIsNotTrusted) {
+  const Socket listener = *ListenAt(env, "127.0.0.1", 0, Soon());
+  std::thread server([&] {
+    pollfd poll = {listener.fd(), POLLIN, 0};
+    ASSERT_EQ(*env->Poll(absl::MakeSpan(&poll, 1), Soon()), 1);
+    Socket socket = *AcceptFrom(listener);
+    ReadFrame(socket);
+    ASSERT_EQ(socket.WriteAll(env,
+                              FrameWriter(FrameKind::kChallenge, 0)
+                                  .Put(absl::string_view(NewNonce(env)))
+                                  .Finish(),
+                              Soon()),
+              absl::OkStatus());
+    // It sends the client's own proof back.
+    const std::string proof = ReadFrame(socket).substr(1 + 8 + 4);
+    ASSERT_EQ(socket.WriteAll(env,
+                              FrameWriter(FrameKind::kReply, 0)
+                                  .Put(absl::OkStatus())
+                                  .Put(int64_t{0})
+                                  .Put(absl::string_view(proof))
+                                  .Finish(),
+                              Soon()),
+              absl::OkStatus());
+    ReadToEnd(socket);
+  });
+  TcpStoreOptions options;
+  options.port = *listener.LocalPort();
+  options.token = kToken;
+  const absl::Status status = ConnectTcpStore(env, options, Soon()).status();
+  server.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kPermissionDenied);
+  EXPECT_THAT(TextOf(status), HasSubstr("does not know the token"));
+}
+
+TEST_F(TcpStoreTokenTest, NothingIsDoneForThoseWhoHaveNotProvedIt) {
+  const std::string set = FrameWriter(FrameKind::kSet, 1)
+                              .Put(absl::string_view("k"))
+                              .Put(absl::string_view("v"))
+                              .Finish();
+  const std::string proof = FrameWriter(FrameKind::kProof, 0)
+                                .Put(absl::string_view(std::string(32, 'x')))
+                                .Finish();
+  for (const std::string& bytes :
+       {proof, set, HelloOfJob() + set, HelloOfJob() + HelloOfJob(),
+        HelloOfJob() + proof + set,
+        HelloOfJob() + FrameWriter(FrameKind::kProof, 0).Finish(),
+        HelloOfJob() + std::string("\xff\xff\xff\xff\xff\xff\xff\x7f", 8)}) {
+    Socket socket = Raw();
+    ASSERT_EQ(socket.WriteAll(env, bytes, Soon()), absl::OkStatus());
+    ReadToEnd(socket);
+  }
+  const auto store = Connect(kToken);
+  ASSERT_TRUE(store.ok()) << store.status();
+  EXPECT_EQ((*store)->Get("k", In(absl::Milliseconds(20))).status().code(),
+            absl::StatusCode::kDeadlineExceeded);
+}
+
+// Of a thousand that connect and say nothing, or begin a greeting and do not
+// end it, few are kept, none for long, and a client gets in meanwhile.
+TEST(TcpStoreStrangersTest, TheirNumberAndTimeAreBounded) {
+  TcpStoreServerOptions options;
+  options.greeting_patience = absl::Seconds(3);
+  const auto server = *TcpStoreServer::Start(env, options, Soon());
+  std::vector<Socket> strangers;
+  for (int i = 0; i < 600; ++i) {
+    strangers.push_back(*ConnectTo(env, "127.0.0.1", server->port(), Soon()));
+    if (i % 2 == 0) {
+      ASSERT_EQ(
+          strangers.back().WriteAll(env, HelloOfJob().substr(0, 9), Soon()),
+          absl::OkStatus());
+    }
+  }
+  TcpStoreOptions client;
+  client.port = server->port();
+  const auto store = *ConnectTcpStore(env, client, Soon());
+  EXPECT_EQ(store->Set("k", "v", Soon()), absl::OkStatus());
+  // The oldest have gone at once, the others go at their time.
+  for (Socket& stranger : strangers) EXPECT_EQ(ReadToEnd(stranger), "");
+  EXPECT_EQ(*store->Get("k", Soon()), "v");
 }
 
 TEST_F(TcpStoreTest, APortInUseIsNamed) {

@@ -10,6 +10,7 @@
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/c10d_store_client.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/registry.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/tcp_store.h"
@@ -61,20 +62,25 @@ absl::StatusOr<Address> ShareAddress(const LaunchInfo& launch, Env* env,
 }
 
 absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
-                                                 Env* env,
+                                                 const WorldOptions& options,
                                                  absl::Time deadline) {
+  Env* const env = options.env;
   // Counts the worlds of this process: the agent's store outlives each of them.
   static std::atomic<int> worlds{0};
   const int number = worlds.fetch_add(1);
 
   Address address = {launch.master_addr, launch.master_port};
   std::unique_ptr<TcpStoreServer> server;
+  DSD_ASSIGN_OR_RETURN(const std::string token, FindToken(env, launch));
   if (launch.rank == 0) {
     TcpStoreServerOptions server_options;
     server_options.host = launch.master_addr;
     server_options.port = launch.master_port;
     server_options.listen_fd = launch.listen_fd;
     server_options.job_id = launch.job_id;
+    server_options.token = token;
+    server_options.heartbeat_bound =
+        launch.heartbeat_bound.value_or(options.heartbeat_bound);
     server_options.last_group = absl::StrCat(kGroup, "#0");
     if (launch.agent_store) {
       DSD_ASSIGN_OR_RETURN(server_options.host,
@@ -109,6 +115,7 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
   client_options.host = address.host;
   client_options.port = address.port;
   client_options.job_id = launch.job_id;
+  client_options.token = token;
   client_options.rank = launch.rank;
   DSD_ASSIGN_OR_RETURN(std::shared_ptr<Store> client,
                        ConnectTcpStore(env, client_options, deadline));
@@ -138,7 +145,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(
     }
     const absl::Time deadline = options.env->Now() + options.connect_timeout;
     absl::StatusOr<std::shared_ptr<Store>> store =
-        FindStore(launch, options.env, deadline);
+        FindStore(launch, options, deadline);
     if (!store.ok()) {
       return Annotate(store.status(),
                       absl::StrCat("connect on rank ", launch.rank, " of ",
