@@ -30,6 +30,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -62,6 +63,10 @@ constexpr size_t kEagerOverhead = 128;
 
 // Wake-ups may be lost or late (rapidsai/ucxx#15).
 constexpr absl::Duration kMaxSleep = absl::Milliseconds(100);
+// While UCX does not let us sleep though nothing moves.
+constexpr int kSpins = 8;
+constexpr int kYields = 2000;
+constexpr absl::Duration kBusySleep = absl::Microseconds(200);
 constexpr absl::Duration kAbortPatience = absl::Milliseconds(300);
 constexpr absl::Duration kClosePatience = absl::Seconds(1);
 constexpr size_t kMaxRanksNamed = 8;
@@ -212,6 +217,7 @@ class UcxEngine final : public Engine {
   void ReportBrokenPeers();
   void UpdateConnected();
   void Sleep(absl::Time until);
+  void Yield();
   void Close(bool orderly);
   ucs_status_t Receive(const Header& header, void* data, size_t size,
                        bool is_rendezvous);
@@ -262,6 +268,7 @@ class UcxEngine final : public Engine {
   int worker_fd_ = -1;
   uint64_t nonce_ = 0;
   bool user_rendezvous_ = false;
+  int busy_rounds_ = 0;  // without progress, since UCX let us sleep
   bool connecting_ = false;
   bool closed_ = false;
   std::vector<Peer> peers_;  // not resized: UCX has pointers to them
@@ -623,13 +630,18 @@ void UcxEngine::Run() {
       started.clear();
       continue;
     }
-    if (!moved) Sleep(options_.env->Now() + kMaxSleep);
+    if (moved) {
+      busy_rounds_ = 0;
+    } else {
+      Sleep(options_.env->Now() + kMaxSleep);
+    }
   }
 }
 
 void UcxEngine::Sleep(absl::Time until) {
   const ucs_status_t status = ucx_->ucp_worker_arm(worker_);
-  if (status == UCS_ERR_BUSY) return;  // something has come
+  if (status == UCS_ERR_BUSY) return Yield();
+  busy_rounds_ = 0;
   if (status != UCS_OK) {
     return Fail(UcxError(*ucx_, "wait for messages", status, *errors_));
   }
@@ -647,6 +659,22 @@ void UcxEngine::Sleep(absl::Time until) {
   }
   if (!ready.ok()) return Fail(ready.status());
   if (fds[1].revents != 0) waker_.Clear();
+}
+
+// Something has just come; or a queue to a peer in shared memory is full, of
+// whose end no event tells. The peer may need this very core to empty it.
+void UcxEngine::Yield() {
+  ++busy_rounds_;
+  if (busy_rounds_ <= kSpins) return;
+  if (busy_rounds_ <= kYields) {
+    std::this_thread::yield();
+    return;
+  }
+  pollfd fd = {waker_.fd(), POLLIN, 0};
+  options_.env
+      ->Poll(absl::MakeSpan(&fd, 1), options_.env->Now() + kBusySleep)
+      .IgnoreError();
+  if (fd.revents != 0) waker_.Clear();
 }
 
 void UcxEngine::ConnectPeers() {
