@@ -12,6 +12,7 @@ load("//third_party/googletest:repo.bzl", "googletest")
 load("//third_party/libtorch:repo.bzl", "libtorch")
 load("//third_party/pytorch_python:repo.bzl", "pytorch_python")
 load("//third_party/rules_cc:repo.bzl", "coverage_tools_stub", "rules_cc_stub")
+load("//third_party/ucx:repo.bzl", "ucx")
 
 def _maybe(rule, name, **kwargs):
     if not native.existing_rule(name):
@@ -67,4 +68,5 @@ def dsd_dependencies():
     _maybe(googletest, name = "com_google_googletest")
     _maybe(libtorch, name = "libtorch")
     _maybe(pytorch_python, name = "pytorch_python")
+    _maybe(ucx, name = "ucx")
     _system_libraries()

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // kill -9, at every stage, of every rank: each survivor gets an error within
-// two seconds, and its own text says who died.
+// two seconds, and its own text says who died. Compiled once per backend, with
+// its name in DSD_BACKEND.
 
 #include <signal.h>
 #include <stdlib.h>
@@ -16,9 +17,9 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "dsd/backends/gloo/gloo_backend.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/registry.h"
 #include "dsd/testing/harness/rank_processes.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -82,13 +83,13 @@ absl::Status TransferRing(RankContext& rank, Communicator& comm) {
 // Waits first for the others to be connected. What the program returns is what
 // the rank saw: the communicator is closed after that.
 DSD_RANK_PROGRAM(Transfer) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
   DSD_RETURN_IF_ERROR(TransferRing(rank, *comm));
   return comm->Shutdown();
 }
 
 DSD_RANK_PROGRAM(ReduceOf64MiB) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
   std::vector<std::byte> data(size_t{64} << 20);
   CallOptions options;
   options.progress = [&](const Progress& progress) {
@@ -100,7 +101,7 @@ DSD_RANK_PROGRAM(ReduceOf64MiB) {
 }
 
 DSD_RANK_PROGRAM(IdleBarriers) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
   DSD_RETURN_IF_ERROR(comm->Barrier());
   rank.Reach("between");
   DSD_RETURN_IF_ERROR(comm->Barrier());
@@ -110,10 +111,12 @@ DSD_RANK_PROGRAM(IdleBarriers) {
 // Dies after the store knows it, while the others connect to it.
 DSD_RANK_PROGRAM(DieWhileConnecting) {
   static RankContext* const context = &rank;
-  static BackendDescriptor descriptor = GlooBackend();
+  DSD_ASSIGN_OR_RETURN(static const BackendDescriptor* const backend,
+                       FindBackend(DSD_BACKEND));
+  static BackendDescriptor descriptor = *backend;
   descriptor.create = [](const EngineOptions& options) {
     context->Reach("connecting");
-    return GlooBackend().create(options);
+    return backend->create(options);
   };
   WorldOptions options;
   options.descriptor = &descriptor;
@@ -122,7 +125,7 @@ DSD_RANK_PROGRAM(DieWhileConnecting) {
 }
 
 DSD_RANK_PROGRAM(ShutdownThenDie) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
   DSD_RETURN_IF_ERROR(comm->Barrier());
   DSD_RETURN_IF_ERROR(comm->Shutdown());
   rank.Reach("after shutdown");
@@ -130,20 +133,20 @@ DSD_RANK_PROGRAM(ShutdownThenDie) {
 }
 
 DSD_RANK_PROGRAM(ShutdownThenExit) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
   DSD_RETURN_IF_ERROR(comm->Shutdown());
   if (rank.rank() == 0) raise(SIGKILL);
   return absl::OkStatus();
 }
 
 DSD_RANK_PROGRAM(ExitEarly) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
   if (absl::StrCat(rank.rank()) == rank.argument()) _exit(0);
   return comm->Barrier();
 }
 
 DSD_RANK_PROGRAM(ReturnEarly) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
   if (absl::StrCat(rank.rank()) == rank.argument()) {
     return absl::NotFoundError("no such file");
   }
@@ -152,13 +155,13 @@ DSD_RANK_PROGRAM(ReturnEarly) {
 
 // All find the same error, and none has anything more to say.
 DSD_RANK_PROGRAM(GiveUpTogether) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
   DSD_RETURN_IF_ERROR(comm->AllGatherBlobs("no such file", 100).status());
   return absl::NotFoundError("the verdict");
 }
 
 DSD_RANK_PROGRAM(BarrierWithDeadline) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
   DSD_RETURN_IF_ERROR(rank.Pause("connected"));
   CallOptions options;
   options.timeout = absl::Milliseconds(500);

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the backends move between two ranks of one host, beside what the host
+// can do: a memcpy, and bytes over a TCP connection of 127.0.0.1, both measured
+// in the same ranks and rounds. Machines differ and are busy: compare ratios.
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <iostream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/time/time.h"
+#include "dsd/core/base/env.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/communicator.h"
+#include "dsd/core/comm/socket.h"
+#include "dsd/testing/harness/rank_processes.h"
+
+namespace dsd {
+namespace {
+
+constexpr size_t kBytes = size_t{64} << 20;
+constexpr size_t kCallBytes = size_t{1} << 20;
+constexpr int kRounds = 12;
+constexpr int kBarriers = 200;
+
+// Rank 1 takes what rank 0 sends, with blocking calls.
+class RawTcp {
+ public:
+  static absl::StatusOr<RawTcp> Connect(Communicator& comm) {
+    Env* const env = comm.env();
+    const absl::Time deadline = env->Now() + absl::Seconds(30);
+    int64_t port = 0;
+    const absl::Span<std::byte> bytes(reinterpret_cast<std::byte*>(&port),
+                                      sizeof(port));
+    Socket listener;
+    if (comm.rank() == 0) {
+      DSD_ASSIGN_OR_RETURN(listener, ListenAt(env, "127.0.0.1", 0, deadline));
+      DSD_ASSIGN_OR_RETURN(port, listener.LocalPort());
+    }
+    DSD_RETURN_IF_ERROR(comm.Broadcast(bytes, 0));
+    RawTcp raw;
+    if (comm.rank() == 0) {
+      while (!raw.socket_.valid()) {
+        DSD_ASSIGN_OR_RETURN(raw.socket_, AcceptFrom(listener));
+      }
+    } else {
+      DSD_ASSIGN_OR_RETURN(raw.socket_,
+                           ConnectTo(env, "127.0.0.1", port, deadline));
+    }
+    return raw;
+  }
+
+  bool Move(bool send, absl::Span<std::byte> data) {
+    while (!data.empty()) {
+      const size_t size = std::min(data.size(), kCallBytes);
+      const ssize_t n =
+          send ? ::send(socket_.fd(), data.data(), size, MSG_NOSIGNAL)
+               : ::recv(socket_.fd(), data.data(), size, 0);
+      if (n <= 0) {
+        // The socket does not block, as none of this project does.
+        pollfd fd = {socket_.fd(), static_cast<short>(send ? POLLOUT : POLLIN),
+                     0};
+        if (n == 0 || errno != EAGAIN || poll(&fd, 1, 10000) <= 0) return false;
+        continue;
+      }
+      data.remove_prefix(n);
+    }
+    return true;
+  }
+
+ private:
+  Socket socket_;
+};
+
+DSD_RANK_PROGRAM(Measure) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(rank.argument()));
+  DSD_ASSIGN_OR_RETURN(RawTcp raw, RawTcp::Connect(*comm));
+  Env* const env = comm->env();
+  // Touched before: the first use of a page costs more than any transport.
+  std::vector<std::byte> from(kBytes, std::byte{1});
+  std::vector<std::byte> to(kBytes, std::byte{2});
+  const bool sends = comm->rank() == 0;
+
+  const std::pair<const char*, std::function<absl::Status()>> works[] = {
+      {"memcpy",
+       [&] {
+         if (!sends) std::memcpy(to.data(), from.data(), kBytes);
+         return absl::OkStatus();
+       }},
+      {"tcp",
+       [&] {
+         return raw.Move(sends, absl::MakeSpan(sends ? from : to))
+                    ? absl::OkStatus()
+                    : absl::UnavailableError("the TCP connection failed");
+       }},
+      {"send",
+       [&] {
+         return sends ? comm->Exchange({{1, from}}, {}, "send")
+                      : comm->Exchange({}, {{0, absl::MakeSpan(to)}}, "send");
+       }},
+      {"broadcast",
+       [&] { return comm->Broadcast(absl::MakeSpan(sends ? from : to), 0); }},
+  };
+  absl::Duration best[std::size(works)];
+  std::fill(std::begin(best), std::end(best), absl::InfiniteDuration());
+  for (int round = 0; round < kRounds; ++round) {
+    for (size_t i = 0; i < std::size(works); ++i) {
+      DSD_RETURN_IF_ERROR(comm->Barrier());
+      const absl::Time start = env->Now();
+      DSD_RETURN_IF_ERROR(works[i].second());
+      best[i] = std::min(best[i], env->Now() - start);
+    }
+  }
+  // At rank 1 all bytes have arrived.
+  for (size_t i = 0; i < std::size(works); ++i) {
+    rank.Record(works[i].first,
+                absl::StrCat(kBytes / absl::ToDoubleNanoseconds(best[i])));
+  }
+  if (to != from && !sends) return absl::InternalError("other bytes arrived");
+
+  absl::Duration least = absl::InfiniteDuration();
+  for (int round = 0; round < kRounds; ++round) {
+    const absl::Time start = env->Now();
+    for (int i = 0; i < kBarriers; ++i) DSD_RETURN_IF_ERROR(comm->Barrier());
+    least = std::min(least, (env->Now() - start) / kBarriers);
+  }
+  rank.Record("barrier", absl::StrCat(absl::ToDoubleMicroseconds(least)));
+  return comm->Shutdown();
+}
+
+struct Row {
+  const char* name;
+  const char* backend;
+  const char* transports;  // UCX_TLS; null: not set
+  const char* peer;        // what it is compared with
+  double goal;
+};
+
+int Run() {
+  constexpr Row kRows[] = {
+      {"gloo", "gloo", nullptr, "tcp", 0.8},
+      {"ucx, posix", "ucx", "posix,self", "memcpy", 0.6},
+      {"ucx, tcp", "ucx", "tcp,self", "tcp", 0.8},
+      {"ucx, its choice", "ucx", nullptr, "memcpy", 0.6},
+  };
+  absl::PrintF("2 ranks, %d MiB, GB/s, best of %d\n", kBytes >> 20, kRounds);
+  absl::PrintF("%-16s %8s %8s %8s %10s  %-14s %6s %6s %6s %12s\n", "backend",
+               "memcpy", "raw tcp", "send", "broadcast", "compared with",
+               "send", "bcast", "goal", "barrier (us)");
+  for (const Row& row : kRows) {
+    RankRunOptions options;
+    options.argument = row.backend;
+    options.timeout = absl::Minutes(3);
+    if (row.transports != nullptr) {
+      options.environment.emplace_back("UCX_TLS", row.transports);
+    }
+    const std::vector<RankResult> results = RunRanks(2, "Measure", options);
+    for (const RankResult& result : results) {
+      if (result.end != RankResult::End::kReturned || !result.status.ok()) {
+        std::cerr << row.name << ": " << result.status << "\n"
+                  << result.output << std::endl;
+        return 1;
+      }
+    }
+    const auto value = [&](const char* name) {
+      double number = 0;
+      if (!absl::SimpleAtod(results[1].values.at(name), &number)) return 0.0;
+      return number;
+    };
+    absl::PrintF(
+        "%-16s %8.2f %8.2f %8.2f %10.2f  %-14s %6.2f %6.2f %6.2f %12.1f\n",
+        row.name, value("memcpy"), value("tcp"), value("send"),
+        value("broadcast"), row.peer, value("send") / value(row.peer),
+        value("broadcast") / value(row.peer), row.goal, value("barrier"));
+    std::fflush(stdout);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace dsd
+
+int main() {
+  const std::string program = dsd::RequestedRankProgram();
+  if (!program.empty()) return dsd::RankMain(program);
+  dsd::AllowRankProcesses();
+  return dsd::Run();
+}
