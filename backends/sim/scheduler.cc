@@ -22,7 +22,7 @@ namespace dsd::sim {
 namespace {
 
 // Of real time, for one step: longer means that a thread waits outside of Env.
-constexpr int kStuckSeconds = 120;
+constexpr int kStuckSeconds = 30;
 // What a step costs, so that time passes for who only looks at the clock.
 constexpr absl::Duration kStepTime = absl::Nanoseconds(200);
 
@@ -418,7 +418,8 @@ Scheduler::Thread* Scheduler::PickNext() {
 void Scheduler::WaitForEnd() {
   for (int64_t before = -1; !main_->WaitFor(kStuckSeconds);) {
     // Another thread may be changing all this, but most likely it stands.
-    CHECK_NE(std::exchange(before, steps_), steps_)
+    const int64_t steps = steps_;
+    CHECK_NE(std::exchange(before, steps), steps)
         << Report("a thread waits outside of Env, or computes for minutes");
   }
 }

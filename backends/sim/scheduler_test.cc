@@ -2,6 +2,7 @@
 
 #include "dsd/backends/sim/scheduler.h"
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -195,6 +196,7 @@ TEST(SchedulerDeathTest, AMutexHeldWhileWaitingIsFound) {
         absl::Mutex other;
         const bool never = false;
         world.Start("holder", [&] {
+          world.env.SleepUntil(world.env.Now() + absl::Seconds(1));
           absl::MutexLock lock(&other);
           world.env.SleepUntil(world.env.Now() + absl::Seconds(2));
         });

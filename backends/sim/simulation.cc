@@ -78,7 +78,7 @@ void Simulation::KillRank(int rank) {
 void Simulation::OnYield(Scheduler::Process process, int64_t number) {
   const int rank = RankOf(process);
   if (rank < 0) return;
-  max_yields_ = std::max(max_yields_, number);
+  rank_use_[rank].places = number;
   for (Fault& fault : faults_) {
     if (fault.rank != rank || fault.at != number || fault.fired > 0) continue;
     if (fault.kind == FaultKind::kDeath) {
@@ -92,7 +92,7 @@ void Simulation::OnYield(Scheduler::Process process, int64_t number) {
 }
 
 void Simulation::OnMessage(Fate& fate) {
-  max_messages_ = std::max(max_messages_, fate.number + 1);
+  messages_[fate.from * processes_.size() + fate.to] = fate.number + 1;
   for (Fault& fault : faults_) {
     if (fault.kind == FaultKind::kReorder) {
       fate.extra_delay += scheduler_.RandomDuration(fault.length);
@@ -126,8 +126,10 @@ void Simulation::OnMessage(Fate& fate) {
 absl::Status Simulation::OnDisk(DiskOperation& operation) {
   const int rank = RankOf(operation.process);
   if (rank < 0) return absl::OkStatus();
-  max_disk_operations_ =
-      std::max(max_disk_operations_, operation.number + 1);
+  rank_use_[rank].disk_operations = operation.number + 1;
+  if (operation.write_number >= 0) {
+    rank_use_[rank].disk_writes = operation.write_number + 1;
+  }
   const auto tear = [&] {
     operation.torn_bytes =
         scheduler_.Random(static_cast<uint64_t>(operation.bytes) + 1);
@@ -199,7 +201,9 @@ Outcome Simulation::RunProcesses(
     const RanksOptions& options) {
   if (faults_are_old_) faults_.clear();
   disk_full_ = false;
-  max_yields_ = max_messages_ = max_disk_operations_ = 0;
+  rank_use_.assign(world_size, {});
+  link_use_.clear();
+  messages_.assign(world_size * world_size, 0);
   processes_.clear();
   for (int rank = 0; rank < world_size; ++rank) {
     processes_.push_back(scheduler_.AddProcess(absl::StrCat("rank ", rank)));
@@ -241,6 +245,10 @@ Outcome Simulation::RunProcesses(
   }
   for (int rank = 0; rank < world_size; ++rank) {
     outcome.ranks[rank].died = scheduler_.IsDead(processes_[rank]);
+  }
+  for (int i = 0; i < world_size * world_size; ++i) {
+    if (messages_[i] == 0) continue;
+    link_use_.push_back({i / world_size, i % world_size, messages_[i]});
   }
   control_plane_.reset();
   network_.reset();

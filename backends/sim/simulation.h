@@ -107,11 +107,19 @@ class Simulation {
   void Recover();
   bool lost_power() const { return lost_power_; }
 
-  // Of the last Run: places at which a rank may have lost the baton, messages
-  // on the busiest link, file operations and writes of the busiest rank.
-  int64_t max_yields() const { return max_yields_; }
-  int64_t max_messages() const { return max_messages_; }
-  int64_t max_disk_operations() const { return max_disk_operations_; }
+  // What the last Run did, for who places faults in the next.
+  struct RankUse {
+    int64_t places = 0;  // at which it may have lost the baton
+    int64_t disk_operations = 0;
+    int64_t disk_writes = 0;
+  };
+  struct LinkUse {
+    int from;
+    int to;
+    int64_t messages;
+  };
+  const std::vector<RankUse>& rank_use() const { return rank_use_; }
+  const std::vector<LinkUse>& link_use() const { return link_use_; }
 
  private:
   void KillRank(int rank);
@@ -128,9 +136,9 @@ class Simulation {
   bool faults_are_old_ = false;
   bool disk_full_ = false;
   bool lost_power_ = false;
-  int64_t max_yields_ = 0;
-  int64_t max_messages_ = 0;
-  int64_t max_disk_operations_ = 0;
+  std::vector<RankUse> rank_use_;  // by rank
+  std::vector<LinkUse> link_use_;  // of links with messages
+  std::vector<int64_t> messages_;  // by from * size + to
 
   // Of the Run in progress.
   std::vector<Scheduler::Process> processes_;  // by rank
