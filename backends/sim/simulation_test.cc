@@ -2,9 +2,11 @@
 
 #include "dsd/backends/sim/simulation.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/status_macros.h"
@@ -134,6 +136,37 @@ TEST(SimulationTest, DelaysAndReorderingAreHarmless) {
   EXPECT_GT(simulation.faults()[0].fired, 0);
 }
 
+// A rank that has a collective call behind it, and is in an exchange by then, is
+// not in disagreement with those that wait in the call.
+TEST(SimulationTest, ARankThatIsAheadIsNotTakenForOneThatDisagrees) {
+  const auto body = [](Communicator& comm) -> absl::Status {
+    CallOptions options;
+    options.timeout = absl::Seconds(10);
+    std::string value(1, 'x');
+    DSD_RETURN_IF_ERROR(
+        comm.AllGatherBlobs(value, 1, options).status());
+    std::vector<std::byte> data(1);
+    const int other = 2 - comm.rank();
+    if (other == 1) return absl::OkStatus();
+    return comm.Exchange({{other, data}}, {{other, absl::MakeSpan(data)}},
+                         "later", options);
+  };
+  Simulation simulation({});
+  ASSERT_THAT(simulation.Run(3, body).ranks[1].status, absl::OkStatus());
+  bool found = false;
+  for (int64_t at = 0; at < 6; ++at) {
+    simulation.AddFault({FaultKind::kDelay, 1, 2, at, absl::Minutes(1)});
+    const Outcome outcome = simulation.Run(3, body);
+    for (const absl::Status& status : outcome.Survivors()) {
+      if (status.ok()) continue;
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kDeadlineExceeded,
+                                   "did not finish within 10s"));
+      found |= absl::StrContains(status.message(), "from rank 1");
+    }
+  }
+  EXPECT_TRUE(found);
+}
+
 TEST(SimulationTest, ALostLinkIsNamed) {
   for (const FaultKind kind :
        {FaultKind::kDisconnect, FaultKind::kShortTransfer}) {
@@ -147,6 +180,26 @@ TEST(SimulationTest, ALostLinkIsNamed) {
           Each(IsStatus(absl::StatusCode::kUnavailable, "was lost")));
     }
   }
+}
+
+// All ranks but one learn an error together and leave. The one that has lost a
+// link in the last message says so, not only that the others left.
+TEST(SimulationTest, ALostLinkIsNamedToOneWhoseVerdictWasOnIt) {
+  const auto body = [](Communicator& comm) -> absl::Status {
+    DSD_RETURN_IF_ERROR(comm.AllGatherBlobs("x", 1).status());
+    return absl::NotFoundError("no such checkpoint");
+  };
+  Simulation simulation({});
+  bool left = false;
+  for (int64_t at = 0; at < 6; ++at) {
+    simulation.AddFault({FaultKind::kShortTransfer, 2, 1, at});
+    for (const absl::Status& status : simulation.Run(3, body).Survivors()) {
+      if (absl::IsNotFound(status)) continue;
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kUnavailable, "was lost"));
+      left |= absl::StrContains(status.message(), "left group");
+    }
+  }
+  EXPECT_TRUE(left);
 }
 
 // An engine is trusted with the bytes: what a link changes is found only where
