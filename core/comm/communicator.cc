@@ -122,10 +122,13 @@ absl::Status Communicator::Core::Cancelled(absl::string_view call) const {
   return absl::CancelledError(absl::StrCat(call, " was cancelled ", Here()));
 }
 
-absl::Status Communicator::Core::ErrorDuring(absl::string_view call) {
+absl::Status Communicator::Core::ErrorDuring(absl::string_view call,
+                                             absl::string_view found) {
   const absl::Status first = status();
-  absl::Status out(first.code(), absl::StrCat(first.message(), " during ", call,
-                                              " ", Here()));
+  absl::Status out(first.code(),
+                   absl::StrCat(first.message(), " during ", call, " ", Here(),
+                                found.empty() ? "" : ", which had found: ",
+                                found));
   first.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
     out.SetPayload(url, payload);
   });
@@ -177,7 +180,10 @@ absl::Status Communicator::Core::EngineFailed(const absl::Status& found,
                        env->Now() + (may_be_a_death ? kVerdictPatience
                                                     : absl::ZeroDuration()));
   }
-  if (known) return ErrorDuring(call);
+  // Those who went on without this rank may only have said that they left.
+  if (known) {
+    return ErrorDuring(call, absl::IsUnavailable(found) ? found.message() : "");
+  }
   return FailDuring(
       absl::Status(found.code(),
                    absl::StrCat(found.message(), " (", call, " ", Here(), ")")),
@@ -190,8 +196,9 @@ std::string Communicator::Core::Answer(absl::string_view question) {
   absl::MutexLock lock(&mu);
   const auto it = positions.find(lane);
   if (it == positions.end()) return "0 0 ";
-  return absl::StrCat(it->second.collectives, " ", it->second.active, " ",
-                      it->second.call);
+  const Position& position = it->second;
+  const int doing = position.active == 0 ? 0 : position.is_collective ? 1 : 2;
+  return absl::StrCat(position.collectives, " ", doing, " ", position.call);
 }
 
 absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
@@ -230,7 +237,9 @@ absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
     if (other == peer) peer_does = does;
     if (collectives < mine) {
       absent.push_back(absl::StrCat("rank ", other, " (", does, ")"));
-    } else if (collectives == mine && !idle && fields[2] != active.call.text) {
+    } else if (collectives == mine && active.collective && fields[1] == "1" &&
+               fields[2] != active.call.text) {
+      // Not one that is in an exchange: it has this call behind it.
       differing.push_back(absl::StrCat("rank ", other, " ", does));
     }
   }
@@ -315,12 +324,14 @@ Communicator::ActiveCall::ActiveCall(std::shared_ptr<Core> c, uint64_t l,
     : core(std::move(c)),
       lane(l),
       call(std::move(what)),
+      collective(collective),
       timeout(std::clamp(options.timeout, absl::ZeroDuration(), kMaxTimeout)),
       deadline(core->env->Now() + timeout),
       cancel(options.cancel) {
   absl::MutexLock lock(&core->mu);
   Core::Position& position = core->positions[lane];
   position.call = call.text;
+  position.is_collective = collective;
   position.collectives += collective ? 1 : 0;
   ++position.active;
 }

@@ -46,8 +46,10 @@ struct Communicator::Core {
   // That `call` was cancelled by this rank.
   absl::Status Cancelled(absl::string_view call) const;
 
-  // The first error, with what it stopped: `call`.
-  absl::Status ErrorDuring(absl::string_view call);
+  // The first error, with what it stopped: `call`, and what else was `found`
+  // here.
+  absl::Status ErrorDuring(absl::string_view call,
+                           absl::string_view found = "");
 
   // OK, or the first error for a call that was not started.
   absl::Status CheckAlive(absl::string_view call);
@@ -73,7 +75,8 @@ struct Communicator::Core {
 
   // What this rank does on a lane, for the others' error texts.
   struct Position {
-    std::string call;
+    std::string call;  // the last one started
+    bool is_collective = false;
     int64_t collectives = 0;  // started
     int active = 0;           // calls not finished
   };
@@ -122,6 +125,7 @@ class Communicator::ActiveCall {
   const std::shared_ptr<Core> core;
   const uint64_t lane;
   const Call call;
+  const bool collective;
   const absl::Duration timeout;
   const absl::Time deadline;
   const std::atomic<bool>* const cancel;

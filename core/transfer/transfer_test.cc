@@ -18,14 +18,22 @@
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/element_map.h"
 #include "dsd/core/layout/random_layout.h"
+#include "dsd/core/transfer/random_tensors.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
 namespace dsd {
 namespace {
 
+using ::dsd::test::CheckSide;
+using ::dsd::test::FillElement;
+using ::dsd::test::FillSide;
 using ::dsd::test::LayoutSpec;
+using ::dsd::test::MissingBytes;
 using ::dsd::test::Random;
+using ::dsd::test::RandomTensors;
+using ::dsd::test::Side;
+using ::dsd::test::TensorCase;
 using ::dsd::test::Uniform;
 using ::testing::HasSubstr;
 
@@ -73,119 +81,12 @@ class Ranks {
   std::vector<std::unique_ptr<Communicator>> comms_;
 };
 
-// The bytes of element `index` of tensor `tensor`.
-void FillElement(size_t tensor, int64_t index, int64_t item_size,
-                 std::byte* out) {
-  for (int64_t b = 0; b < item_size; ++b) {
-    out[b] = static_cast<std::byte>(1 + 31 * tensor + 7 * index + 13 * b +
-                                    (index >> 5));
-  }
-}
-
-struct Tensor {
-  std::string fqn;
-  DType dtype;
-  LayoutSpec from;
-  LayoutSpec to;
-};
-
-// One rank's memory of one side.
-struct Side {
-  MemoryEndpoint endpoint;
-  std::vector<std::vector<std::byte>> buffers;
-};
-
-absl::Status FillSide(const std::vector<Tensor>& tensors, int rank, bool source,
-                      Side& side) {
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    const LayoutSpec& spec = source ? tensors[t].from : tensors[t].to;
-    const int64_t item_size = ItemSize(tensors[t].dtype);
-    const std::vector<int64_t> held = test::HoldersOf(spec);
-    std::vector<int64_t> elements;
-    if (std::count(held.begin(), held.end(), rank) > 0) {
-      elements = test::LocalElements(spec, rank);
-    }
-    side.buffers.emplace_back(elements.size() * item_size, std::byte{0xEE});
-    if (source) {
-      for (size_t i = 0; i < elements.size(); ++i) {
-        FillElement(t, elements[i], item_size,
-                    side.buffers.back().data() + i * item_size);
-      }
-    }
-    DSD_ASSIGN_OR_RETURN(Layout layout, test::BuildLayout(spec));
-    DSD_RETURN_IF_ERROR(side.endpoint.AddLocal(
-        {tensors[t].fqn, tensors[t].dtype, std::move(layout)}, rank,
-        side.buffers.back().data()));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CheckSide(const std::vector<Tensor>& tensors, int rank,
-                       const Side& side) {
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    const int64_t item_size = ItemSize(tensors[t].dtype);
-    if (side.buffers[t].empty()) continue;
-    const std::vector<int64_t> elements =
-        test::LocalElements(tensors[t].to, rank);
-    std::vector<std::byte> expected(item_size);
-    for (size_t i = 0; i < elements.size(); ++i) {
-      FillElement(t, elements[i], item_size, expected.data());
-      if (std::memcmp(expected.data(), &side.buffers[t][i * item_size],
-                      item_size) != 0) {
-        return absl::InternalError(absl::StrCat(
-            "\"", tensors[t].fqn, "\" element ", elements[i], " on rank ", rank,
-            " is wrong: ", tensors[t].from.ToString(), " -> ",
-            tensors[t].to.ToString()));
-      }
-    }
-  }
-  return absl::OkStatus();
-}
-
-std::vector<int64_t> Iota(int size) {
-  std::vector<int64_t> out(size);
-  for (int i = 0; i < size; ++i) out[i] = i;
-  return out;
-}
-
-std::vector<Tensor> RandomTensors(Random& random, int size) {
-  const DType types[] = {DType::kUInt8, DType::kFloat16, DType::kFloat32,
-                         DType::kInt64, DType::kComplex128};
-  std::vector<Tensor> tensors(Uniform(random, 1, 4));
-  test::RandomLayoutOptions options;
-  options.holders = Iota(size);
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    tensors[t].fqn = absl::StrCat("layer.", t, ".weight");
-    tensors[t].dtype = types[Uniform(random, 0, 4)];
-    const auto shape = test::RandomShape(random, 300);
-    tensors[t].from = test::RandomLayoutSpec(random, shape, options);
-    tensors[t].to = test::RandomLayoutSpec(random, shape, options);
-  }
-  return tensors;
-}
-
-// What rank `rank` must get from others: bytes it needs and does not hold.
-int64_t MissingBytes(const std::vector<Tensor>& tensors, int64_t rank) {
-  int64_t bytes = 0;
-  for (const Tensor& tensor : tensors) {
-    const auto have = test::HoldersByElement(tensor.from);
-    const auto need = test::HoldersByElement(tensor.to);
-    for (size_t i = 0; i < need.size(); ++i) {
-      if (std::count(need[i].begin(), need[i].end(), rank) > 0 &&
-          std::count(have[i].begin(), have[i].end(), rank) == 0) {
-        bytes += ItemSize(tensor.dtype);
-      }
-    }
-  }
-  return bytes;
-}
-
 TEST(TransferTest, RandomPairsMoveTheLowerBoundAndArriveRight) {
   Random random(test::TestSeed());
   for (int size = 1; size <= 4; ++size) {
     Ranks ranks(size);
     for (int round = 0; round < 150; ++round) {
-      const std::vector<Tensor> tensors = RandomTensors(random, size);
+      const std::vector<TensorCase> tensors = RandomTensors(random, size);
       TransferOptions options;
       const int64_t chunks[] = {16, 100, 1000, int64_t{4} << 20};
       options.chunk_bytes = chunks[Uniform(random, 0, 3)];
@@ -218,10 +119,10 @@ TEST(TransferTest, RandomPairsMoveTheLowerBoundAndArriveRight) {
 // Storage that every rank can read; counts what is read.
 class StorageEndpoint : public Endpoint {
  public:
-  StorageEndpoint(const std::vector<Tensor>& tensors,
+  StorageEndpoint(const std::vector<TensorCase>& tensors,
                   std::atomic<int64_t>* bytes_read)
       : bytes_read_(bytes_read) {
-    for (const Tensor& tensor : tensors) {
+    for (const TensorCase& tensor : tensors) {
       const Dims shape(tensor.to.shape.begin(), tensor.to.shape.end());
       EXPECT_TRUE(
           catalog_.Add({tensor.fqn, tensor.dtype, Layout::Anywhere(shape)})
@@ -260,7 +161,7 @@ TEST(TransferTest, StorageIsReadOnceOverAllRanks) {
   Random random(test::TestSeed());
   Ranks ranks(4);
   for (int round = 0; round < 150; ++round) {
-    const std::vector<Tensor> tensors = RandomTensors(random, 4);
+    const std::vector<TensorCase> tensors = RandomTensors(random, 4);
     std::atomic<int64_t> bytes_read = 0;
     TransferOptions options;
     options.chunk_bytes = Uniform(random, 16, 2000);
@@ -276,7 +177,7 @@ TEST(TransferTest, StorageIsReadOnceOverAllRanks) {
     for (const absl::Status& status : statuses)
       ASSERT_TRUE(status.ok()) << status;
     int64_t needed = 0;
-    for (const Tensor& tensor : tensors) {
+    for (const TensorCase& tensor : tensors) {
       for (const auto& holders : test::HoldersByElement(tensor.to)) {
         if (!holders.empty()) needed += ItemSize(tensor.dtype);
       }
@@ -286,14 +187,16 @@ TEST(TransferTest, StorageIsReadOnceOverAllRanks) {
 }
 
 // Rows over `size` ranks to columns, big enough for several chunks.
-std::vector<Tensor> RowsToColumns(int size) {
-  Tensor tensor;
+std::vector<TensorCase> RowsToColumns(int size) {
+  TensorCase tensor;
   tensor.fqn = "encoder.weight";
   tensor.dtype = DType::kFloat32;
   tensor.from.kind = LayoutSpec::Kind::kPlacements;
   tensor.from.shape = {64, 64};
   tensor.from.mesh_shape = {size};
-  tensor.from.mesh_holders = Iota(size);
+  for (int rank = 0; rank < size; ++rank) {
+    tensor.from.mesh_holders.push_back(rank);
+  }
   tensor.from.placements = {{'S', 0, 1}};
   tensor.to = tensor.from;
   tensor.to.placements = {{'S', 1, 1}};
@@ -313,7 +216,7 @@ class FailingEndpoint : public MemoryEndpoint {
 
 TEST(TransferTest, AnErrorOfOneEndpointEndsTheTransferOnAllRanks) {
   Ranks ranks(3);
-  const std::vector<Tensor> tensors = RowsToColumns(3);
+  const std::vector<TensorCase> tensors = RowsToColumns(3);
   TransferOptions options;
   options.chunk_bytes = 256;
   const auto statuses =
@@ -343,7 +246,7 @@ TEST(TransferTest, AnErrorOfOneEndpointEndsTheTransferOnAllRanks) {
 
 TEST(TransferTest, ACancelOnOneRankEndsItOnAll) {
   Ranks ranks(2);
-  const std::vector<Tensor> tensors = RowsToColumns(2);
+  const std::vector<TensorCase> tensors = RowsToColumns(2);
   std::atomic<bool> cancel = true;
   const auto statuses =
       ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
@@ -362,7 +265,7 @@ TEST(TransferTest, ACancelOnOneRankEndsItOnAll) {
 }
 
 TEST(TransferTest, APlanWithOthersNeedsACommunicator) {
-  const std::vector<Tensor> tensors = RowsToColumns(2);
+  const std::vector<TensorCase> tensors = RowsToColumns(2);
   Side source;
   Side target;
   ASSERT_TRUE(FillSide(tensors, 0, true, source).ok());
