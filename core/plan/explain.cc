@@ -95,7 +95,8 @@ std::string MoveToString(const Catalog& source, const Catalog& target,
     absl::StrAppend(&out, " and ", move.readers.size() - shown, " more");
   }
   const bool several = move.readers.size() + move.provider_keeps > 1;
-  return absl::StrCat(out, " (", bytes, several ? " each)" : ")");
+  return absl::StrCat(out, " (", bytes, several ? " each" : "",
+                      move.relayed ? ", relayed)" : ")");
 }
 
 }  // namespace

@@ -30,15 +30,20 @@ uint64_t Mix(uint64_t x) {
 }
 
 // How many parts a cell is cut into if each of `candidates` may provide one.
-int64_t NumParts(int64_t bytes, int64_t candidates) {
-  return std::min(candidates, std::max<int64_t>(
-                                  1, (bytes + kSplitBytes - 1) / kSplitBytes));
+int64_t NumParts(int64_t bytes, int64_t candidates,
+                 int64_t part_bytes = kSplitBytes) {
+  return std::min(candidates,
+                  std::max<int64_t>(1, (bytes + part_bytes - 1) / part_bytes));
 }
+
+// Every relay should have a part, also of a cell just over kSplitBytes.
+constexpr int64_t kRelayBytes = int64_t{4} << 10;
 
 bool OrderedBefore(const Move& a, const Move& b) {
   if (a.box.lo != b.box.lo) return a.box.lo < b.box.lo;
   if (a.box.hi != b.box.hi) return a.box.hi < b.box.hi;
-  return a.provider < b.provider;
+  if (a.provider != b.provider) return a.provider < b.provider;
+  return a.relayed < b.relayed;
 }
 
 // Plans one rank. What the two sides of a move derive alone must agree, so both
@@ -50,6 +55,8 @@ bool OrderedBefore(const Move& a, const Move& b) {
 //     candidate (turn + j) modulo their number. A candidate finds its readers
 //     without looking at the others'.
 //   * In several parts: part i comes from candidate turn + i, for all readers.
+//   * With relays: part i goes from candidate turn + i to reader turn + i of
+//     those that do not have the cell, and from there to the others of them.
 //
 // Candidates are the ranks on the reader's host that have the cell, or all that
 // have it where there is none.
@@ -241,6 +248,12 @@ class Planner {
 
   // A remote cell.
   void Fetch(const Box& box, const RankSet& providers, const RankSet& readers) {
+    if (MayRelay(box, providers, readers)) {
+      const std::vector<int>& takers = ReadersElsewhere(providers, readers);
+      if (ShouldRelay(takers, providers)) {
+        return FetchWithRelays(box, providers, takers);
+      }
+    }
     const std::vector<int> near = ProvidersOnHost(providers);
     const int64_t candidates =
         near.empty() ? providers.size() : static_cast<int64_t>(near.size());
@@ -259,6 +272,54 @@ class Planner {
       Box part = SplitBox(box, i, parts);
       if (!part.empty()) AddReceive(std::move(part), candidate(turn + i));
     }
+  }
+
+  bool MayRelay(const Box& box, const RankSet& providers,
+                const RankSet& readers) const {
+    return readers.size() > providers.size() && Bytes(box) >= kSplitBytes &&
+           source_binding_.SingleHost() &&
+           wire_dtype_ == target_catalog_[target_index_].dtype;
+  }
+  static bool ShouldRelay(const std::vector<int>& takers,
+                          const RankSet& providers) {
+    return takers.size() > 1 &&
+           static_cast<int64_t>(takers.size()) > providers.size();
+  }
+
+  // Calls visit(part, provider, relay) for all parts of a cell.
+  template <class Visit>
+  void ForEachRelay(const Box& box, const RankSet& providers,
+                    const std::vector<int>& takers, Visit visit) {
+    const int64_t count = takers.size();
+    const int64_t parts = NumParts(Bytes(box), count, kRelayBytes);
+    const int64_t provider_turn = Turn(box, providers.size());
+    const int64_t taker_turn = Turn(box, count);
+    for (int64_t i = 0; i < parts; ++i) {
+      ++operations_;
+      Box part = SplitBox(box, i, parts);
+      if (part.empty()) continue;
+      visit(std::move(part),
+            providers.At((provider_turn + i) % providers.size()),
+            takers[(taker_turn + i) % count]);
+    }
+  }
+
+  void FetchWithRelays(const Box& box, const RankSet& providers,
+                       const std::vector<int>& takers) {
+    ForEachRelay(box, providers, takers,
+                 [&](Box part, int provider, int relay) {
+                   if (relay != rank_) {
+                     AddReceive(std::move(part), relay).relayed = true;
+                     return;
+                   }
+                   AddReceive(part, provider);
+                   Move& move = AddProvide(std::move(part));
+                   move.relayed = true;
+                   for (int taker : takers) {
+                     ++operations_;
+                     if (taker != rank_) move.readers.push_back(taker);
+                   }
+                 });
   }
 
   void PlanAsProvider() {
@@ -333,6 +394,16 @@ class Planner {
   // host, for all readers.
   void ServeOthers(const Box& box, const RankSet& providers, int64_t position,
                    const RankSet& readers) {
+    if (MayRelay(box, providers, readers)) {
+      const std::vector<int>& takers = ReadersElsewhere(providers, readers);
+      if (ShouldRelay(takers, providers)) {
+        ForEachRelay(box, providers, takers,
+                     [&](Box part, int provider, int relay) {
+                       if (provider == rank_) AddSend(std::move(part), {relay});
+                     });
+        return;
+      }
+    }
     const int64_t candidates = providers.size();
     const int64_t parts = NumParts(Bytes(box), candidates);
     const int64_t index = PartOf(position, Turn(box, candidates), candidates);
@@ -340,7 +411,9 @@ class Planner {
       if (index >= parts) return;
       Box part = SplitBox(box, index, parts);
       if (!part.empty()) {
-        AddSend(std::move(part), ReadersElsewhere(providers, readers));
+        const std::vector<int>& served = ReadersElsewhere(providers, readers);
+        operations_ += served.size();
+        AddSend(std::move(part), served);
       }
       return;
     }
@@ -354,9 +427,9 @@ class Planner {
   }
 
   // Those of `readers` that take from any of `providers`. Kept, since many
-  // cells have the same holders.
-  std::vector<int> ReadersElsewhere(const RankSet& providers,
-                                    const RankSet& readers) {
+  // cells have the same holders; until the next call at least.
+  const std::vector<int>& ReadersElsewhere(const RankSet& providers,
+                                           const RankSet& readers) {
     const auto compute = [&] {
       std::vector<int> found;
       for (int64_t j = 0; j < readers.size(); ++j) {
@@ -368,11 +441,12 @@ class Planner {
     };
     std::optional<HolderSet::Key> from = providers.key();
     std::optional<HolderSet::Key> to = readers.key();
-    if (!from.has_value() || !to.has_value()) return compute();
+    if (!from.has_value() || !to.has_value()) {
+      return last_readers_elsewhere_ = compute();
+    }
     const auto [it, is_new] = readers_elsewhere_.try_emplace(
         std::make_pair(*std::move(from), *std::move(to)));
     if (is_new) it->second = compute();
-    operations_ += it->second.size();
     return it->second;
   }
 
@@ -500,14 +574,17 @@ class Planner {
                            std::move(box),
                            wire_dtype_,
                            provider,
-                           false,
+                           /*provider_keeps=*/false,
+                           /*relayed=*/false,
                            {}});
     return plan_.moves.back();
   }
   Move& AddProvide(Box box) { return AddMove(std::move(box), rank_); }
   void AddLocal(Box box) { AddProvide(std::move(box)).provider_keeps = true; }
-  void AddReceive(Box box, int provider) {
-    AddMove(std::move(box), provider).readers.push_back(rank_);
+  Move& AddReceive(Box box, int provider) {
+    Move& move = AddMove(std::move(box), provider);
+    move.readers.push_back(rank_);
+    return move;
   }
   void AddSend(Box box, const std::vector<int>& readers) {
     if (readers.empty() || box.empty()) return;
@@ -558,6 +635,7 @@ class Planner {
   absl::flat_hash_map<std::pair<HolderSet::Key, HolderSet::Key>,
                       std::vector<int>>
       readers_elsewhere_;
+  std::vector<int> last_readers_elsewhere_;
   int64_t operations_ = 0;
   Plan plan_;
 };

@@ -22,7 +22,8 @@
 namespace dsd {
 
 // One box of one tensor goes from one rank to others. The provider reads the
-// box from its source (its own part, or storage that any rank can read) once.
+// box from its source (its own part, or storage that any rank can read) once,
+// or, if it is relayed, from its target, into which it has received it.
 struct Move {
   size_t source_tensor;  // index in the source catalog
   size_t target_tensor;  // index in the target catalog
@@ -32,6 +33,9 @@ struct Move {
   // The provider is itself a reader: a local copy. False in the plans of the
   // other ranks.
   bool provider_keeps;
+  // The provider passes on what a move that is not relayed brings it. All of
+  // those come before all of these.
+  bool relayed;
   // Other ranks that receive the box, ascending, without the provider. In the
   // plan of a rank that is not the provider: only that rank.
   absl::InlinedVector<int, 2> readers;
@@ -78,7 +82,10 @@ inline constexpr int64_t kSplitBytes = int64_t{64} << 10;
 // large cell), which sends it on to the others; a target kAnyHolder is taken by
 // one of the ranks that have it, or, where the source is kAnyHolder too, by any
 // rank. All are the lowest byte count for the network and are spread over the
-// candidates.
+// candidates. Where more ranks need a cell of kSplitBytes or more than have it,
+// on one host, its parts go to one reader each, which relays it to the others:
+// nobody sends much more than it needs (scatter and all-gather). That is not
+// done if the target's type differs from the wire's.
 //
 // Costs O(what the rank owns and copies), whatever the world size, where
 // bindings are one-to-one; cells from kAnyHolder to kAnyHolder are looked at by

@@ -63,6 +63,7 @@ struct Checked {
   int64_t moves = 0;         // likewise
   int64_t large_moves = 0;   // of a size that only dividing a cell gives
   int64_t across_hosts = 0;  // moves
+  int64_t relays = 0;        // moves
   int64_t from_any = 0;      // elements read from kAnyHolder
   int64_t to_any = 0;        // elements taken for kAnyHolder
   int64_t shared_ranks = 0;  // cases with several holders on a rank
@@ -72,7 +73,8 @@ struct Checked {
 bool SameForBoth(const Move& a, const Move& b) {
   return a.source_tensor == b.source_tensor &&
          a.target_tensor == b.target_tensor && a.box == b.box &&
-         a.wire_dtype == b.wire_dtype && a.provider == b.provider;
+         a.wire_dtype == b.wire_dtype && a.provider == b.provider &&
+         a.relayed == b.relayed;
 }
 
 void CheckPlans(const PlanCase& plan_case, const std::vector<ElementMap>& maps,
@@ -91,6 +93,17 @@ void CheckPlans(const PlanCase& plan_case, const std::vector<ElementMap>& maps,
   std::map<std::pair<int, int>, std::vector<Move>> received;
   int64_t bytes_sent = 0;
   int64_t bytes_received = 0;
+  // What each rank receives by moves that are not relayed: tensor, element.
+  std::vector<std::set<std::pair<size_t, int64_t>>> brought(world_size);
+  for (int rank = 0; rank < world_size; ++rank) {
+    for (const Move& move : plans[rank].moves) {
+      if (move.provider == rank || move.relayed) continue;
+      const size_t t = move.target_tensor;
+      for (int64_t e : Elements(inputs.target[t].shape(), move.box)) {
+        brought[rank].emplace(t, e);
+      }
+    }
+  }
 
   for (int rank = 0; rank < world_size; ++rank) {
     const Plan& plan = plans[rank];
@@ -130,9 +143,12 @@ void CheckPlans(const PlanCase& plan_case, const std::vector<ElementMap>& maps,
       const DType to_dtype = inputs.target[t].dtype;
       for (int64_t e : Elements(inputs.target[t].shape(), move.box)) {
         const Element& element = maps[t].elements[e];
-        ASSERT_TRUE(element.source_any || Has(element.source_ranks, rank))
+        ASSERT_TRUE(move.relayed
+                        ? brought[rank].count({t, e}) > 0
+                        : element.source_any || Has(element.source_ranks, rank))
             << "rank " << rank << " has not element " << e << " of t" << t;
-        ++reads[t][e];
+        if (!move.relayed) ++reads[t][e];
+        ASSERT_FALSE(move.relayed && move.wire_dtype != to_dtype);
         const bool as_target =
             element.source_any || ItemSize(to_dtype) < ItemSize(from_dtype);
         ASSERT_EQ(move.wire_dtype, as_target ? to_dtype : from_dtype);
@@ -198,6 +214,7 @@ void CheckPlans(const PlanCase& plan_case, const std::vector<ElementMap>& maps,
   checked.bytes += bytes_sent;
   for (const auto& [pair, moves] : sent) {
     checked.moves += moves.size();
+    for (const Move& move : moves) checked.relays += move.relayed;
     if (!plan_case.host_of_rank.empty() &&
         plan_case.host_of_rank[pair.first] !=
             plan_case.host_of_rank[pair.second]) {
@@ -261,6 +278,7 @@ TEST(PlanPropertyTest, RandomPairsOfLayouts) {
   EXPECT_GT(checked.moves, 1000);
   EXPECT_GT(checked.large_moves, 5);
   EXPECT_GT(checked.across_hosts, 100);
+  EXPECT_GT(checked.relays, 5);
   EXPECT_GT(checked.from_any, 1000);
   EXPECT_GT(checked.to_any, 1000);
   EXPECT_GT(checked.shared_ranks, 100);

@@ -75,9 +75,8 @@ TEST(PlanTest, SameLayoutMovesNothing) {
   }
 }
 
-TEST(PlanTest, BroadcastIsOneMove) {
-  // Also when it is too large to go in one part: there is one provider.
-  for (int64_t rows : {4, 100000}) {
+TEST(PlanTest, SmallBroadcastIsOneMove) {
+  for (int64_t rows : {4, 8000}) {
     const auto plans =
         PlanAll(One(Layout::Replicated({rows, 2}, {0})),
                 One(Layout::Replicated({rows, 2}, {0, 1, 2, 3})), 4);
@@ -89,6 +88,49 @@ TEST(PlanTest, BroadcastIsOneMove) {
       ASSERT_EQ(plans[rank].moves.size(), 1);
       EXPECT_EQ(plans[rank].moves[0].provider, 0);
     }
+  }
+}
+
+// The busiest rank's max(in, out), in bytes.
+int64_t Busiest(const std::vector<Plan>& plans) {
+  int64_t busiest = 0;
+  for (const Plan& plan : plans) {
+    busiest =
+        std::max({busiest, plan.cost.bytes_sent, plan.cost.bytes_received});
+  }
+  return busiest;
+}
+
+TEST(PlanTest, LargeBroadcastIsRelayed) {
+  // Nobody sends or receives much more than the whole, which each must receive.
+  for (const int ranks : {3, 4, 64}) {
+    std::vector<Holder> all;
+    for (Holder h = 0; h < ranks; ++h) all.push_back(h);
+    for (const int64_t elements : {int64_t{1} << 18, int64_t{5} << 20}) {
+      const auto plans =
+          PlanAll(One(Layout::Replicated({elements}, {0})),
+                  One(Layout::Replicated({elements}, all)), ranks);
+      const int64_t bytes = elements * 4;
+      EXPECT_LE(Busiest(plans), bytes + bytes / 50) << ranks << " " << elements;
+      for (int rank = 1; rank < ranks; ++rank) {
+        EXPECT_EQ(plans[rank].cost.bytes_received, bytes);
+      }
+      for (const Move& move : plans[0].moves) EXPECT_FALSE(move.relayed);
+    }
+  }
+  // Two that have it and five that need it.
+  const auto two =
+      PlanAll(One(Layout::Replicated({1 << 20}, {0, 1})),
+              One(Layout::Replicated({1 << 20}, {2, 3, 4, 5, 6})), 7);
+  EXPECT_LE(Busiest(two), (4 << 20) + (4 << 20) / 50);
+}
+
+TEST(PlanTest, WhatIsConvertedOnArrivalIsNotRelayed) {
+  const Catalog source = One(Layout::Replicated({1 << 20}, {0}));
+  const Catalog target =
+      One(Layout::Replicated({1 << 20}, {1, 2, 3}), DType::kFloat64);
+  for (const Plan& plan : PlanAll(source, target, 4)) {
+    for (const Move& move : plan.moves) EXPECT_FALSE(move.relayed);
   }
 }
 
@@ -490,16 +532,16 @@ TEST(ExplainTest, OnePlanTellsItsPart) {
 }
 
 TEST(ExplainTest, LongListsAreCut) {
-  const Catalog source = One(Layout::Replicated({1 << 16}, {0}));
+  const Catalog source = One(Layout::Replicated({1 << 12}, {0}));
   std::vector<Holder> all;
   for (Holder h = 0; h < 20; ++h) all.push_back(h);
-  const Catalog target = One(Layout::Replicated({1 << 16}, all));
+  const Catalog target = One(Layout::Replicated({1 << 12}, all));
   const std::string text =
       Explain(source, target, PlanAll(source, target, 20), 2);
   EXPECT_NE(text.find("the 2 largest of 20 pairs of ranks"), std::string::npos)
       << text;
   EXPECT_NE(text.find("rank 0 -> itself, 1, 2, 3, 4, 5, 6, 7, 8 and 11 more "
-                      "(256.0 KiB each)"),
+                      "(16.0 KiB each)"),
             std::string::npos)
       << text;
   EXPECT_EQ(Explain({}, {}, {}),

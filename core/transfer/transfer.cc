@@ -116,7 +116,9 @@ class Executor {
       if (!IsLocal(move)) continue;
       DSD_RETURN_IF_ERROR(Fail(CopyLocally(move), move));
     }
-    DSD_RETURN_IF_ERROR(ExchangeAll());
+    // What is relayed has come then.
+    DSD_RETURN_IF_ERROR(ExchangeAll(/*relayed=*/false));
+    DSD_RETURN_IF_ERROR(ExchangeAll(/*relayed=*/true));
     DSD_RETURN_IF_ERROR(AbortOthers(target_.Finish()));
     return stats_;
   }
@@ -129,6 +131,7 @@ class Executor {
   // Boxes from storage that any rank can read are in the provider's target by
   // the time they are sent on, and storage is read once.
   bool IsRelayed(const Move& move) {
+    if (move.relayed) return true;
     if (!move.provider_keeps) return false;
     const auto [it, is_new] = relayed_.try_emplace(move.source_tensor, false);
     if (is_new) {
@@ -213,13 +216,14 @@ class Executor {
     return absl::OkStatus();
   }
 
-  absl::Status ExchangeAll() {
+  absl::Status ExchangeAll(bool relayed) {
     // Streams are made per step, so that memory does not grow with the world.
     std::vector<std::vector<size_t>> to(comm_ == nullptr ? 1 : comm_->size());
     std::vector<std::vector<size_t>> from(to.size());
     bool any = false;
     for (size_t i = 0; i < plan_.moves.size(); ++i) {
       const Move& move = plan_.moves[i];
+      if (move.relayed != relayed) continue;
       if (move.provider == plan_.rank) {
         for (int reader : move.readers) {
           any = true;

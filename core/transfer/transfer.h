@@ -39,8 +39,8 @@ struct TransferOptions {
 // with plans of the same catalogs, pairs and bindings; `comm` may be null if
 // the plan has no other rank. Local copies come first, then the exchange, peer
 // by peer in rotated order: one byte stream per ordered pair of ranks, in plan
-// order, cut into chunks. Boxes of a source kAnyHolder are read once, into the
-// target, and relayed from there.
+// order, cut into chunks, and then the same for what is relayed. Boxes of a
+// source kAnyHolder are read once, into the target, and sent on from there.
 //
 // Errors: of comm and of the endpoints, annotated with rank and FQN. After an
 // error targets are unspecified, and an error of an endpoint aborts `comm`, so
