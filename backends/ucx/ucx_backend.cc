@@ -22,6 +22,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <ucp/api/ucp.h>
 
 #include <algorithm>
@@ -70,6 +71,8 @@ constexpr absl::Duration kBusySleep = absl::Microseconds(200);
 constexpr absl::Duration kAbortPatience = absl::Milliseconds(300);
 constexpr absl::Duration kClosePatience = absl::Seconds(1);
 constexpr size_t kMaxRanksNamed = 8;
+// Of a worker and UCX's own thread; a rank more takes two.
+constexpr int kDescriptors = 32;
 
 enum class MessageKind : uint32_t {
   kData,
@@ -203,6 +206,7 @@ class UcxEngine final : public Engine {
   // --- The owner's thread ---
 
   void Own();
+  absl::Status CheckDescriptors();
   absl::Status Open();
   absl::Status Configure(ucp_config_t* config);
   void Run();
@@ -213,6 +217,7 @@ class UcxEngine final : public Engine {
   void SendControl(Peer& peer, MessageKind kind, uint64_t tag);
   void Taken(Peer& peer, size_t bytes);
   void Complete(Op* op, absl::Status status);
+  void Finish(Op* op, ucs_status_t status);  // of a request of UCX
   void Fail(const absl::Status& status);
   void ReportBrokenPeers();
   void UpdateConnected();
@@ -235,7 +240,8 @@ class UcxEngine final : public Engine {
   static void OnReceived(void* request, ucs_status_t status, size_t size,
                          void* op);
   static void OnControlSent(void* request, ucs_status_t status, void* control);
-  static void OnEndpointClosed(void* request, ucs_status_t status, void* engine);
+  static void OnEndpointClosed(void* request, ucs_status_t status,
+                               void* engine);
   static void OnEndpointError(void* peer, ucp_ep_h endpoint,
                               ucs_status_t status);
 
@@ -275,7 +281,9 @@ class UcxEngine final : public Engine {
   bool peer_broke_ = false;
   absl::flat_hash_map<Key, Op*> posted_;
   absl::flat_hash_map<Key, Parked> parked_;
-  size_t under_way_ = 0;  // requests of UCX
+  // Requests of UCX that end by themselves once the endpoints are closed.
+  // Receives do not: those end with the worker.
+  size_t under_way_ = 0;
 
   // Last: ends before what it uses.
   std::unique_ptr<EnvThread> owner_;
@@ -413,10 +421,10 @@ absl::Status UcxEngine::ExchangeAddresses(absl::Time deadline) {
           absl::StrCat("rank ", peer.rank, " has published no UCX address"));
     }
     if (fields[0] != version) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "rank ", peer.rank, " has UCX ", fields[0], ", but rank ",
-          options_.rank, " has UCX ", version,
-          "; use the same version on all ranks"));
+      return absl::FailedPreconditionError(
+          absl::StrCat("rank ", peer.rank, " has UCX ", fields[0],
+                       ", but rank ", options_.rank, " has UCX ", version,
+                       "; use the same version on all ranks"));
     }
     addresses[peer.rank] = std::string(fields[2]);
   }
@@ -516,8 +524,7 @@ absl::Status UcxEngine::Configure(ucp_config_t* config) {
   free(text);
 
   // Of the file only what differs from UCX's defaults can be seen.
-  const auto user =
-      [&](absl::string_view name) -> std::optional<std::string> {
+  const auto user = [&](absl::string_view name) -> std::optional<std::string> {
     if (const char* value = getenv(absl::StrCat("UCX_", name).c_str())) {
       return value;
     }
@@ -536,8 +543,8 @@ absl::Status UcxEngine::Configure(ucp_config_t* config) {
     LOG_FIRST_N(WARNING, 1) << settings.warning;
   }
   for (const auto& [name, value] : settings.options) {
-    if (const ucs_status_t status = ucx_->ucp_config_modify(
-            config, name.c_str(), value.c_str());
+    if (const ucs_status_t status =
+            ucx_->ucp_config_modify(config, name.c_str(), value.c_str());
         status != UCS_OK) {
       return UcxError(*ucx_, absl::StrCat("set UCX_", name, "=", value), status,
                       *errors_);
@@ -546,7 +553,24 @@ absl::Status UcxEngine::Configure(ucp_config_t* config) {
   return absl::OkStatus();
 }
 
+// Without descriptors some versions of UCX end the process.
+absl::Status UcxEngine::CheckDescriptors() {
+  const int needed = kDescriptors + 2 * options_.world_size;
+  std::vector<Socket> trial;
+  while (static_cast<int>(trial.size()) < needed) {
+    trial.emplace_back(eventfd(0, EFD_CLOEXEC));
+    if (!trial.back().valid()) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("UCX needs about ", needed,
+                       " file descriptors, but after ", trial.size() - 1, ": ",
+                       std::strerror(errno), "; raise the limit (ulimit -n)"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status UcxEngine::Open() {
+  DSD_RETURN_IF_ERROR(CheckDescriptors());
   DSD_ASSIGN_OR_RETURN(ucx_, LoadUcx());
   ucp_config_t* config = nullptr;
   if (const ucs_status_t status =
@@ -671,8 +695,7 @@ void UcxEngine::Yield() {
     return;
   }
   pollfd fd = {waker_.fd(), POLLIN, 0};
-  options_.env
-      ->Poll(absl::MakeSpan(&fd, 1), options_.env->Now() + kBusySleep)
+  options_.env->Poll(absl::MakeSpan(&fd, 1), options_.env->Now() + kBusySleep)
       .IgnoreError();
   if (fd.revents != 0) waker_.Clear();
 }
@@ -692,8 +715,8 @@ void UcxEngine::ConnectPeers() {
     params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS |
                         UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                         UCP_EP_PARAM_FIELD_ERR_HANDLER;
-    params.address = reinterpret_cast<const ucp_address_t*>(
-        addresses[peer.rank].data());
+    params.address =
+        reinterpret_cast<const ucp_address_t*>(addresses[peer.rank].data());
     params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
     params.err_handler.cb = &OnEndpointError;
     params.err_handler.arg = &peer;
@@ -730,10 +753,10 @@ void UcxEngine::Complete(Op* op, absl::Status status) {
   Batch* const batch = op->batch;
   op->done = status.ok();
   if (!status.ok() && batch->error_.ok()) {
-    batch->error_ = absl::Status(
-        status.code(),
-        absl::StrCat(op->is_send ? "send to" : "receive from", " rank ",
-                     op->peer, ": ", status.message()));
+    batch->error_ =
+        absl::Status(status.code(),
+                     absl::StrCat(op->is_send ? "send to" : "receive from",
+                                  " rank ", op->peer, ": ", status.message()));
   }
   --batch->pending_;  // with the last one it may be gone when we unlock
 }
@@ -778,9 +801,9 @@ void UcxEngine::Post(Op* op) {
     return BringRendezvous(op, parked.rendezvous, parked.size);
   }
   if (parked.size > op->size) {
-    return Complete(op, absl::InternalError(absl::StrCat(
-                            "the message has ", parked.size, " bytes, not ",
-                            op->size)));
+    return Complete(
+        op, absl::InternalError(absl::StrCat("the message has ", parked.size,
+                                             " bytes, not ", op->size)));
   }
   if (parked.size > 0) std::memcpy(op->data, parked.eager.get(), parked.size);
   Taken(peers_[op->peer], parked.size);
@@ -790,13 +813,15 @@ void UcxEngine::Post(Op* op) {
 void UcxEngine::Send(Op* op) {
   Peer& peer = peers_[op->peer];
   if (!peer.error.ok() || peer.endpoint == nullptr) {
-    return Complete(op, peer.error.ok() ? absl::UnavailableError("not connected")
-                                        : peer.error);
+    return Complete(op, peer.error.ok()
+                            ? absl::UnavailableError("not connected")
+                            : peer.error);
   }
   op->header = {peer.nonce, op->tag, static_cast<uint32_t>(options_.rank),
                 MessageKind::kData};
   ucp_request_param_t param = {};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK |
+                       UCP_OP_ATTR_FIELD_USER_DATA |
                        UCP_OP_ATTR_FIELD_MEMORY_TYPE | UCP_OP_ATTR_FIELD_FLAGS;
   param.memory_type = UCS_MEMORY_TYPE_HOST;
   param.cb.send = &OnSent;
@@ -811,28 +836,27 @@ void UcxEngine::Send(Op* op) {
     if (is_eager) peer.eager_under_way += EagerCost(op->size);
   }
   ++under_way_;
-  // After this the operation, and the batch, may be gone.
+  // The operation and its batch may be gone when it returns.
   const ucs_status_ptr_t request =
       ucx_->ucp_am_send_nbx(peer.endpoint, kMessageId, &op->header,
                             sizeof(op->header), op->data, op->size, &param);
-  if (request == nullptr) {
+  if (request == nullptr || UCS_PTR_IS_ERR(request)) {
     --under_way_;
-    Complete(op, absl::OkStatus());
-  } else if (UCS_PTR_IS_ERR(request)) {
-    --under_way_;
-    Complete(op, UcxError(*ucx_, "post", UCS_PTR_STATUS(request), *errors_));
+    Finish(op, UCS_PTR_STATUS(request));
   }
 }
 
-void UcxEngine::OnSent(void* request, ucs_status_t status, void* data) {
-  Op* const op = static_cast<Op*>(data);
-  UcxEngine* const engine = op->engine;
+void UcxEngine::OnSent(void* request, ucs_status_t status, void* op) {
+  UcxEngine* const engine = static_cast<Op*>(op)->engine;
   --engine->under_way_;
   engine->ucx_->ucp_request_free(request);
-  engine->Complete(op, status == UCS_OK
-                           ? absl::OkStatus()
-                           : UcxError(*engine->ucx_, "transfer", status,
-                                      *engine->errors_));
+  engine->Finish(static_cast<Op*>(op), status);
+}
+
+void UcxEngine::Finish(Op* op, ucs_status_t status) {
+  Complete(op, status == UCS_OK
+                   ? absl::OkStatus()
+                   : UcxError(*ucx_, "transfer", status, *errors_));
 }
 
 void UcxEngine::BringRendezvous(Op* op, void* descriptor, size_t size) {
@@ -849,21 +873,19 @@ void UcxEngine::BringRendezvous(Op* op, void* descriptor, size_t size) {
   param.memory_type = UCS_MEMORY_TYPE_HOST;
   param.cb.recv_am = &OnReceived;
   param.user_data = op;
-  ++under_way_;
+  // The operation and its batch may be gone when it returns.
   const ucs_status_ptr_t request =
       ucx_->ucp_am_recv_data_nbx(worker_, descriptor, op->data, size, &param);
-  if (request == nullptr) {
-    --under_way_;
-    Complete(op, absl::OkStatus());
-  } else if (UCS_PTR_IS_ERR(request)) {
-    --under_way_;
-    Complete(op, UcxError(*ucx_, "transfer", UCS_PTR_STATUS(request), *errors_));
+  if (request == nullptr || UCS_PTR_IS_ERR(request)) {
+    Finish(op, UCS_PTR_STATUS(request));
   }
 }
 
 void UcxEngine::OnReceived(void* request, ucs_status_t status, size_t /*size*/,
-                           void* data) {
-  OnSent(request, status, data);
+                           void* op) {
+  UcxEngine* const engine = static_cast<Op*>(op)->engine;
+  engine->ucx_->ucp_request_free(request);
+  engine->Finish(static_cast<Op*>(op), status);
 }
 
 void UcxEngine::SendControl(Peer& peer, MessageKind kind, uint64_t tag) {
@@ -879,9 +901,9 @@ void UcxEngine::SendControl(Peer& peer, MessageKind kind, uint64_t tag) {
   param.cb.send = &OnControlSent;
   param.user_data = control.get();
   ++under_way_;
-  const ucs_status_ptr_t request = ucx_->ucp_am_send_nbx(
-      peer.endpoint, kMessageId, &control->header, sizeof(control->header),
-      nullptr, 0, &param);
+  const ucs_status_ptr_t request =
+      ucx_->ucp_am_send_nbx(peer.endpoint, kMessageId, &control->header,
+                            sizeof(control->header), nullptr, 0, &param);
   if (request == nullptr || UCS_PTR_IS_ERR(request)) {
     // An error is the endpoint's, which tells of it by itself.
     --under_way_;
@@ -932,7 +954,8 @@ ucs_status_t UcxEngine::Receive(const Header& header, void* data, size_t size,
       peer.answered = true;
       return UCS_OK;
     case MessageKind::kTaken:
-      peer.eager_under_way -= std::min<size_t>(peer.eager_under_way, header.tag);
+      peer.eager_under_way -=
+          std::min<size_t>(peer.eager_under_way, header.tag);
       return UCS_OK;
     case MessageKind::kData:
       break;
@@ -956,8 +979,8 @@ ucs_status_t UcxEngine::Receive(const Header& header, void* data, size_t size,
   Op* const op = it->second;
   posted_.erase(it);
   if (size > op->size) {
-    Complete(op, absl::InternalError(absl::StrCat(
-                     "the message has ", size, " bytes, not ", op->size)));
+    Complete(op, absl::InternalError(absl::StrCat("the message has ", size,
+                                                  " bytes, not ", op->size)));
     return UCS_OK;
   }
   if (is_rendezvous) {
@@ -998,8 +1021,7 @@ void UcxEngine::Close(bool orderly) {
                            UCP_OP_ATTR_FIELD_USER_DATA |
                            UCP_OP_ATTR_FIELD_FLAGS;
       // Otherwise what was sent is flushed first.
-      param.flags =
-          orderly && peer.error.ok() ? 0 : UCP_EP_CLOSE_FLAG_FORCE;
+      param.flags = orderly && peer.error.ok() ? 0 : UCP_EP_CLOSE_FLAG_FORCE;
       param.cb.send = &OnEndpointClosed;
       param.user_data = this;
       ++under_way_;
@@ -1013,8 +1035,8 @@ void UcxEngine::Close(bool orderly) {
         ucx_->ucp_am_data_release(worker_, parked.rendezvous);
       }
     }
-    const absl::Time end = options_.env->Now() +
-                           (orderly ? kClosePatience : kAbortPatience);
+    const absl::Time end =
+        options_.env->Now() + (orderly ? kClosePatience : kAbortPatience);
     while (under_way_ > 0 && options_.env->Now() < end) {
       if (ucx_->ucp_worker_progress(worker_) != 0) continue;
       attention_ = false;

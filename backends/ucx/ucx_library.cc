@@ -11,8 +11,10 @@
 #include <string>
 #include <utility>
 
-#include "absl/base/no_destructor.h"
+#include "absl/base/const_init.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "dsd/core/base/status_macros.h"
 
 namespace dsd {
 
@@ -63,12 +65,12 @@ absl::StatusOr<UcxLibrary> Load() {
         "LD_LIBRARY_PATH"));
   }
   UcxLibrary ucx;
-#define DSD_UCX_FIND(name)                                                    \
-  ucx.name = reinterpret_cast<decltype(ucx.name)>(dlsym(library, #name));     \
-  if (ucx.name == nullptr) {                                                  \
-    return absl::FailedPreconditionError(                                     \
-        absl::StrCat("backend \"ucx\": ", kLibrary, " has no " #name          \
-                     "; it needs UCX 1.11 or newer"));                        \
+#define DSD_UCX_FIND(name)                                                \
+  ucx.name = reinterpret_cast<decltype(ucx.name)>(dlsym(library, #name)); \
+  if (ucx.name == nullptr) {                                              \
+    return absl::FailedPreconditionError(                                 \
+        absl::StrCat("backend \"ucx\": ", kLibrary,                       \
+                     " has no " #name "; it needs UCX 1.11 or newer"));   \
   }
   DSD_UCX_FUNCTIONS(DSD_UCX_FIND)
 #undef DSD_UCX_FIND
@@ -92,10 +94,15 @@ absl::StatusOr<UcxLibrary> Load() {
 }  // namespace
 
 absl::StatusOr<const UcxLibrary*> LoadUcx() {
+  static absl::Mutex mu(absl::kConstInit);
   // Not destroyed: threads of UCX live as long as the process.
-  static const absl::NoDestructor<absl::StatusOr<UcxLibrary>> loaded(Load());
-  if (!loaded->ok()) return loaded->status();
-  return &**loaded;
+  static const UcxLibrary* loaded = nullptr;
+  absl::MutexLock lock(&mu);
+  if (loaded == nullptr) {
+    DSD_ASSIGN_OR_RETURN(UcxLibrary library, Load());
+    loaded = new UcxLibrary(library);
+  }
+  return loaded;
 }
 
 UcxErrors::UcxErrors() : before_(std::exchange(collecting, this)) {}
