@@ -74,6 +74,9 @@ constexpr size_t kMaxRanksNamed = 8;
 // Of a worker and UCX's own thread; a rank more takes two.
 constexpr int kDescriptors = 32;
 
+// Of what fails while UCX starts: mostly for what the user has set.
+constexpr absl::StatusCode kBadSetting = absl::StatusCode::kInvalidArgument;
+
 enum class MessageKind : uint32_t {
   kData,
   kHello,   // of each rank to each other one, while connecting
@@ -547,7 +550,7 @@ absl::Status UcxEngine::Configure(ucp_config_t* config) {
             ucx_->ucp_config_modify(config, name.c_str(), value.c_str());
         status != UCS_OK) {
       return UcxError(*ucx_, absl::StrCat("set UCX_", name, "=", value), status,
-                      *errors_);
+                      *errors_, kBadSetting);
     }
   }
   return absl::OkStatus();
@@ -576,7 +579,8 @@ absl::Status UcxEngine::Open() {
   if (const ucs_status_t status =
           ucx_->ucp_config_read(nullptr, nullptr, &config);
       status != UCS_OK) {
-    return UcxError(*ucx_, "read UCX's configuration", status, *errors_);
+    return UcxError(*ucx_, "read UCX's configuration", status, *errors_,
+                    kBadSetting);
   }
   absl::Status configured = Configure(config);
   ucs_status_t status = UCS_OK;
@@ -592,7 +596,7 @@ absl::Status UcxEngine::Open() {
   ucx_->ucp_config_release(config);
   DSD_RETURN_IF_ERROR(configured);
   if (status != UCS_OK) {
-    return UcxError(*ucx_, "start UCX", status, *errors_);
+    return UcxError(*ucx_, "start UCX", status, *errors_, kBadSetting);
   }
 
   ucp_worker_params_t worker = {};
@@ -601,7 +605,8 @@ absl::Status UcxEngine::Open() {
   status = ucx_->ucp_worker_create(context_, &worker, &worker_);
   if (status != UCS_OK) {
     worker_ = nullptr;
-    return UcxError(*ucx_, "open UCX's transports", status, *errors_);
+    return UcxError(*ucx_, "open UCX's transports", status, *errors_,
+                    kBadSetting);
   }
   ucp_am_handler_param_t handler = {};
   handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID |
@@ -620,7 +625,8 @@ absl::Status UcxEngine::Open() {
     status = ucx_->ucp_worker_get_address(worker_, &address, &size);
   }
   if (status != UCS_OK) {
-    return UcxError(*ucx_, "open UCX's transports", status, *errors_);
+    return UcxError(*ucx_, "open UCX's transports", status, *errors_,
+                    kBadSetting);
   }
   errors_->Take();
   absl::MutexLock lock(&mu_);
@@ -730,7 +736,10 @@ void UcxEngine::ConnectPeers() {
                        host_.interface,
                        " unless UCX_NET_DEVICES says another; UCX_TLS must "
                        "allow a transport that both ranks have)"),
-          status, *errors_));
+          status, *errors_,
+          // Anything else may be the end of that rank.
+          status == UCS_ERR_UNREACHABLE ? kBadSetting
+                                        : absl::StatusCode::kUnavailable));
     }
     SendControl(peer, MessageKind::kHello, 0);
     // Its own may have come before.

@@ -110,22 +110,12 @@ UcxErrors::~UcxErrors() { collecting = before_; }
 std::string UcxErrors::Take() { return std::exchange(text_, std::string()); }
 
 absl::Status UcxError(const UcxLibrary& ucx, absl::string_view what,
-                      ucs_status_t status, UcxErrors& errors) {
+                      ucs_status_t status, UcxErrors& errors,
+                      absl::StatusCode code) {
   const std::string said = errors.Take();
-  absl::StatusCode code = absl::StatusCode::kUnavailable;
-  switch (status) {
-    case UCS_ERR_NO_MEMORY:
-    case UCS_ERR_NO_RESOURCE:
-    case UCS_ERR_EXCEEDS_LIMIT:
-      code = absl::StatusCode::kResourceExhausted;
-      break;
-    case UCS_ERR_INVALID_PARAM:
-    case UCS_ERR_NO_DEVICE:
-    case UCS_ERR_UNSUPPORTED:
-      code = absl::StatusCode::kInvalidArgument;
-      break;
-    default:
-      break;
+  if (status == UCS_ERR_NO_MEMORY || status == UCS_ERR_NO_RESOURCE ||
+      status == UCS_ERR_EXCEEDS_LIMIT) {
+    code = absl::StatusCode::kResourceExhausted;
   }
   return absl::Status(
       code, absl::StrCat(what, ": UCX: ", ucx.ucs_status_string(status),

@@ -76,9 +76,11 @@ class UcxErrors {
   UcxErrors* const before_;
 };
 
-// "what: status (what UCX said)".
+// "what: status (what UCX said)". `code`, or ResourceExhausted: Unavailable is
+// how the death of a peer looks.
 absl::Status UcxError(const UcxLibrary& ucx, absl::string_view what,
-                      ucs_status_t status, UcxErrors& errors);
+                      ucs_status_t status, UcxErrors& errors,
+                      absl::StatusCode code = absl::StatusCode::kUnavailable);
 
 }  // namespace dsd
 

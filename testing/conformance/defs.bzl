@@ -2,19 +2,23 @@
 
 load("//third_party/bazel:cc.bzl", "dsd_cc_test")
 
-def conformance_test(name, backends, cases):
-    """Declares <name>_<backend> for each backend, and <name> for all.
+def conformance_test(name, backends, cases, variants = {}):
+    """Declares <name>_<backend> for each backend and variant, and <name> for all.
 
     Args:
       name: of the suite of all.
       backends: names of folders in //backends.
       cases: libraries of cases, with alwayslink.
+      variants: {"<backend>_<variant>": (backend, environment)}.
     """
-    for backend in backends:
+    tests = {backend: (backend, {}) for backend in backends}
+    tests.update(variants)
+    for test, (backend, environment) in tests.items():
         dsd_cc_test(
-            name = "%s_%s" % (name, backend),
+            name = "%s_%s" % (name, test),
             size = "large",
             srcs = ["conformance_test.cc"],
+            env = environment,
             local_defines = ["DSD_BACKEND=\\\"%s\\\"" % backend],
             main = "//testing/harness:rank_main",
             tags = ["cpu:2"],
@@ -31,5 +35,5 @@ def conformance_test(name, backends, cases):
         )
     native.test_suite(
         name = name,
-        tests = [":%s_%s" % (name, backend) for backend in backends],
+        tests = [":%s_%s" % (name, test) for test in tests],
     )
