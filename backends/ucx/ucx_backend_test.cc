@@ -5,6 +5,7 @@
 #include "dsd/backends/ucx/ucx_backend.h"
 
 #include <dirent.h>
+#include <dlfcn.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <sched.h>
@@ -472,6 +473,32 @@ DSD_RANK_PROGRAM(MoveWithLittleSharedMemory) {
   return MoveSome(*comm);
 }
 
+// The file of the library is there and is empty.
+DSD_RANK_PROGRAM(ConnectWithoutUcx) {
+  void* const library = dlopen("libucp.so.0", RTLD_LAZY | RTLD_NOLOAD);
+  std::string path;
+  for (const char* folder :
+       {"/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64",
+        "/usr/lib", "/usr/local/lib"}) {
+    const std::string candidate = absl::StrCat(folder, "/libucp.so.0");
+    if (path.empty() && access(candidate.c_str(), R_OK) == 0) path = candidate;
+  }
+  if (library != nullptr || path.empty()) {
+    rank.Record("cannot", "hide UCX");
+    return absl::OkStatus();
+  }
+  if (unshare(CLONE_NEWNS) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0) {
+    rank.Record("cannot", "unshare");
+    return absl::OkStatus();
+  }
+  mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr);
+  if (mount("/dev/null", path.c_str(), nullptr, MS_BIND, nullptr) != 0) {
+    rank.Record("cannot", "mount");
+    return absl::OkStatus();
+  }
+  return ConnectAt(rank, "").status();
+}
+
 // The system refuses to copy from and to the memory of other processes, as in
 // containers.
 DSD_RANK_PROGRAM(MoveWithoutCma) {
@@ -565,6 +592,19 @@ TEST(UcxProcessTest, SettingsThatCannotWorkAreClearErrors) {
   expect({"UCX_NET_DEVICES=nosuch0", "UCX_TLS=tcp"}, "nosuch0");
   // The user wants shared memory, and not the failure handling it needs.
   expect({"UCX_TLS=posix,self", "UCX_MM_ERROR_HANDLING=n"}, "UCX_TLS");
+}
+
+TEST(UcxProcessTest, WithoutTheLibraryConnectingSaysWhatToInstall) {
+  const auto results = RunWith("ConnectWithoutUcx", "", {});
+  if (results[0].values.count("cannot") == 1) {
+    GTEST_SKIP() << "this system does not let us "
+                 << results[0].values.at("cannot");
+  }
+  for (const RankResult& result : results) {
+    EXPECT_EQ(result.status.code(), absl::StatusCode::kNotFound)
+        << result.status;
+    EXPECT_THAT(std::string(result.status.message()), HasSubstr("libucx0"));
+  }
 }
 
 TEST(UcxProcessTest, WithoutCmaOtherTransportsServe) {
