@@ -29,6 +29,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <thread>
@@ -318,7 +319,7 @@ class UcxEngine::Batch final : public EngineBatch {
                                       deadline)) {
       return absl::DeadlineExceededError("a message did not come in time");
     }
-    return Result(/*done=*/pending_ == 0);
+    return Result(/*done=*/pending_ == 0 && error_.ok());
   }
 
   absl::Status WaitReceived(size_t index, absl::Time deadline) override {
@@ -344,8 +345,8 @@ class UcxEngine::Batch final : public EngineBatch {
   absl::Status Result(bool done) const
       ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
     if (engine_->cancelled_) return CancelledStatus();
-    if (!error_.ok()) return error_;
-    return done ? absl::OkStatus() : engine_->EndStatus();
+    if (done) return absl::OkStatus();
+    return error_.ok() ? engine_->EndStatus() : error_;
   }
 
   UcxEngine* const engine_;
@@ -979,7 +980,13 @@ ucs_status_t UcxEngine::Receive(const Header& header, void* data, size_t size,
     if (is_rendezvous) {
       parked.rendezvous = data;
     } else {
-      parked.eager.reset(new std::byte[size]);
+      parked.eager.reset(new (std::nothrow) std::byte[size]);
+      if (parked.eager == nullptr) {
+        Fail(absl::ResourceExhaustedError(
+            absl::StrCat("no memory for a message of ", size, " bytes of rank ",
+                         peer.rank)));
+        return UCS_OK;
+      }
       if (size > 0) std::memcpy(parked.eager.get(), data, size);
     }
     const bool is_new = parked_.try_emplace(key, std::move(parked)).second;
