@@ -40,9 +40,11 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/log/log.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
 #include "dsd/backends/ucx/ucx_library.h"
 #include "dsd/backends/ucx/ucx_settings.h"
@@ -546,9 +548,14 @@ absl::Status UcxEngine::Configure(ucp_config_t* config) {
   if (!settings.warning.empty()) {
     LOG_FIRST_N(WARNING, 1) << settings.warning;
   }
+  // Up to 1.16 a transport knows its options without its own name. A name that
+  // nobody knows is not an error.
+  const bool is_old = ucx_->major == 1 && ucx_->minor < 17;
   for (const auto& [name, value] : settings.options) {
-    if (const ucs_status_t status =
-            ucx_->ucp_config_modify(config, name.c_str(), value.c_str());
+    absl::string_view known = name;
+    if (is_old) absl::ConsumePrefix(&known, "TCP_");
+    if (const ucs_status_t status = ucx_->ucp_config_modify(
+            config, std::string(known).c_str(), value.c_str());
         status != UCS_OK) {
       return UcxError(*ucx_, absl::StrCat("set UCX_", name, "=", value), status,
                       *errors_, kBadSetting);

@@ -651,6 +651,13 @@ TEST(UcxProcessTest, WithoutDescriptorsConnectingFailsClearly) {
   }
 }
 
+TEST(UcxProcessTest, UcxKnowsAllThatWeSet) {
+  for (const RankResult& result : RunWith("Move", "", {"UCX_LOG_LEVEL=warn"})) {
+    EXPECT_EQ(result.status, absl::OkStatus());
+    EXPECT_THAT(result.output, Not(HasSubstr("invalid configuration")));
+  }
+}
+
 // Its output is the program's own.
 TEST(UcxProcessTest, NothingIsPrinted) {
   for (const RankResult& result : RunWith("Move", "", {})) {
