@@ -22,12 +22,14 @@
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <ucp/api/ucp.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <optional>
 #include <string>
 #include <thread>
@@ -38,9 +40,11 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/log/log.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
 #include "dsd/backends/ucx/ucx_library.h"
 #include "dsd/backends/ucx/ucx_settings.h"
@@ -70,6 +74,11 @@ constexpr absl::Duration kBusySleep = absl::Microseconds(200);
 constexpr absl::Duration kAbortPatience = absl::Milliseconds(300);
 constexpr absl::Duration kClosePatience = absl::Seconds(1);
 constexpr size_t kMaxRanksNamed = 8;
+// Of a worker and UCX's own thread; a rank more takes two.
+constexpr int kDescriptors = 32;
+
+// Of what fails while UCX starts: mostly for what the user has set.
+constexpr absl::StatusCode kBadSetting = absl::StatusCode::kInvalidArgument;
 
 enum class MessageKind : uint32_t {
   kData,
@@ -203,6 +212,7 @@ class UcxEngine final : public Engine {
   // --- The owner's thread ---
 
   void Own();
+  absl::Status CheckDescriptors();
   absl::Status Open();
   absl::Status Configure(ucp_config_t* config);
   void Run();
@@ -213,6 +223,7 @@ class UcxEngine final : public Engine {
   void SendControl(Peer& peer, MessageKind kind, uint64_t tag);
   void Taken(Peer& peer, size_t bytes);
   void Complete(Op* op, absl::Status status);
+  void Finish(Op* op, ucs_status_t status);  // of a request of UCX
   void Fail(const absl::Status& status);
   void ReportBrokenPeers();
   void UpdateConnected();
@@ -235,7 +246,8 @@ class UcxEngine final : public Engine {
   static void OnReceived(void* request, ucs_status_t status, size_t size,
                          void* op);
   static void OnControlSent(void* request, ucs_status_t status, void* control);
-  static void OnEndpointClosed(void* request, ucs_status_t status, void* engine);
+  static void OnEndpointClosed(void* request, ucs_status_t status,
+                               void* engine);
   static void OnEndpointError(void* peer, ucp_ep_h endpoint,
                               ucs_status_t status);
 
@@ -275,7 +287,9 @@ class UcxEngine final : public Engine {
   bool peer_broke_ = false;
   absl::flat_hash_map<Key, Op*> posted_;
   absl::flat_hash_map<Key, Parked> parked_;
-  size_t under_way_ = 0;  // requests of UCX
+  // Requests of UCX that end by themselves once the endpoints are closed.
+  // Receives do not: those end with the worker.
+  size_t under_way_ = 0;
 
   // Last: ends before what it uses.
   std::unique_ptr<EnvThread> owner_;
@@ -307,7 +321,7 @@ class UcxEngine::Batch final : public EngineBatch {
                                       deadline)) {
       return absl::DeadlineExceededError("a message did not come in time");
     }
-    return Result(/*done=*/pending_ == 0);
+    return Result(/*done=*/pending_ == 0 && error_.ok());
   }
 
   absl::Status WaitReceived(size_t index, absl::Time deadline) override {
@@ -333,8 +347,8 @@ class UcxEngine::Batch final : public EngineBatch {
   absl::Status Result(bool done) const
       ABSL_SHARED_LOCKS_REQUIRED(engine_->mu_) {
     if (engine_->cancelled_) return CancelledStatus();
-    if (!error_.ok()) return error_;
-    return done ? absl::OkStatus() : engine_->EndStatus();
+    if (done) return absl::OkStatus();
+    return error_.ok() ? engine_->EndStatus() : error_;
   }
 
   UcxEngine* const engine_;
@@ -413,10 +427,10 @@ absl::Status UcxEngine::ExchangeAddresses(absl::Time deadline) {
           absl::StrCat("rank ", peer.rank, " has published no UCX address"));
     }
     if (fields[0] != version) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "rank ", peer.rank, " has UCX ", fields[0], ", but rank ",
-          options_.rank, " has UCX ", version,
-          "; use the same version on all ranks"));
+      return absl::FailedPreconditionError(
+          absl::StrCat("rank ", peer.rank, " has UCX ", fields[0],
+                       ", but rank ", options_.rank, " has UCX ", version,
+                       "; use the same version on all ranks"));
     }
     addresses[peer.rank] = std::string(fields[2]);
   }
@@ -516,8 +530,7 @@ absl::Status UcxEngine::Configure(ucp_config_t* config) {
   free(text);
 
   // Of the file only what differs from UCX's defaults can be seen.
-  const auto user =
-      [&](absl::string_view name) -> std::optional<std::string> {
+  const auto user = [&](absl::string_view name) -> std::optional<std::string> {
     if (const char* value = getenv(absl::StrCat("UCX_", name).c_str())) {
       return value;
     }
@@ -535,24 +548,47 @@ absl::Status UcxEngine::Configure(ucp_config_t* config) {
   if (!settings.warning.empty()) {
     LOG_FIRST_N(WARNING, 1) << settings.warning;
   }
+  // Up to 1.16 a transport knows its options without its own name. A name that
+  // nobody knows is not an error.
+  const bool is_old = ucx_->major == 1 && ucx_->minor < 17;
   for (const auto& [name, value] : settings.options) {
+    absl::string_view known = name;
+    if (is_old) absl::ConsumePrefix(&known, "TCP_");
     if (const ucs_status_t status = ucx_->ucp_config_modify(
-            config, name.c_str(), value.c_str());
+            config, std::string(known).c_str(), value.c_str());
         status != UCS_OK) {
       return UcxError(*ucx_, absl::StrCat("set UCX_", name, "=", value), status,
-                      *errors_);
+                      *errors_, kBadSetting);
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Without descriptors some versions of UCX end the process.
+absl::Status UcxEngine::CheckDescriptors() {
+  const int needed = kDescriptors + 2 * options_.world_size;
+  std::vector<Socket> trial;
+  while (static_cast<int>(trial.size()) < needed) {
+    trial.emplace_back(eventfd(0, EFD_CLOEXEC));
+    if (!trial.back().valid()) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("UCX needs about ", needed,
+                       " file descriptors, but after ", trial.size() - 1, ": ",
+                       std::strerror(errno), "; raise the limit (ulimit -n)"));
     }
   }
   return absl::OkStatus();
 }
 
 absl::Status UcxEngine::Open() {
+  DSD_RETURN_IF_ERROR(CheckDescriptors());
   DSD_ASSIGN_OR_RETURN(ucx_, LoadUcx());
   ucp_config_t* config = nullptr;
   if (const ucs_status_t status =
           ucx_->ucp_config_read(nullptr, nullptr, &config);
       status != UCS_OK) {
-    return UcxError(*ucx_, "read UCX's configuration", status, *errors_);
+    return UcxError(*ucx_, "read UCX's configuration", status, *errors_,
+                    kBadSetting);
   }
   absl::Status configured = Configure(config);
   ucs_status_t status = UCS_OK;
@@ -568,7 +604,7 @@ absl::Status UcxEngine::Open() {
   ucx_->ucp_config_release(config);
   DSD_RETURN_IF_ERROR(configured);
   if (status != UCS_OK) {
-    return UcxError(*ucx_, "start UCX", status, *errors_);
+    return UcxError(*ucx_, "start UCX", status, *errors_, kBadSetting);
   }
 
   ucp_worker_params_t worker = {};
@@ -577,7 +613,8 @@ absl::Status UcxEngine::Open() {
   status = ucx_->ucp_worker_create(context_, &worker, &worker_);
   if (status != UCS_OK) {
     worker_ = nullptr;
-    return UcxError(*ucx_, "open UCX's transports", status, *errors_);
+    return UcxError(*ucx_, "open UCX's transports", status, *errors_,
+                    kBadSetting);
   }
   ucp_am_handler_param_t handler = {};
   handler.field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID |
@@ -596,7 +633,8 @@ absl::Status UcxEngine::Open() {
     status = ucx_->ucp_worker_get_address(worker_, &address, &size);
   }
   if (status != UCS_OK) {
-    return UcxError(*ucx_, "open UCX's transports", status, *errors_);
+    return UcxError(*ucx_, "open UCX's transports", status, *errors_,
+                    kBadSetting);
   }
   errors_->Take();
   absl::MutexLock lock(&mu_);
@@ -671,8 +709,7 @@ void UcxEngine::Yield() {
     return;
   }
   pollfd fd = {waker_.fd(), POLLIN, 0};
-  options_.env
-      ->Poll(absl::MakeSpan(&fd, 1), options_.env->Now() + kBusySleep)
+  options_.env->Poll(absl::MakeSpan(&fd, 1), options_.env->Now() + kBusySleep)
       .IgnoreError();
   if (fd.revents != 0) waker_.Clear();
 }
@@ -692,8 +729,8 @@ void UcxEngine::ConnectPeers() {
     params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS |
                         UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                         UCP_EP_PARAM_FIELD_ERR_HANDLER;
-    params.address = reinterpret_cast<const ucp_address_t*>(
-        addresses[peer.rank].data());
+    params.address =
+        reinterpret_cast<const ucp_address_t*>(addresses[peer.rank].data());
     params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
     params.err_handler.cb = &OnEndpointError;
     params.err_handler.arg = &peer;
@@ -707,7 +744,10 @@ void UcxEngine::ConnectPeers() {
                        host_.interface,
                        " unless UCX_NET_DEVICES says another; UCX_TLS must "
                        "allow a transport that both ranks have)"),
-          status, *errors_));
+          status, *errors_,
+          // Anything else may be the end of that rank.
+          status == UCS_ERR_UNREACHABLE ? kBadSetting
+                                        : absl::StatusCode::kUnavailable));
     }
     SendControl(peer, MessageKind::kHello, 0);
     // Its own may have come before.
@@ -730,10 +770,10 @@ void UcxEngine::Complete(Op* op, absl::Status status) {
   Batch* const batch = op->batch;
   op->done = status.ok();
   if (!status.ok() && batch->error_.ok()) {
-    batch->error_ = absl::Status(
-        status.code(),
-        absl::StrCat(op->is_send ? "send to" : "receive from", " rank ",
-                     op->peer, ": ", status.message()));
+    batch->error_ =
+        absl::Status(status.code(),
+                     absl::StrCat(op->is_send ? "send to" : "receive from",
+                                  " rank ", op->peer, ": ", status.message()));
   }
   --batch->pending_;  // with the last one it may be gone when we unlock
 }
@@ -778,9 +818,9 @@ void UcxEngine::Post(Op* op) {
     return BringRendezvous(op, parked.rendezvous, parked.size);
   }
   if (parked.size > op->size) {
-    return Complete(op, absl::InternalError(absl::StrCat(
-                            "the message has ", parked.size, " bytes, not ",
-                            op->size)));
+    return Complete(
+        op, absl::InternalError(absl::StrCat("the message has ", parked.size,
+                                             " bytes, not ", op->size)));
   }
   if (parked.size > 0) std::memcpy(op->data, parked.eager.get(), parked.size);
   Taken(peers_[op->peer], parked.size);
@@ -790,13 +830,15 @@ void UcxEngine::Post(Op* op) {
 void UcxEngine::Send(Op* op) {
   Peer& peer = peers_[op->peer];
   if (!peer.error.ok() || peer.endpoint == nullptr) {
-    return Complete(op, peer.error.ok() ? absl::UnavailableError("not connected")
-                                        : peer.error);
+    return Complete(op, peer.error.ok()
+                            ? absl::UnavailableError("not connected")
+                            : peer.error);
   }
   op->header = {peer.nonce, op->tag, static_cast<uint32_t>(options_.rank),
                 MessageKind::kData};
   ucp_request_param_t param = {};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK |
+                       UCP_OP_ATTR_FIELD_USER_DATA |
                        UCP_OP_ATTR_FIELD_MEMORY_TYPE | UCP_OP_ATTR_FIELD_FLAGS;
   param.memory_type = UCS_MEMORY_TYPE_HOST;
   param.cb.send = &OnSent;
@@ -811,28 +853,27 @@ void UcxEngine::Send(Op* op) {
     if (is_eager) peer.eager_under_way += EagerCost(op->size);
   }
   ++under_way_;
-  // After this the operation, and the batch, may be gone.
+  // The operation and its batch may be gone when it returns.
   const ucs_status_ptr_t request =
       ucx_->ucp_am_send_nbx(peer.endpoint, kMessageId, &op->header,
                             sizeof(op->header), op->data, op->size, &param);
-  if (request == nullptr) {
+  if (request == nullptr || UCS_PTR_IS_ERR(request)) {
     --under_way_;
-    Complete(op, absl::OkStatus());
-  } else if (UCS_PTR_IS_ERR(request)) {
-    --under_way_;
-    Complete(op, UcxError(*ucx_, "post", UCS_PTR_STATUS(request), *errors_));
+    Finish(op, UCS_PTR_STATUS(request));
   }
 }
 
-void UcxEngine::OnSent(void* request, ucs_status_t status, void* data) {
-  Op* const op = static_cast<Op*>(data);
-  UcxEngine* const engine = op->engine;
+void UcxEngine::OnSent(void* request, ucs_status_t status, void* op) {
+  UcxEngine* const engine = static_cast<Op*>(op)->engine;
   --engine->under_way_;
   engine->ucx_->ucp_request_free(request);
-  engine->Complete(op, status == UCS_OK
-                           ? absl::OkStatus()
-                           : UcxError(*engine->ucx_, "transfer", status,
-                                      *engine->errors_));
+  engine->Finish(static_cast<Op*>(op), status);
+}
+
+void UcxEngine::Finish(Op* op, ucs_status_t status) {
+  Complete(op, status == UCS_OK
+                   ? absl::OkStatus()
+                   : UcxError(*ucx_, "transfer", status, *errors_));
 }
 
 void UcxEngine::BringRendezvous(Op* op, void* descriptor, size_t size) {
@@ -849,21 +890,19 @@ void UcxEngine::BringRendezvous(Op* op, void* descriptor, size_t size) {
   param.memory_type = UCS_MEMORY_TYPE_HOST;
   param.cb.recv_am = &OnReceived;
   param.user_data = op;
-  ++under_way_;
+  // The operation and its batch may be gone when it returns.
   const ucs_status_ptr_t request =
       ucx_->ucp_am_recv_data_nbx(worker_, descriptor, op->data, size, &param);
-  if (request == nullptr) {
-    --under_way_;
-    Complete(op, absl::OkStatus());
-  } else if (UCS_PTR_IS_ERR(request)) {
-    --under_way_;
-    Complete(op, UcxError(*ucx_, "transfer", UCS_PTR_STATUS(request), *errors_));
+  if (request == nullptr || UCS_PTR_IS_ERR(request)) {
+    Finish(op, UCS_PTR_STATUS(request));
   }
 }
 
 void UcxEngine::OnReceived(void* request, ucs_status_t status, size_t /*size*/,
-                           void* data) {
-  OnSent(request, status, data);
+                           void* op) {
+  UcxEngine* const engine = static_cast<Op*>(op)->engine;
+  engine->ucx_->ucp_request_free(request);
+  engine->Finish(static_cast<Op*>(op), status);
 }
 
 void UcxEngine::SendControl(Peer& peer, MessageKind kind, uint64_t tag) {
@@ -879,9 +918,9 @@ void UcxEngine::SendControl(Peer& peer, MessageKind kind, uint64_t tag) {
   param.cb.send = &OnControlSent;
   param.user_data = control.get();
   ++under_way_;
-  const ucs_status_ptr_t request = ucx_->ucp_am_send_nbx(
-      peer.endpoint, kMessageId, &control->header, sizeof(control->header),
-      nullptr, 0, &param);
+  const ucs_status_ptr_t request =
+      ucx_->ucp_am_send_nbx(peer.endpoint, kMessageId, &control->header,
+                            sizeof(control->header), nullptr, 0, &param);
   if (request == nullptr || UCS_PTR_IS_ERR(request)) {
     // An error is the endpoint's, which tells of it by itself.
     --under_way_;
@@ -932,7 +971,8 @@ ucs_status_t UcxEngine::Receive(const Header& header, void* data, size_t size,
       peer.answered = true;
       return UCS_OK;
     case MessageKind::kTaken:
-      peer.eager_under_way -= std::min<size_t>(peer.eager_under_way, header.tag);
+      peer.eager_under_way -=
+          std::min<size_t>(peer.eager_under_way, header.tag);
       return UCS_OK;
     case MessageKind::kData:
       break;
@@ -947,7 +987,13 @@ ucs_status_t UcxEngine::Receive(const Header& header, void* data, size_t size,
     if (is_rendezvous) {
       parked.rendezvous = data;
     } else {
-      parked.eager.reset(new std::byte[size]);
+      parked.eager.reset(new (std::nothrow) std::byte[size]);
+      if (parked.eager == nullptr) {
+        Fail(absl::ResourceExhaustedError(
+            absl::StrCat("no memory for a message of ", size, " bytes of rank ",
+                         peer.rank)));
+        return UCS_OK;
+      }
       if (size > 0) std::memcpy(parked.eager.get(), data, size);
     }
     const bool is_new = parked_.try_emplace(key, std::move(parked)).second;
@@ -956,8 +1002,8 @@ ucs_status_t UcxEngine::Receive(const Header& header, void* data, size_t size,
   Op* const op = it->second;
   posted_.erase(it);
   if (size > op->size) {
-    Complete(op, absl::InternalError(absl::StrCat(
-                     "the message has ", size, " bytes, not ", op->size)));
+    Complete(op, absl::InternalError(absl::StrCat("the message has ", size,
+                                                  " bytes, not ", op->size)));
     return UCS_OK;
   }
   if (is_rendezvous) {
@@ -998,8 +1044,7 @@ void UcxEngine::Close(bool orderly) {
                            UCP_OP_ATTR_FIELD_USER_DATA |
                            UCP_OP_ATTR_FIELD_FLAGS;
       // Otherwise what was sent is flushed first.
-      param.flags =
-          orderly && peer.error.ok() ? 0 : UCP_EP_CLOSE_FLAG_FORCE;
+      param.flags = orderly && peer.error.ok() ? 0 : UCP_EP_CLOSE_FLAG_FORCE;
       param.cb.send = &OnEndpointClosed;
       param.user_data = this;
       ++under_way_;
@@ -1013,8 +1058,8 @@ void UcxEngine::Close(bool orderly) {
         ucx_->ucp_am_data_release(worker_, parked.rendezvous);
       }
     }
-    const absl::Time end = options_.env->Now() +
-                           (orderly ? kClosePatience : kAbortPatience);
+    const absl::Time end =
+        options_.env->Now() + (orderly ? kClosePatience : kAbortPatience);
     while (under_way_ > 0 && options_.env->Now() < end) {
       if (ucx_->ucp_worker_progress(worker_) != 0) continue;
       attention_ = false;

@@ -11,8 +11,10 @@
 #include <string>
 #include <utility>
 
-#include "absl/base/no_destructor.h"
+#include "absl/base/const_init.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "dsd/core/base/status_macros.h"
 
 namespace dsd {
 
@@ -63,12 +65,12 @@ absl::StatusOr<UcxLibrary> Load() {
         "LD_LIBRARY_PATH"));
   }
   UcxLibrary ucx;
-#define DSD_UCX_FIND(name)                                                    \
-  ucx.name = reinterpret_cast<decltype(ucx.name)>(dlsym(library, #name));     \
-  if (ucx.name == nullptr) {                                                  \
-    return absl::FailedPreconditionError(                                     \
-        absl::StrCat("backend \"ucx\": ", kLibrary, " has no " #name          \
-                     "; it needs UCX 1.11 or newer"));                        \
+#define DSD_UCX_FIND(name)                                                \
+  ucx.name = reinterpret_cast<decltype(ucx.name)>(dlsym(library, #name)); \
+  if (ucx.name == nullptr) {                                              \
+    return absl::FailedPreconditionError(                                 \
+        absl::StrCat("backend \"ucx\": ", kLibrary,                       \
+                     " has no " #name "; it needs UCX 1.11 or newer"));   \
   }
   DSD_UCX_FUNCTIONS(DSD_UCX_FIND)
 #undef DSD_UCX_FIND
@@ -92,10 +94,15 @@ absl::StatusOr<UcxLibrary> Load() {
 }  // namespace
 
 absl::StatusOr<const UcxLibrary*> LoadUcx() {
+  static absl::Mutex mu(absl::kConstInit);
   // Not destroyed: threads of UCX live as long as the process.
-  static const absl::NoDestructor<absl::StatusOr<UcxLibrary>> loaded(Load());
-  if (!loaded->ok()) return loaded->status();
-  return &**loaded;
+  static const UcxLibrary* loaded = nullptr;
+  absl::MutexLock lock(&mu);
+  if (loaded == nullptr) {
+    DSD_ASSIGN_OR_RETURN(UcxLibrary library, Load());
+    loaded = new UcxLibrary(library);
+  }
+  return loaded;
 }
 
 UcxErrors::UcxErrors() : before_(std::exchange(collecting, this)) {}
@@ -103,22 +110,12 @@ UcxErrors::~UcxErrors() { collecting = before_; }
 std::string UcxErrors::Take() { return std::exchange(text_, std::string()); }
 
 absl::Status UcxError(const UcxLibrary& ucx, absl::string_view what,
-                      ucs_status_t status, UcxErrors& errors) {
+                      ucs_status_t status, UcxErrors& errors,
+                      absl::StatusCode code) {
   const std::string said = errors.Take();
-  absl::StatusCode code = absl::StatusCode::kUnavailable;
-  switch (status) {
-    case UCS_ERR_NO_MEMORY:
-    case UCS_ERR_NO_RESOURCE:
-    case UCS_ERR_EXCEEDS_LIMIT:
-      code = absl::StatusCode::kResourceExhausted;
-      break;
-    case UCS_ERR_INVALID_PARAM:
-    case UCS_ERR_NO_DEVICE:
-    case UCS_ERR_UNSUPPORTED:
-      code = absl::StatusCode::kInvalidArgument;
-      break;
-    default:
-      break;
+  if (status == UCS_ERR_NO_MEMORY || status == UCS_ERR_NO_RESOURCE ||
+      status == UCS_ERR_EXCEEDS_LIMIT) {
+    code = absl::StatusCode::kResourceExhausted;
   }
   return absl::Status(
       code, absl::StrCat(what, ": UCX: ", ucx.ucs_status_string(status),

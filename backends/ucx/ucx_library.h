@@ -18,27 +18,27 @@
 namespace dsd {
 
 // The functions that the backend calls.
-#define DSD_UCX_FUNCTIONS(_)       \
-  _(ucp_am_data_release)           \
-  _(ucp_am_recv_data_nbx)          \
-  _(ucp_am_send_nbx)               \
-  _(ucp_cleanup)                   \
-  _(ucp_config_modify)             \
-  _(ucp_config_print)              \
-  _(ucp_config_read)               \
-  _(ucp_config_release)            \
-  _(ucp_ep_close_nbx)              \
-  _(ucp_ep_create)                 \
-  _(ucp_get_version)               \
-  _(ucp_init_version)              \
-  _(ucp_request_free)              \
-  _(ucp_worker_arm)                \
-  _(ucp_worker_create)             \
-  _(ucp_worker_destroy)            \
-  _(ucp_worker_get_address)        \
-  _(ucp_worker_get_efd)            \
-  _(ucp_worker_progress)           \
-  _(ucp_worker_release_address)    \
+#define DSD_UCX_FUNCTIONS(_)        \
+  _(ucp_am_data_release)            \
+  _(ucp_am_recv_data_nbx)           \
+  _(ucp_am_send_nbx)                \
+  _(ucp_cleanup)                    \
+  _(ucp_config_modify)              \
+  _(ucp_config_print)               \
+  _(ucp_config_read)                \
+  _(ucp_config_release)             \
+  _(ucp_ep_close_nbx)               \
+  _(ucp_ep_create)                  \
+  _(ucp_get_version)                \
+  _(ucp_init_version)               \
+  _(ucp_request_free)               \
+  _(ucp_worker_arm)                 \
+  _(ucp_worker_create)              \
+  _(ucp_worker_destroy)             \
+  _(ucp_worker_get_address)         \
+  _(ucp_worker_get_efd)             \
+  _(ucp_worker_progress)            \
+  _(ucp_worker_release_address)     \
   _(ucp_worker_set_am_recv_handler) \
   _(ucs_status_string)
 
@@ -55,8 +55,8 @@ struct UcxLibrary {
 // something else in the process has loaded UCX before, the handlers of signals
 // are as they were when it returns. To be called first in a thread of the
 // library's own: UCX gives the calling thread a signal stack.
-// Errors: NotFound, naming what was looked for and the remedy; FailedPrecondition
-// for a version that is too old.
+// Errors: NotFound, naming what was looked for and the remedy;
+// FailedPrecondition for a version that is too old.
 absl::StatusOr<const UcxLibrary*> LoadUcx();
 
 // While it lives, the errors that UCX would print from this thread (to standard
@@ -76,9 +76,11 @@ class UcxErrors {
   UcxErrors* const before_;
 };
 
-// "what: status (what UCX said)".
+// "what: status (what UCX said)". `code`, or ResourceExhausted: Unavailable is
+// how the death of a peer looks.
 absl::Status UcxError(const UcxLibrary& ucx, absl::string_view what,
-                      ucs_status_t status, UcxErrors& errors);
+                      ucs_status_t status, UcxErrors& errors,
+                      absl::StatusCode code = absl::StatusCode::kUnavailable);
 
 }  // namespace dsd
 

@@ -6,6 +6,7 @@
 
 #include <netinet/in.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -83,6 +84,12 @@ class RawTcp {
   Socket socket_;
 };
 
+absl::Duration CpuTime() {
+  timespec time = {};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return absl::DurationFromTimespec(time);
+}
+
 DSD_RANK_PROGRAM(Measure) {
   DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(rank.argument()));
   DSD_ASSIGN_OR_RETURN(RawTcp raw, RawTcp::Connect(*comm));
@@ -114,18 +121,25 @@ DSD_RANK_PROGRAM(Measure) {
   };
   absl::Duration best[std::size(works)];
   std::fill(std::begin(best), std::end(best), absl::InfiniteDuration());
+  absl::Duration least_cpu[std::size(works)];
+  std::fill(std::begin(least_cpu), std::end(least_cpu),
+            absl::InfiniteDuration());
   for (int round = 0; round < kRounds; ++round) {
     for (size_t i = 0; i < std::size(works); ++i) {
       DSD_RETURN_IF_ERROR(comm->Barrier());
       const absl::Time start = env->Now();
+      const absl::Duration cpu_start = CpuTime();
       DSD_RETURN_IF_ERROR(works[i].second());
       best[i] = std::min(best[i], env->Now() - start);
+      least_cpu[i] = std::min(least_cpu[i], CpuTime() - cpu_start);
     }
   }
   // At rank 1 all bytes have arrived.
   for (size_t i = 0; i < std::size(works); ++i) {
     rank.Record(works[i].first,
                 absl::StrCat(kBytes / absl::ToDoubleNanoseconds(best[i])));
+    rank.Record(absl::StrCat(works[i].first, " cpu"),
+                absl::StrCat(absl::ToDoubleMilliseconds(least_cpu[i])));
   }
   if (to != from && !sends) return absl::InternalError("other bytes arrived");
 
@@ -147,18 +161,21 @@ struct Row {
   double goal;
 };
 
-int Run() {
+// `only`: the line to measure; empty: all.
+int Run(const std::string& only) {
   constexpr Row kRows[] = {
       {"gloo", "gloo", nullptr, "tcp", 0.8},
-      {"ucx, posix", "ucx", "posix,self", "memcpy", 0.6},
-      {"ucx, tcp", "ucx", "tcp,self", "tcp", 0.8},
-      {"ucx, its choice", "ucx", nullptr, "memcpy", 0.6},
+      {"ucx-posix", "ucx", "posix,self", "memcpy", 0.6},
+      {"ucx-tcp", "ucx", "tcp,self", "tcp", 0.8},
+      {"ucx", "ucx", nullptr, "memcpy", 0.6},
   };
   absl::PrintF("2 ranks, %d MiB, GB/s, best of %d\n", kBytes >> 20, kRounds);
-  absl::PrintF("%-16s %8s %8s %8s %10s  %-14s %6s %6s %6s %12s\n", "backend",
-               "memcpy", "raw tcp", "send", "broadcast", "compared with",
-               "send", "bcast", "goal", "barrier (us)");
+  absl::PrintF("%-16s %8s %8s %8s %10s  %-14s %6s %6s %6s  %-20s %12s\n",
+               "backend", "memcpy", "raw tcp", "send", "broadcast",
+               "compared with", "send", "bcast", "goal", "CPU ms tcp, send",
+               "barrier (us)");
   for (const Row& row : kRows) {
+    if (!only.empty() && row.name != only) continue;
     RankRunOptions options;
     options.argument = row.backend;
     options.timeout = absl::Minutes(3);
@@ -173,16 +190,23 @@ int Run() {
         return 1;
       }
     }
-    const auto value = [&](const char* name) {
+    const auto of = [&](int rank, const std::string& name) {
       double number = 0;
-      if (!absl::SimpleAtod(results[1].values.at(name), &number)) return 0.0;
+      if (!absl::SimpleAtod(results[rank].values.at(name), &number)) return 0.0;
       return number;
     };
+    const auto value = [&](const char* name) { return of(1, name); };
+    const auto cpu = [&](const std::string& name) {
+      return of(0, name + " cpu") + of(1, name + " cpu");
+    };
     absl::PrintF(
-        "%-16s %8.2f %8.2f %8.2f %10.2f  %-14s %6.2f %6.2f %6.2f %12.1f\n",
+        "%-16s %8.2f %8.2f %8.2f %10.2f  %-14s %6.2f %6.2f %6.2f  %-20s "
+        "%12.1f\n",
         row.name, value("memcpy"), value("tcp"), value("send"),
         value("broadcast"), row.peer, value("send") / value(row.peer),
-        value("broadcast") / value(row.peer), row.goal, value("barrier"));
+        value("broadcast") / value(row.peer), row.goal,
+        absl::StrFormat("%.1f, %.1f", cpu("tcp"), cpu("send")),
+        value("barrier"));
     std::fflush(stdout);
   }
   return 0;
@@ -191,9 +215,10 @@ int Run() {
 }  // namespace
 }  // namespace dsd
 
-int main() {
+// comm_benchmark [name of a line]
+int main(int argc, char** argv) {
   const std::string program = dsd::RequestedRankProgram();
   if (!program.empty()) return dsd::RankMain(program);
   dsd::AllowRankProcesses();
-  return dsd::Run();
+  return dsd::Run(argc > 1 ? argv[1] : "");
 }

@@ -2,18 +2,20 @@
 
 load("//third_party/bazel:cc.bzl", "dsd_cc_test")
 
-def conformance_test(name, backend, target):
+def conformance_test(name, backend, target, env = {}):
     """Declares a test that runs all cases on one backend.
 
     Args:
       name: of the test.
       backend: the name under which it is registered.
       target: the library that registers it.
+      env: added to the environment of the ranks.
     """
     dsd_cc_test(
         name = name,
         size = "large",
         srcs = [Label("//testing/conformance:conformance_test.cc")],
+        env = env,
         local_defines = ["DSD_BACKEND=\\\"%s\\\"" % backend],
         main = Label("//testing/harness:rank_main"),
         tags = ["cpu:2"],
