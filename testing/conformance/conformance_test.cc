@@ -5,6 +5,7 @@
 
 #include "dsd/testing/conformance/conformance.h"
 
+#include <algorithm>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -62,7 +63,8 @@ void PrintTo(const Parameter& parameter, std::ostream* os) {
 std::vector<Parameter> Parameters() {
   std::vector<Parameter> parameters;
   for (const ConformanceCase& one : ConformanceCases()) {
-    for (int ranks = one.min_ranks; ranks <= kMaxRanks; ++ranks) {
+    for (int ranks = one.min_ranks; ranks <= std::min(kMaxRanks, one.max_ranks);
+         ++ranks) {
       parameters.push_back({one, ranks});
     }
   }
