@@ -26,6 +26,8 @@ namespace {
 // Up to here latency counts, and a tree is better than a pipeline.
 constexpr int64_t kSmallBroadcastBytes = 256 << 10;
 constexpr int64_t kChunkBytes = 4 << 20;
+// Below, the many small messages of slices cost more than they save.
+constexpr int64_t kSlicedBroadcastBytes = 2 * kChunkBytes;
 constexpr int kChunksInFlight = 4;
 // What every rank sends of its blob, however short it is, with its length.
 constexpr int64_t kFirstBlobBytes = (1 << 10) - sizeof(int64_t);
@@ -169,7 +171,7 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
 
   // Fewer chunks than ranks would leave most of a chain idle: there the root
   // gives each other rank a slice, and these give theirs to each other.
-  if (world > 3 && bytes < (world - 2) * kChunkBytes) {
+  if (bytes >= kSlicedBroadcastBytes && bytes < (world - 2) * kChunkBytes) {
     const int64_t slice_bytes = (bytes + world - 2) / (world - 1);
     const auto slice = [&](int p) {  // of place p > 0
       const int64_t begin = std::min(bytes, (p - 1) * slice_bytes);

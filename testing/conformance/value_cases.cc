@@ -60,6 +60,16 @@ DSD_CONFORMANCE_CASE_FROM(BroadcastOf64MiB, 2) {
   return BroadcastOnce(comm, comm.size() - 1, 64 * kMiB, 1);
 }
 
+// Cut into slices, since there are more ranks than chunks.
+DSD_CONFORMANCE_CASE_ON(BroadcastToMany, 8, 8) {
+  for (const size_t size : {8 * kMiB, 8 * kMiB + 1, 16 * kMiB + 5}) {
+    for (const int root : {0, 3, 7}) {
+      DSD_RETURN_IF_ERROR(BroadcastOnce(comm, root, size, 1));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status AllGatherOnce(Communicator& comm, const std::vector<size_t>& sizes,
                            bool in_place) {
   // The parts lie in one piece of memory, in reversed order, at odd places.
@@ -556,6 +566,10 @@ absl::Status RandomScript(Communicator& comm, uint64_t seed, int calls) {
 
 DSD_CONFORMANCE_CASE(AMixedScript) { return RandomScript(comm, 1, 60); }
 DSD_CONFORMANCE_CASE(AnotherMixedScript) { return RandomScript(comm, 2, 60); }
+// More than the machine has cores.
+DSD_CONFORMANCE_CASE_ON(AMixedScriptOfMany, 8, 8) {
+  return RandomScript(comm, 5, 30);
+}
 DSD_CONFORMANCE_CASE_FROM(AMixedScriptOnALane, 2) {
   DSD_ASSIGN_OR_RETURN(const auto lane, comm.OpenLane("script"));
   return RandomScript(*lane, 3, 30);
