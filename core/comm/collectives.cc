@@ -26,6 +26,8 @@ namespace {
 // Up to here latency counts, and a tree is better than a pipeline.
 constexpr int64_t kSmallBroadcastBytes = 256 << 10;
 constexpr int64_t kChunkBytes = 4 << 20;
+// Below, the many small messages of slices cost more than they save.
+constexpr int64_t kSlicedBroadcastBytes = 2 * kChunkBytes;
 constexpr int kChunksInFlight = 4;
 // What every rank sends of its blob, however short it is, with its length.
 constexpr int64_t kFirstBlobBytes = (1 << 10) - sizeof(int64_t);
@@ -64,9 +66,49 @@ int64_t ReduceStep(int world_size, int64_t item_size) {
 
 }  // namespace
 
+absl::Status Communicator::Lane::RunInChunks(absl::Span<const SendOp> sends,
+                                             absl::Span<const RecvOp> recvs,
+                                             const ActiveCall& active,
+                                             const CallOptions& options) {
+  int64_t longest = 0;
+  for (const SendOp& op : sends) {
+    longest = std::max<int64_t>(longest, op.data.size());
+  }
+  for (const RecvOp& op : recvs) {
+    longest = std::max<int64_t>(longest, op.data.size());
+  }
+  if (longest <= kChunkBytes) return Run(sends, recvs, active);
+
+  // The chunk of an op that begins at `begin`; all ops have a first one.
+  const auto cut = [](const auto& ops, int64_t begin) {
+    std::vector<std::decay_t<decltype(ops[0])>> chunks;
+    for (const auto& op : ops) {
+      if (begin > 0 && begin >= static_cast<int64_t>(op.data.size())) continue;
+      chunks.push_back(op);
+      chunks.back().data = op.data.subspan(begin, kChunkBytes);
+    }
+    return chunks;
+  };
+  std::deque<PendingExchange> pending;
+  int64_t done = 0;
+  const auto finish_one = [&]() -> absl::Status {
+    DSD_RETURN_IF_ERROR(pending.front().Wait());
+    pending.pop_front();
+    done = std::min(longest, done + kChunkBytes);
+    Report(options, done, longest);
+    return absl::OkStatus();
+  };
+  for (int64_t begin = 0; begin < longest; begin += kChunkBytes) {
+    if (pending.size() == kChunksInFlight) DSD_RETURN_IF_ERROR(finish_one());
+    DSD_ASSIGN_OR_RETURN(PendingExchange one,
+                         Post(cut(sends, begin), cut(recvs, begin), active));
+    pending.push_back(std::move(one));
+  }
+  while (!pending.empty()) DSD_RETURN_IF_ERROR(finish_one());
+  return absl::OkStatus();
+}
+
 absl::Status Communicator::Lane::Barrier(const ActiveCall& active) {
-  const int size = core->size;
-  const int rank = core->rank;
   for (int distance = 1; distance < size; distance *= 2) {
     DSD_RETURN_IF_ERROR(Run({{(rank + distance) % size, {}}},
                             {{(rank + size - distance) % size, {}}}, active));
@@ -75,9 +117,8 @@ absl::Status Communicator::Lane::Barrier(const ActiveCall& active) {
 }
 
 absl::Status Communicator::Lane::AllGather(
-    absl::Span<const absl::Span<std::byte>> parts, const ActiveCall& active) {
-  const int size = core->size;
-  const int rank = core->rank;
+    absl::Span<const absl::Span<std::byte>> parts, const ActiveCall& active,
+    const CallOptions& options) {
   std::vector<SendOp> sends;
   std::vector<RecvOp> recvs;
   // Rotated, so that ranks do not all talk to the same one at a time.
@@ -87,7 +128,7 @@ absl::Status Communicator::Lane::AllGather(
     sends.push_back({to, parts[rank]});
     recvs.push_back({from, parts[from]});
   }
-  return Run(sends, recvs, active);
+  return RunInChunks(sends, recvs, active, options);
 }
 
 absl::Status Communicator::Barrier(const CallOptions& options) {
@@ -128,6 +169,32 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
     return lane_->Run(sends, {}, *active);
   }
 
+  // Fewer chunks than ranks would leave most of a chain idle: there the root
+  // gives each other rank a slice, and these give theirs to each other.
+  if (bytes >= kSlicedBroadcastBytes && bytes < (world - 2) * kChunkBytes) {
+    const int64_t slice_bytes = (bytes + world - 2) / (world - 1);
+    const auto slice = [&](int p) {  // of place p > 0
+      const int64_t begin = std::min(bytes, (p - 1) * slice_bytes);
+      return data.subspan(begin, slice_bytes);
+    };
+    std::vector<SendOp> sends;
+    std::vector<RecvOp> recvs;
+    if (place == 0) {
+      for (int p = 1; p < world; ++p) sends.push_back({rank_at(p), slice(p)});
+      return lane_->RunInChunks(sends, {}, *active, options);
+    }
+    DSD_RETURN_IF_ERROR(
+        lane_->RunInChunks({}, {{root, slice(place)}}, *active, options));
+    for (int step = 1; step < world - 1; ++step) {
+      const int others = world - 1;
+      const int to = (place - 1 + step) % others + 1;
+      const int from = (place - 1 + others - step) % others + 1;
+      sends.push_back({rank_at(to), slice(place)});
+      recvs.push_back({rank_at(from), slice(from)});
+    }
+    return lane_->RunInChunks(sends, recvs, *active, options);
+  }
+
   // A chain that passes chunks on while the next arrive.
   const bool has_previous = place > 0;
   const bool has_next = place + 1 < world;
@@ -143,7 +210,7 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
       for (; posted < std::min(chunks, i + kChunksInFlight); ++posted) {
         DSD_ASSIGN_OR_RETURN(
             PendingExchange pending,
-            lane_->Start({}, {{rank_at(place - 1), chunk(posted)}}, *active));
+            lane_->Post({}, {{rank_at(place - 1), chunk(posted)}}, *active));
         arriving.push_back(std::move(pending));
       }
       DSD_RETURN_IF_ERROR(arriving.front().Wait());
@@ -156,7 +223,7 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
       }
       DSD_ASSIGN_OR_RETURN(
           PendingExchange pending,
-          lane_->Start({{rank_at(place + 1), chunk(i)}}, {}, *active));
+          lane_->Post({{rank_at(place + 1), chunk(i)}}, {}, *active));
       leaving.push_back(std::move(pending));
     }
     Report(options, std::min(bytes, (i + 1) * kChunkBytes), bytes);
@@ -181,12 +248,49 @@ absl::Status Communicator::AllGather(
         absl::StrCat(where, "part ", rank(), " has ", parts[rank()].size(),
                      " bytes, expected ", mine.size(), ", as this rank gives"));
   }
+  std::vector<int64_t> sizes;
+  for (const absl::Span<std::byte> part : parts) sizes.push_back(part.size());
   DSD_ASSIGN_OR_RETURN(const auto active,
-                       lane_->Begin(Call("AllGather"), options, true));
+                       lane_->Begin(Call("AllGather", sizes), options, true));
   if (!mine.empty() && parts[rank()].data() != mine.data()) {
     std::memcpy(parts[rank()].data(), mine.data(), mine.size());
   }
-  return lane_->AllGather(parts, *active);
+  return lane_->AllGather(parts, *active, options);
+}
+
+absl::Status Communicator::Scatter(
+    absl::Span<const absl::Span<const std::byte>> parts,
+    absl::Span<std::byte> mine, int root, const CallOptions& options) {
+  const std::string where = absl::StrCat("Scatter ", lane_->core->Here(), ": ");
+  if (root < 0 || root >= size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, "root ", root, " is not in [0, ", size(), ")"));
+  }
+  if (static_cast<int>(parts.size()) != (rank() == root ? size() : 0)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, parts.size(), " parts, expected ",
+                     rank() == root ? absl::StrCat("one per rank, ", size())
+                                    : "none but on the root"));
+  }
+  if (rank() == root && parts[root].size() != mine.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, "the part of the root has ", parts[root].size(),
+                     " bytes, expected ", mine.size(), ", as it takes"));
+  }
+  DSD_ASSIGN_OR_RETURN(
+      const auto active,
+      lane_->Begin(Call(absl::StrCat("Scatter from rank ", root)), options,
+                   true));
+  if (rank() != root) return lane_->Run({}, {{root, mine}}, *active);
+  if (!mine.empty() && mine.data() != parts[root].data()) {
+    std::memcpy(mine.data(), parts[root].data(), mine.size());
+  }
+  std::vector<SendOp> sends;
+  for (int step = 1; step < size(); ++step) {
+    const int to = (root + step) % size();
+    sends.push_back({to, parts[to]});
+  }
+  return lane_->Run(sends, {}, *active);
 }
 
 absl::StatusOr<std::vector<std::string>> Communicator::AllGatherBlobs(
@@ -215,7 +319,7 @@ absl::StatusOr<std::vector<std::string>> Communicator::AllGatherBlobs(
     std::memcpy(parts[rank()].data() + sizeof(mine_bytes), mine.data(),
                 std::min(mine_bytes, head));
   }
-  DSD_RETURN_IF_ERROR(lane_->AllGather(parts, *active));
+  DSD_RETURN_IF_ERROR(lane_->AllGather(parts, *active, options));
 
   std::vector<std::string> blobs(world);
   std::vector<SendOp> sends;
@@ -224,11 +328,11 @@ absl::StatusOr<std::vector<std::string>> Communicator::AllGatherBlobs(
     int64_t bytes;
     std::memcpy(&bytes, parts[r].data(), sizeof(bytes));
     if (bytes < 0 || bytes > max_bytes_each) {
-      lane_->core->Fail(
-          absl::FailedPreconditionError(absl::StrCat(
-              "AllGatherBlobs in group \"", lane_->core->group, "\": rank ", r,
-              " gives ", bytes, " bytes, expected at most ", max_bytes_each)),
-          /*tell=*/true);
+      lane_->core->Fail(absl::FailedPreconditionError(absl::StrCat(
+                            "AllGatherBlobs in group \"", lane_->core->group,
+                            "\": rank ", lane_->GroupRank(r), " gives ", bytes,
+                            " bytes, expected at most ", max_bytes_each)),
+                        /*tell=*/true);
       return lane_->core->ErrorDuring(active->call.text);
     }
     std::string& blob = blobs[r];
@@ -367,7 +471,7 @@ absl::Status Communicator::AllReduce(absl::Span<std::byte> data, DType dtype,
       pointers.push_back(parts.back().data());
     }
     if (bytes > 0) std::memcpy(parts[rank()].data(), data.data(), bytes);
-    DSD_RETURN_IF_ERROR(lane_->AllGather(parts, *active));
+    DSD_RETURN_IF_ERROR(lane_->AllGather(parts, *active, {}));
     Reduce(pointers, count, dtype, op, data.data());
     return absl::OkStatus();
   }
@@ -402,7 +506,7 @@ absl::Status Communicator::AllReduce(absl::Span<std::byte> data, DType dtype,
     pointers[rank()] = own.data();
     DSD_RETURN_IF_ERROR(lane_->Run(sends, recvs, *active));
     Reduce(pointers, own.size() / item_size, dtype, op, own.data());
-    DSD_RETURN_IF_ERROR(lane_->AllGather(slices, *active));
+    DSD_RETURN_IF_ERROR(lane_->AllGather(slices, *active, {}));
     Report(options, (begin + block) * item_size, bytes);
   }
   return absl::OkStatus();
@@ -432,10 +536,11 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::OpenLane(
     const absl::string_view entry = (*names)[r];
     const absl::string_view other = entry.substr(entry.find(' ') + 1);
     if (other != name) {
-      core.Fail(absl::FailedPreconditionError(absl::StrCat(
-                    "ranks disagree: rank ", r, " opens lane \"", other,
-                    "\", rank ", rank(), " lane \"", name, "\"")),
-                /*tell=*/true);
+      core.Fail(
+          absl::FailedPreconditionError(absl::StrCat(
+              "ranks disagree: rank ", lane_->GroupRank(r), " opens lane \"",
+              other, "\", rank ", core.rank, " lane \"", name, "\"")),
+          /*tell=*/true);
       return core.ErrorDuring("OpenLane");
     }
     taken_somewhere |= absl::StartsWith(entry, "taken ");
@@ -451,8 +556,11 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::OpenLane(
   }
   auto lane = std::make_unique<Lane>(lane_->core, std::string(name),
                                      /*is_main=*/false);
-  if (core.has_cuda_memory && core.engine != nullptr) {
-    const ActiveCall active(lane_->core, lane->id, Call("OpenLane"), options,
+  lane->rank = lane_->rank;
+  lane->size = lane_->size;
+  lane->members = lane_->members;
+  if (has_cuda_memory() && core.engine != nullptr) {
+    const ActiveCall active(*lane, Call("OpenLane"), options,
                             /*collective=*/true);
     const absl::Status opened =
         core.engine->OpenLane(lane->id, active.deadline);
@@ -460,6 +568,41 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::OpenLane(
     if (!opened.ok()) return core.EngineFailed(opened, active.call.text);
   }
   return absl::WrapUnique(new Communicator(std::move(lane)));
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Split(
+    int color, int key, const CallOptions& options) {
+  struct Choice {
+    int32_t color;
+    int32_t key;
+  };
+  DSD_ASSIGN_OR_RETURN(const auto active,
+                       lane_->Begin(Call("Split"), options, true));
+  std::vector<Choice> choices(size());
+  std::vector<absl::Span<std::byte>> parts;
+  for (Choice& choice : choices) {
+    parts.push_back(
+        absl::MakeSpan(reinterpret_cast<std::byte*>(&choice), sizeof(Choice)));
+  }
+  choices[rank()] = {color, key};
+  DSD_RETURN_IF_ERROR(lane_->AllGather(parts, *active, {}));
+  const int64_t number = lane_->splits++;
+  if (color < 0) return nullptr;
+
+  std::vector<int> ranks;
+  for (int r = 0; r < size(); ++r) {
+    if (choices[r].color == color) ranks.push_back(r);
+  }
+  std::stable_sort(ranks.begin(), ranks.end(), [&](int a, int b) {
+    return choices[a].key < choices[b].key;
+  });
+  const int own = static_cast<int>(
+      std::find(ranks.begin(), ranks.end(), rank()) - ranks.begin());
+  for (int& r : ranks) r = lane_->GroupRank(r);
+  return absl::WrapUnique(new Communicator(std::make_unique<Lane>(
+      lane_->core,
+      absl::StrCat(lane_->name, ", split ", number, ", color ", color), own,
+      std::move(ranks))));
 }
 
 absl::Status Communicator::Shutdown(const CallOptions& options) {

@@ -7,6 +7,7 @@
 #include <optional>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/memory/memory.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
@@ -17,6 +18,7 @@
 #include "dsd/core/comm/communicator_internal.h"
 #include "dsd/core/comm/duration_text.h"
 #include "dsd/core/comm/envelope.h"
+#include "dsd/core/comm/rebuild.h"
 #include "dsd/core/comm/registry.h"
 #include "xxhash.h"
 
@@ -222,6 +224,10 @@ absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
   std::string peer_does = "does not answer";
   for (int other = 0; other < size; ++other) {
     if (other == rank) continue;
+    if (!active.members.empty() &&
+        !absl::c_linear_search(active.members, other)) {
+      continue;
+    }
     if (!answers[other].has_value()) {
       absent.push_back(absl::StrCat("rank ", other, " (does not answer)"));
       continue;
@@ -318,11 +324,12 @@ void Communicator::Core::CancelLoop() {
 
 // --- ActiveCall ---
 
-Communicator::ActiveCall::ActiveCall(std::shared_ptr<Core> c, uint64_t l,
-                                     Call what, const CallOptions& options,
+Communicator::ActiveCall::ActiveCall(const Lane& l, Call what,
+                                     const CallOptions& options,
                                      bool collective)
-    : core(std::move(c)),
-      lane(l),
+    : core(l.core),
+      lane(l.id),
+      members(l.members),
       call(std::move(what)),
       collective(collective),
       timeout(std::clamp(options.timeout, absl::ZeroDuration(), kMaxTimeout)),
@@ -500,6 +507,20 @@ Communicator::Lane::Lane(std::shared_ptr<Core> c, std::string n, bool main)
       name(std::move(n)),
       id(XXH3_64bits(name.data(), name.size())),
       is_main(main),
+      rank(core->rank),
+      size(core->size),
+      next_send(core->size, 0),
+      next_recv(core->size, 0) {}
+
+// Seeded, so that no lane of OpenLane has its number.
+Communicator::Lane::Lane(std::shared_ptr<Core> c, std::string n, int own_rank,
+                         std::vector<int> ranks)
+    : core(std::move(c)),
+      name(std::move(n)),
+      id(XXH3_64bits_withSeed(name.data(), name.size(), 1)),
+      rank(own_rank),
+      size(static_cast<int>(ranks.size())),
+      members(std::move(ranks)),
       next_send(core->size, 0),
       next_recv(core->size, 0) {}
 
@@ -544,8 +565,8 @@ absl::StatusOr<std::unique_ptr<Communicator::ActiveCall>>
 Communicator::Lane::Begin(Call call, const CallOptions& options,
                           bool collective) {
   DSD_RETURN_IF_ERROR(core->CheckAlive(call.text));
-  auto active = std::make_unique<ActiveCall>(core, id, std::move(call), options,
-                                             collective);
+  auto active =
+      std::make_unique<ActiveCall>(*this, std::move(call), options, collective);
   if (active->timeout <= absl::ZeroDuration()) {
     return core->TimeIsOver(*active, -1);
   }
@@ -554,6 +575,17 @@ Communicator::Lane::Begin(Call call, const CallOptions& options,
                             active->call.text);
   }
   return active;
+}
+
+absl::StatusOr<PendingExchange> Communicator::Lane::Post(
+    absl::Span<const SendOp> sends, absl::Span<const RecvOp> recvs,
+    const ActiveCall& active) {
+  if (members.empty()) return Start(sends, recvs, active);
+  std::vector<SendOp> group_sends(sends.begin(), sends.end());
+  std::vector<RecvOp> group_recvs(recvs.begin(), recvs.end());
+  for (SendOp& op : group_sends) op.peer = GroupRank(op.peer);
+  for (RecvOp& op : group_recvs) op.peer = GroupRank(op.peer);
+  return Start(group_sends, group_recvs, active);
 }
 
 absl::StatusOr<PendingExchange> Communicator::Lane::Start(
@@ -656,7 +688,7 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
 absl::Status Communicator::Lane::Run(absl::Span<const SendOp> sends,
                                      absl::Span<const RecvOp> recvs,
                                      const ActiveCall& active) {
-  DSD_ASSIGN_OR_RETURN(PendingExchange pending, Start(sends, recvs, active));
+  DSD_ASSIGN_OR_RETURN(PendingExchange pending, Post(sends, recvs, active));
   return pending.Wait();
 }
 
@@ -703,8 +735,8 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
   }
   CallOptions call_options;
   call_options.timeout = options.connect_timeout;
-  const ActiveCall active(core, communicator->lane_->id, Call("connect"),
-                          call_options, /*collective=*/true);
+  const ActiveCall active(*communicator->lane_, Call("connect"), call_options,
+                          /*collective=*/true);
   MemberOptions member;
   member.group = absl::StrCat(options.group, "#", options.generation);
   member.rank = options.rank;
@@ -778,11 +810,11 @@ Communicator::~Communicator() {
             /*tell=*/true);
 }
 
-int Communicator::rank() const { return lane_->core->rank; }
-int Communicator::size() const { return lane_->core->size; }
+int Communicator::rank() const { return lane_->rank; }
+int Communicator::size() const { return lane_->size; }
 absl::string_view Communicator::backend() const { return lane_->core->backend; }
 bool Communicator::has_cuda_memory() const {
-  return lane_->core->has_cuda_memory;
+  return lane_->core->has_cuda_memory && lane_->members.empty();
 }
 uint64_t Communicator::generation() const { return lane_->core->generation; }
 Env* Communicator::env() const { return lane_->core->env; }
@@ -798,14 +830,14 @@ absl::StatusOr<PendingExchange> Communicator::StartExchange(
       return absl::InvalidArgumentError(
           absl::StrCat(ExchangeText(label), " ", core.Here(), ": ", what...));
     };
-    if (peer < 0 || peer >= core.size) {
-      return error("peer ", peer, " is not in [0, ", core.size, ")");
+    if (peer < 0 || peer >= size()) {
+      return error("peer ", peer, " is not in [0, ", size(), ")");
     }
     if (space.type == DeviceType::kCpu) return absl::OkStatus();
-    if (peer == core.rank) {
+    if (peer == rank()) {
       return error("a message to the rank itself must be in host memory");
     }
-    if (!core.has_cuda_memory) {
+    if (!has_cuda_memory()) {
       return error("backend ", Quoted(core.backend),
                    " moves host memory only; copy there first");
     }
@@ -817,7 +849,7 @@ absl::StatusOr<PendingExchange> Communicator::StartExchange(
       std::unique_ptr<ActiveCall> active,
       lane_->Begin(Call(ExchangeText(label)), options, /*collective=*/false));
   DSD_ASSIGN_OR_RETURN(PendingExchange pending,
-                       lane_->Start(sends, recvs, *active));
+                       lane_->Post(sends, recvs, *active));
   pending.impl_->own = std::move(active);
   return pending;
 }

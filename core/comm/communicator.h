@@ -65,6 +65,18 @@ struct CommunicatorOptions {
   absl::Duration connect_timeout = absl::Minutes(2);
 };
 
+struct RebuildOptions {
+  // Of all of it.
+  absl::Duration timeout = absl::Minutes(2);
+  // How long ranks that are there, but do not call Rebuild, are waited for.
+  absl::Duration patience = absl::Seconds(30);
+  // Fewer are an error on all of them. 0: more than half of the failed group,
+  // of which there is never a second one, also where a network falls apart.
+  int min_ranks = 0;
+};
+
+struct WorldOptions;
+
 // Posted messages, see Communicator::StartExchange. The destructor blocks until
 // the memory is no longer used; messages that were not waited for poison the
 // communicator. Used by the thread of its communicator, and destroyed before
@@ -85,9 +97,9 @@ class [[nodiscard]] PendingExchange {
   std::unique_ptr<Impl> impl_;
 };
 
-// One rank's membership in a group, on one lane: the one that Create made or
-// one of OpenLane. Thread-compatible; Abort and status() may come from any
-// thread. Different lanes may be used by different threads at once.
+// One rank's membership in a group, on one lane: the one that Create made, one
+// of OpenLane or one of Split. Thread-compatible; Abort and status() may come
+// from any thread. Different lanes may be used by different threads at once.
 //
 // Collective: all ranks of the group must make the same collective calls in the
 // same order on one lane. Each message carries a checked header (generation,
@@ -111,7 +123,8 @@ class Communicator {
   // Of Create's, without Shutdown and on a group that has not failed: waits up
   // to a second for all other ranks to leave, too, as they do after an error
   // that they have agreed on; if they do not, the group fails (Unavailable on
-  // the others, naming this rank). Returns within 2 s. Of OpenLane's: nothing.
+  // the others, naming this rank). Returns within 2 s. Of OpenLane's and
+  // Split's: nothing.
   ~Communicator();
 
   int rank() const;
@@ -132,6 +145,19 @@ class Communicator {
   absl::StatusOr<std::unique_ptr<Communicator>> OpenLane(
       absl::string_view name, const CallOptions& options = {});
 
+  // Collective on this lane. Ranks that give the same color >= 0 get a
+  // communicator of their own, in which they are numbered by key, and by rank
+  // where keys are equal; ranks with a color < 0 get null. It is a lane for
+  // some of the ranks: the same connections, its own sequence numbers, and one
+  // fate: an error on it poisons the whole group, and error texts name the
+  // ranks of the group.
+  absl::StatusOr<std::unique_ptr<Communicator>> Split(
+      int color, int key, const CallOptions& options = {});
+
+  // Point to point, not collective: only who is named takes part, in any order
+  // with regard to others. Where two ranks must not heed the order of
+  // collectives between them either, use a lane of OpenLane for it.
+  //
   // Posts receives, then sends, and returns. Messages from one rank to another
   // match in the order in which each side names them, over all calls on this
   // lane. The two sides must agree on sizes; a rank with no op for a peer is
@@ -161,6 +187,13 @@ class Communicator {
                          absl::Span<const absl::Span<std::byte>> parts,
                          const CallOptions& options = {});
 
+  // Collective. Rank r's `mine` receives parts[r] of rank `root`; sizes may
+  // differ and be 0. `parts` is empty on the others. On the root `mine` may be
+  // parts[root] itself, else there is no overlap.
+  absl::Status Scatter(absl::Span<const absl::Span<const std::byte>> parts,
+                       absl::Span<std::byte> mine, int root,
+                       const CallOptions& options = {});
+
   // Collective. Byte strings of any size, also per rank. FailedPrecondition on
   // all ranks if one is longer than `max_bytes_each`, which must be equal on
   // all.
@@ -188,12 +221,31 @@ class Communicator {
   void Abort(const absl::Status& reason);
 
   // Collective. Barrier, then an orderly goodbye: peers do not take the closing
-  // connections for a death. The last call on all lanes; a lane of OpenLane
-  // only does the barrier. On a poisoned group only local, and returns its
-  // error.
+  // connections for a death. The last call on all lanes; one of OpenLane or
+  // Split only does the barrier. On a poisoned group only local, and returns
+  // its error.
   absl::Status Shutdown(const CallOptions& options = {});
 
+  // A new world of the ranks that are left of this one, which has failed, was
+  // made by ConnectWorld with `may_rebuild`, and stays failed. Collective over
+  // those who are left; their order stays, the lowest becomes rank 0 and serves
+  // the store, so that it matters to nobody who has died. generation() grows,
+  // and what is still under way of older ones reaches nobody. Rebuild works on
+  // the new world, too.
+  //
+  // Errors: FailedPrecondition (this group has not failed, cannot be rebuilt,
+  // or too few are left); Unavailable on a rank that the others did not wait
+  // for; those of ConnectWorld. After an error all may call it once more.
+  absl::StatusOr<std::unique_ptr<Communicator>> Rebuild(
+      const RebuildOptions& options = {});
+
  private:
+  friend absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(
+      const LaunchInfo& launch, const WorldOptions& options);
+  // The world of `launch`, whose ranks meet in `store`.
+  static absl::StatusOr<std::unique_ptr<Communicator>> ConnectThrough(
+      std::shared_ptr<Store> store, const LaunchInfo& launch,
+      const WorldOptions& options, absl::Time deadline);
   friend class PendingExchange;
   struct Core;
   struct Lane;
@@ -215,6 +267,14 @@ struct WorldOptions {
   // rank). The signs come from a thread of their own, whatever the process
   // computes. Zero: only deadlines notice. Rank 0's counts.
   absl::Duration heartbeat_bound = absl::Seconds(30);
+  // The same on all ranks: which incarnation of the world this is. A process
+  // that takes the place of one that died joins the others in the next one:
+  // those who are left destroy the failed communicator and connect with the
+  // same number. Who comes early waits.
+  uint64_t generation = 0;
+  // Each rank listens at a port of its own, on the interface towards rank 0, so
+  // that Communicator::Rebuild finds it.
+  bool may_rebuild = false;
 };
 
 // The communicator of all ranks of a launch; of a world of one without a

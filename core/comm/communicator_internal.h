@@ -27,6 +27,8 @@
 
 namespace dsd {
 
+struct Standby;
+
 // A call as it is named in errors and compared between ranks.
 struct Call {
   // `terms`: what else ranks must agree on, beyond what `text` says.
@@ -97,6 +99,7 @@ struct Communicator::Core {
   std::shared_ptr<Store> store;
   std::unique_ptr<Membership> membership;  // null in a world of one
   std::unique_ptr<Engine> engine;          // likewise
+  std::unique_ptr<Standby> standby;        // null without may_rebuild
 
   absl::Mutex mu;
   absl::Status error ABSL_GUARDED_BY(mu);
@@ -117,13 +120,14 @@ struct Communicator::Core {
 // A call in progress, for the others' error texts, with its limits.
 class Communicator::ActiveCall {
  public:
-  ActiveCall(std::shared_ptr<Core> core, uint64_t lane, Call call,
-             const CallOptions& options, bool collective);
+  ActiveCall(const Lane& lane, Call call, const CallOptions& options,
+             bool collective);
   ActiveCall(const ActiveCall&) = delete;
   ~ActiveCall();
 
   const std::shared_ptr<Core> core;
   const uint64_t lane;
+  const std::vector<int> members;  // see Lane
   const Call call;
   const bool collective;
   const absl::Duration timeout;
@@ -145,12 +149,24 @@ struct Communicator::Lane {
   std::string name;
   uint64_t id = 0;
   bool is_main = false;
+  // Of the ranks that this lane has, which are the group's or, by Split, some
+  // of them. Peers of ops are such ranks until Start.
+  int rank = 0;
+  int size = 1;
+  std::vector<int> members;  // the group's numbers of them; empty: all
+  int64_t splits = 0;
   std::vector<uint64_t> next_send;  // sequence numbers, by peer
   std::vector<uint64_t> next_recv;
   std::deque<SelfMessage> self_sends;
   std::deque<SelfMessage> self_recvs;
 
   Lane(std::shared_ptr<Core> core, std::string name, bool is_main);
+  // Of Split.
+  Lane(std::shared_ptr<Core> core, std::string name, int rank,
+       std::vector<int> members);
+
+  // The group's number of a rank of this lane.
+  int GroupRank(int r) const { return members.empty() ? r : members[r]; }
 
   // The entry of every public call.
   absl::StatusOr<std::unique_ptr<ActiveCall>> Begin(Call call,
@@ -158,11 +174,21 @@ struct Communicator::Lane {
                                                     bool collective);
 
   // An exchange that is part of `active`, which must outlive it.
+  absl::StatusOr<PendingExchange> Post(absl::Span<const SendOp> sends,
+                                       absl::Span<const RecvOp> recvs,
+                                       const ActiveCall& active);
+  // The same with the group's ranks as peers.
   absl::StatusOr<PendingExchange> Start(absl::Span<const SendOp> sends,
                                         absl::Span<const RecvOp> recvs,
                                         const ActiveCall& active);
   absl::Status Run(absl::Span<const SendOp> sends,
                    absl::Span<const RecvOp> recvs, const ActiveCall& active);
+  // The same in chunks of which few are under way, if any op is long. Both
+  // sides must be sure of the sizes.
+  absl::Status RunInChunks(absl::Span<const SendOp> sends,
+                           absl::Span<const RecvOp> recvs,
+                           const ActiveCall& active,
+                           const CallOptions& options);
 
   // Copies messages to this rank itself that have both ends.
   absl::Status MatchSelf();
@@ -179,7 +205,7 @@ struct Communicator::Lane {
   absl::Status Barrier(const ActiveCall& active);
   // parts[rank] is in place already.
   absl::Status AllGather(absl::Span<const absl::Span<std::byte>> parts,
-                         const ActiveCall& active);
+                         const ActiveCall& active, const CallOptions& options);
 };
 
 }  // namespace dsd

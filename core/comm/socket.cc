@@ -22,6 +22,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
@@ -42,7 +43,8 @@ constexpr int kKeepAlivePeriodSeconds = 5;
 constexpr int kKeepAliveProbes = 4;
 
 std::string ErrnoText(int error) {
-  return std::string(absl::ErrnoToStatus(error, "").message());
+  const absl::Status status = absl::ErrnoToStatus(error, "");
+  return std::string(absl::StripPrefix(status.message(), ": "));
 }
 
 absl::Status ConnectionLost(int error) {
@@ -397,29 +399,32 @@ absl::StatusOr<Socket> AcceptFrom(const Socket& listener) {
   }
 }
 
+absl::StatusOr<Socket> ConnectOnce(Env* env, absl::string_view host, int port,
+                                   absl::Time deadline) {
+  DSD_ASSIGN_OR_RETURN(const AddressList addresses,
+                       Resolve(env, host, port, deadline));
+  absl::Status status;
+  for (const addrinfo* a = addresses.get(); a != nullptr; a = a->ai_next) {
+    Socket connection;
+    status = TryConnect(env, *a, deadline, connection);
+    if (status.ok()) return connection;
+  }
+  return absl::UnavailableError(status.message());
+}
+
 absl::StatusOr<Socket> ConnectTo(Env* env, absl::string_view host, int port,
                                  absl::Time deadline) {
   const absl::Time start = env->Now();
   absl::Duration pause = kFirstRetry;
-  std::string why;
   while (true) {
     // A name may become known while the job starts.
-    const absl::StatusOr<AddressList> addresses =
-        Resolve(env, host, port, deadline);
-    if (addresses.ok()) {
-      for (const addrinfo* a = addresses->get(); a != nullptr; a = a->ai_next) {
-        Socket connection;
-        const absl::Status status = TryConnect(env, *a, deadline, connection);
-        if (status.ok()) return connection;
-        why = std::string(status.message());
-      }
-    } else {
-      why = std::string(addresses.status().message());
-    }
+    absl::StatusOr<Socket> connection = ConnectOnce(env, host, port, deadline);
+    if (connection.ok()) return connection;
     if (env->Now() + pause >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("nobody answers at ", HostPort(host, port), " within ",
-                       DurationText(deadline - start), " (", why, ")"));
+                       DurationText(deadline - start), " (",
+                       connection.status().message(), ")"));
     }
     env->SleepUntil(env->Now() + pause);
     pause = std::min(2 * pause, kLastRetry);

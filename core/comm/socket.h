@@ -89,6 +89,10 @@ absl::StatusOr<Socket> AdoptListener(int fd);
 // The next connection; an invalid socket if there is none just now.
 absl::StatusOr<Socket> AcceptFrom(const Socket& listener);
 
+// Connects. Unavailable if nobody listens.
+absl::StatusOr<Socket> ConnectOnce(Env* env, absl::string_view host, int port,
+                                   absl::Time deadline);
+
 // Connects, trying again while nobody listens. DeadlineExceeded names the last
 // reason. If the other host vanishes without a word, the connection ends within
 // a minute.

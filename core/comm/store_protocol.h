@@ -28,7 +28,7 @@ namespace dsd {
 // "dsds"; the first field of kHello. It and the version come first in every
 // version, and a refusal is a kReply in every version.
 inline constexpr uint32_t kStoreMagic = 0x73647364;
-inline constexpr uint32_t kStoreVersion = 3;
+inline constexpr uint32_t kStoreVersion = 4;
 
 inline constexpr size_t kFrameHeaderBytes = sizeof(uint32_t);
 inline constexpr size_t kMaxHelloBytes = 4096;
@@ -39,7 +39,7 @@ inline constexpr size_t kMaxValueBytes = kMaxFrameBytes / 2;
 
 enum class FrameKind : uint8_t {
   // From a client. The id is its name for the request.
-  kHello = 1,    // magic, version, version of dsd, nonce, job
+  kHello = 1,    // magic, version, version of dsd, nonce, job, generation
   kSet = 2,      // key, value                              -> kReply
   kGet = 3,      // key                                     -> kReply: value
   kAdd = 4,      // key, delta                              -> kReply: sum

@@ -14,6 +14,7 @@
 #ifndef DSD_CORE_COMM_TCP_STORE_H_
 #define DSD_CORE_COMM_TCP_STORE_H_
 
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -34,6 +35,8 @@ struct TcpStoreServerOptions {
   int listen_fd = -1;
   // Clients of another job are refused.
   std::string job_id;
+  // Clients of another generation of the job come too early or too late.
+  uint64_t generation = 0;
   // Clients that do not know it are refused. Empty: none is asked for.
   std::string token;
   // How long a connection may take to greet. Of those who have not yet, few are
@@ -70,9 +73,13 @@ struct TcpStoreOptions {
   std::string host = "127.0.0.1";
   int port = 0;
   std::string job_id;
+  uint64_t generation = 0;
   // A server that does not know it is refused. Empty: none is asked for.
   std::string token;
   int rank = 0;  // of the client, for error texts
+  // If not, it is Unavailable that nobody serves, or the job's store of another
+  // generation.
+  bool wait_for_server = true;
 };
 
 // Connects, waiting until somebody serves. Errors: DeadlineExceeded;

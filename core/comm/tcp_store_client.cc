@@ -443,7 +443,8 @@ class Greeting {
                                  .Put(kStoreVersion)
                                  .Put(absl::string_view(kLibraryVersion))
                                  .Put(absl::string_view(nonce_))
-                                 .Put(absl::string_view(options_.job_id))));
+                                 .Put(absl::string_view(options_.job_id))
+                                 .Put(options_.generation)));
     DSD_ASSIGN_OR_RETURN(std::string body, Receive());
     if (KindOf(body) == FrameKind::kChallenge) {
       DSD_RETURN_IF_ERROR(Answer(body));
@@ -545,7 +546,8 @@ absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
                                              const TcpStoreOptions& options,
                                              absl::Time deadline) {
   DSD_ASSIGN_OR_RETURN(Socket socket,
-                       ConnectTo(env, options.host, options.port, deadline));
+                       (options.wait_for_server ? ConnectTo : ConnectOnce)(
+                           env, options.host, options.port, deadline));
   DSD_ASSIGN_OR_RETURN(std::string host, socket.PeerHost());
   const std::string where = HostPort(host, options.port);
   DSD_ASSIGN_OR_RETURN(const absl::Duration heartbeat_bound,
@@ -565,7 +567,10 @@ absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
     absl::StatusOr<std::shared_ptr<Store>> store =
         Greet(env, options, deadline);
     // The server of an earlier job at this address may be just closing.
-    if (store.ok() || !absl::IsUnavailable(store.status())) return store;
+    if (store.ok() || !absl::IsUnavailable(store.status()) ||
+        !options.wait_for_server) {
+      return store;
+    }
     if (env->Now() + kRetry >= deadline) {
       // A connection that ends before the greeting is no answer either.
       return absl::DeadlineExceededError(absl::StrCat(

@@ -71,6 +71,7 @@ class TcpStoreServer::Impl {
     std::string out;
     Stage stage = Stage::kHello;
     std::string job;  // that it says it belongs to
+    uint64_t generation = 0;
     std::string client_nonce;
     std::string server_nonce;
     bool closing = false;  // after what is in `out`
@@ -320,6 +321,7 @@ bool TcpStoreServer::Impl::Greet(Connection& connection, FrameReader& reader) {
   const absl::string_view library = reader.GetText();
   connection.client_nonce = std::string(reader.GetText());
   connection.job = std::string(reader.GetText());
+  connection.generation = reader.Get<uint64_t>();
   if (!reader.ok() || connection.client_nonce.size() != kNonceBytes) {
     return false;
   }
@@ -367,6 +369,14 @@ void TcpStoreServer::Impl::Welcome(Connection& connection) {
                       "this is the store of job \"", options_.job_id,
                       "\", the client belongs to job \"", connection.job,
                       "\"; give the jobs different values of MASTER_PORT")));
+  }
+  // It tries again, or finds another.
+  if (connection.generation != options_.generation) {
+    return Refuse(connection,
+                  absl::UnavailableError(absl::StrCat(
+                      "this is the store of generation ", options_.generation,
+                      " of the job, the client means generation ",
+                      connection.generation)));
   }
   std::string proof;
   if (!options_.token.empty()) {

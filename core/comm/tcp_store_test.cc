@@ -93,6 +93,7 @@ std::string HelloOfJob(absl::string_view library = kLibraryVersion) {
       .Put(library)
       .Put(absl::string_view(NewNonce(env)))
       .Put(absl::string_view("job"))
+      .Put(uint64_t{0})
       .Finish();
 }
 
@@ -260,7 +261,7 @@ TEST_F(TcpStoreTest, ClientsOfAnotherVersionAreRefusedByName) {
                             Soon()),
             absl::OkStatus());
   EXPECT_THAT(ReadFrame(socket),
-              AllOf(HasSubstr("version 3"), HasSubstr("version 44")));
+              AllOf(HasSubstr("version 4"), HasSubstr("version 45")));
   EXPECT_FALSE(socket.ReadExactly(env, 1, Soon()).ok());
 
   // The same protocol, but perhaps other plans.

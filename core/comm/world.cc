@@ -11,32 +11,13 @@
 #include "dsd/core/comm/c10d_store_client.h"
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/comm/job_token.h"
+#include "dsd/core/comm/rebuild.h"
 #include "dsd/core/comm/registry.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/tcp_store.h"
 
 namespace dsd {
 namespace {
-
-constexpr char kGroup[] = "world";
-
-// Rank 0's store is served as long as it is used.
-class ServedStore final : public ForwardingStore {
- public:
-  ServedStore(std::unique_ptr<TcpStoreServer> server,
-              std::shared_ptr<Store> client)
-      : ForwardingStore(std::move(client)), server_(std::move(server)) {}
-  // The client goes first and says what it has left to say.
-  ~ServedStore() override { to_.reset(); }
-
- private:
-  const std::unique_ptr<TcpStoreServer> server_;
-};
-
-struct Address {
-  std::string host;
-  int port;
-};
 
 // Leaves the address of the store with torchrun's agent, or finds it there.
 absl::StatusOr<Address> ShareAddress(const LaunchInfo& launch, Env* env,
@@ -46,19 +27,16 @@ absl::StatusOr<Address> ShareAddress(const LaunchInfo& launch, Env* env,
                        C10dStoreClient::Connect(env, launch.master_addr,
                                                 launch.master_port, deadline));
   if (launch.rank == 0) {
-    DSD_RETURN_IF_ERROR(agent.Set(
-        key, absl::StrCat(address.port, " ", address.host), deadline));
+    DSD_RETURN_IF_ERROR(agent.Set(key, AddressText(address), deadline));
     return address;
   }
   DSD_ASSIGN_OR_RETURN(const std::string value, agent.Get(key, deadline));
-  const size_t space = value.find(' ');
-  if (space == std::string::npos ||
-      !absl::SimpleAtoi(value.substr(0, space), &address.port)) {
-    return absl::DataLossError(absl::StrCat(
-        "key \"", key, "\" of the agent's store holds no address"));
+  absl::StatusOr<Address> found = ParseAddress(value);
+  if (!found.ok()) {
+    return Annotate(found.status(),
+                    absl::StrCat("key \"", key, "\" of the agent's store"));
   }
-  address.host = value.substr(space + 1);
-  return address;
+  return found;
 }
 
 absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
@@ -78,10 +56,12 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
     server_options.port = launch.master_port;
     server_options.listen_fd = launch.listen_fd;
     server_options.job_id = launch.job_id;
+    server_options.generation = options.generation;
     server_options.token = token;
     server_options.heartbeat_bound =
         launch.heartbeat_bound.value_or(options.heartbeat_bound);
-    server_options.last_group = absl::StrCat(kGroup, "#0");
+    server_options.last_group =
+        absl::StrCat(kWorldGroup, "#", options.generation);
     if (launch.agent_store) {
       DSD_ASSIGN_OR_RETURN(server_options.host,
                            AddressTowards(env, launch.master_addr, deadline));
@@ -115,12 +95,13 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
   client_options.host = address.host;
   client_options.port = address.port;
   client_options.job_id = launch.job_id;
+  client_options.generation = options.generation;
   client_options.token = token;
   client_options.rank = launch.rank;
   DSD_ASSIGN_OR_RETURN(std::shared_ptr<Store> client,
                        ConnectTcpStore(env, client_options, deadline));
   if (server == nullptr) return client;
-  return std::make_shared<ServedStore>(std::move(server), std::move(client));
+  return MakeServedStore(std::move(server), std::move(client));
 }
 
 }  // namespace
@@ -130,31 +111,25 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(
   if (options.env == nullptr) {
     return absl::InvalidArgumentError("ConnectWorld: env is null");
   }
-  CommunicatorOptions comm;
-  comm.rank = launch.rank;
-  comm.world_size = launch.world_size;
-  comm.backend = options.backend;
-  comm.descriptor = options.descriptor;
-  comm.env = options.env;
-  comm.group = kGroup;
-  comm.bind_address = options.bind_address;
+  WorldOptions world = options;
+  const absl::Time deadline = options.env->Now() + options.connect_timeout;
+  std::shared_ptr<Store> store;
   if (launch.world_size > 1) {
     // Before the others are kept waiting.
-    if (comm.descriptor == nullptr) {
-      DSD_ASSIGN_OR_RETURN(comm.descriptor, FindBackend(comm.backend));
+    if (world.descriptor == nullptr) {
+      DSD_ASSIGN_OR_RETURN(world.descriptor, FindBackend(world.backend));
     }
-    const absl::Time deadline = options.env->Now() + options.connect_timeout;
-    absl::StatusOr<std::shared_ptr<Store>> store =
+    absl::StatusOr<std::shared_ptr<Store>> found =
         FindStore(launch, options, deadline);
-    if (!store.ok()) {
-      return Annotate(store.status(),
+    if (!found.ok()) {
+      return Annotate(found.status(),
                       absl::StrCat("connect on rank ", launch.rank, " of ",
                                    launch.world_size));
     }
-    comm.store = *std::move(store);
-    comm.connect_timeout = deadline - options.env->Now();
+    store = *std::move(found);
   }
-  return Communicator::Create(comm);
+  return Communicator::ConnectThrough(std::move(store), launch, world,
+                                      deadline);
 }
 
 }  // namespace dsd

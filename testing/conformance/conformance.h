@@ -29,6 +29,7 @@ struct ConformanceCase {
   const char* name;
   absl::Status (*body)(Communicator& comm);
   int min_ranks;
+  int max_ranks;
 };
 
 // All that are linked, sorted by name.
@@ -41,10 +42,13 @@ class ConformanceRegistration {
 
 #define DSD_CONFORMANCE_CASE(name) DSD_CONFORMANCE_CASE_FROM(name, 1)
 // For groups of at least `min_ranks`.
-#define DSD_CONFORMANCE_CASE_FROM(name, min_ranks)                \
+#define DSD_CONFORMANCE_CASE_FROM(name, min_ranks) \
+  DSD_CONFORMANCE_CASE_ON(name, min_ranks, 1 << 30)
+// For groups of `min_ranks` to `max_ranks`.
+#define DSD_CONFORMANCE_CASE_ON(name, min_ranks, max_ranks)       \
   static absl::Status name##Case(::dsd::Communicator& comm);      \
   static const ::dsd::ConformanceRegistration name##Registration( \
-      {#name, &name##Case, min_ranks});                           \
+      {#name, &name##Case, min_ranks, max_ranks});                \
   static absl::Status name##Case([[maybe_unused]] ::dsd::Communicator& comm)
 
 // OK if `found` has this code and its text contains all of `parts`.

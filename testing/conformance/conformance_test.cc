@@ -5,6 +5,7 @@
 
 #include "dsd/testing/conformance/conformance.h"
 
+#include <algorithm>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -21,6 +22,7 @@
 namespace dsd {
 namespace {
 
+// Of cases that do not ask for more.
 constexpr int kMaxRanks = 4;
 
 absl::Status RunCase(absl::string_view name, Communicator& comm) {
@@ -62,7 +64,9 @@ void PrintTo(const Parameter& parameter, std::ostream* os) {
 std::vector<Parameter> Parameters() {
   std::vector<Parameter> parameters;
   for (const ConformanceCase& one : ConformanceCases()) {
-    for (int ranks = one.min_ranks; ranks <= kMaxRanks; ++ranks) {
+    const int most =
+        std::max(one.min_ranks, std::min(kMaxRanks, one.max_ranks));
+    for (int ranks = one.min_ranks; ranks <= most; ++ranks) {
       parameters.push_back({one, ranks});
     }
   }

@@ -126,6 +126,123 @@ DSD_CONFORMANCE_CASE_FROM(AnotherType, 2) {
   return Expect(status, kMismatch, {"1024 float32 (sum)", "1024 int32 (sum)"});
 }
 
+// --- Other pairs of calls that do not fit ---
+
+// All ranks end with a disagreement that names what `parts` are of.
+absl::Status Disagreement(Communicator& comm, const absl::Status& returned,
+                          absl::Span<const absl::string_view> parts) {
+  if (returned.ok()) DSD_RETURN_IF_ERROR(WaitForFailure(comm));
+  DSD_RETURN_IF_ERROR(Expect(comm.status(), kMismatch, {"ranks disagree"}));
+  return Expect(comm.status(), kMismatch, parts);
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherReduction, 2) {
+  std::vector<std::byte> data(4096);
+  return Disagreement(
+      comm,
+      comm.AllReduce(absl::MakeSpan(data), DType::kInt32,
+                     comm.rank() == 0 ? ReduceOp::kSum : ReduceOp::kMax),
+      {"(sum)", "(max)"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherCountOfAReduction, 2) {
+  std::vector<std::byte> data(comm.rank() == 0 ? 4096 : 4100);
+  return Disagreement(
+      comm, comm.AllReduce(absl::MakeSpan(data), DType::kInt32, ReduceOp::kSum),
+      {"of 1024 int32", "of 1025 int32"});
+}
+
+// The sums of the counts are equal, and so are the sizes of some parts.
+DSD_CONFORMANCE_CASE_FROM(OtherCountsOfAReduceScatter, 2) {
+  std::vector<int64_t> counts(comm.size(), 100);
+  if (comm.rank() == 0) {
+    counts[0] = 50;
+    counts[1] = 150;
+  }
+  std::vector<std::byte> input(100 * comm.size());
+  std::vector<std::byte> output(counts[comm.rank()]);
+  return Disagreement(comm,
+                      comm.ReduceScatter(input, counts, absl::MakeSpan(output),
+                                         DType::kUInt8, ReduceOp::kMax),
+                      {"ReduceScatter of uint8 (max)"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(OtherPartsOfAnAllGather, 2) {
+  std::vector<std::byte> memory(1000 * comm.size());
+  std::vector<absl::Span<std::byte>> parts;
+  for (int r = 0; r < comm.size(); ++r) {
+    parts.push_back(absl::MakeSpan(memory).subspan(1000 * r, 1000));
+  }
+  // Rank 1 is wrong about the part of another, not about its own.
+  if (comm.rank() == 1) parts[0] = parts[0].subspan(1);
+  return Disagreement(comm, comm.AllGather(parts[comm.rank()], parts),
+                      {"AllGather"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherLimitOfBlobs, 2) {
+  return Disagreement(
+      comm, comm.AllGatherBlobs("x", comm.rank() == 0 ? 100 : 200).status(),
+      {"AllGatherBlobs"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherPartOfAScatter, 2) {
+  std::vector<std::byte> data(100);
+  std::vector<absl::Span<const std::byte>> parts;
+  if (comm.rank() == 0) parts.assign(comm.size(), data);
+  const absl::Span<std::byte> mine =
+      absl::MakeSpan(data).subspan(comm.rank() == 1 ? 1 : 0);
+  return Disagreement(
+      comm, comm.Scatter(parts, mine, 0),
+      {"rank 0 sends 100 bytes", "rank 1 expects 99 bytes", "Scatter"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(AScatterAgainstABroadcast, 2) {
+  std::vector<std::byte> data(100);
+  std::vector<absl::Span<const std::byte>> parts;
+  if (comm.rank() == 0) parts.assign(comm.size(), data);
+  return Disagreement(comm,
+                      comm.rank() == 0
+                          ? comm.Scatter(parts, absl::MakeSpan(data), 0)
+                          : comm.Broadcast(absl::MakeSpan(data), 0),
+                      {"Scatter from rank 0", "Broadcast of 100 bytes"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherOrderOfCalls, 2) {
+  std::vector<std::byte> data(1000);
+  absl::Status status;
+  for (int i = 0; i < 2 && status.ok(); ++i) {
+    status = (comm.rank() == 0) == (i == 0)
+                 ? comm.AllReduce(absl::MakeSpan(data), DType::kUInt8,
+                                  ReduceOp::kSum)
+                 : comm.AllGatherBlobs("x", 10).status();
+  }
+  return Disagreement(comm, status, {"AllReduce", "AllGatherBlobs"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(AMessageAgainstABarrier, 2) {
+  std::vector<std::byte> data(100);
+  absl::Status status;
+  if (comm.rank() == 1) {
+    status = comm.Exchange({}, {{0, absl::MakeSpan(data)}}, "w");
+  } else {
+    status = comm.Barrier();
+  }
+  return Disagreement(comm, status, {"exchange \"w\"", "Barrier"});
+}
+
+DSD_CONFORMANCE_CASE_FROM(AnotherCallOnALane, 2) {
+  DSD_ASSIGN_OR_RETURN(const auto lane, comm.OpenLane("weights"));
+  // All have it; who is ahead may fail the others' barrier already.
+  comm.Barrier().IgnoreError();
+  std::vector<std::byte> data(8);
+  const absl::Status status =
+      comm.rank() == 1
+          ? lane->AllReduce(absl::MakeSpan(data), DType::kInt64, ReduceOp::kSum)
+          : lane->AllGatherBlobs("x", 10).status();
+  return Disagreement(comm, status,
+                      {"lane \"weights\"", "AllReduce", "AllGatherBlobs"});
+}
+
 // Each waits for the other: no message can tell, but at the deadline the ranks
 // compare what they are doing.
 DSD_CONFORMANCE_CASE_FROM(AnotherRoot, 2) {

@@ -8,6 +8,7 @@
 #include <deque>
 #include <limits>
 #include <optional>
+#include <random>
 #include <string>
 #include <thread>
 #include <vector>
@@ -57,6 +58,16 @@ DSD_CONFORMANCE_CASE(BroadcastFromEachRoot) {
 
 DSD_CONFORMANCE_CASE_FROM(BroadcastOf64MiB, 2) {
   return BroadcastOnce(comm, comm.size() - 1, 64 * kMiB, 1);
+}
+
+// Cut into slices, since there are more ranks than chunks.
+DSD_CONFORMANCE_CASE_ON(BroadcastToMany, 8, 8) {
+  for (const size_t size : {8 * kMiB, 8 * kMiB + 1, 16 * kMiB + 5}) {
+    for (const int root : {0, 3, 7}) {
+      DSD_RETURN_IF_ERROR(BroadcastOnce(comm, root, size, 1));
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::Status AllGatherOnce(Communicator& comm, const std::vector<size_t>& sizes,
@@ -139,6 +150,76 @@ DSD_CONFORMANCE_CASE(ABlobThatIsTooLongFailsEverywhere) {
   return Expect(comm.AllGatherBlobs(mine, 1000).status(),
                 absl::StatusCode::kFailedPrecondition,
                 {absl::StrCat("rank ", comm.size() - 1), "1001 bytes", "1000"});
+}
+
+// --- Scatter ---
+
+absl::Status ScatterOnce(Communicator& comm, int root,
+                         const std::vector<size_t>& sizes, bool in_place) {
+  std::vector<std::vector<std::byte>> parts;
+  std::vector<absl::Span<const std::byte>> spans;
+  if (comm.rank() == root) {
+    for (size_t r = 0; r < sizes.size(); ++r) {
+      parts.push_back(Pattern(root * 100 + r, sizes[r]));
+    }
+    for (const auto& part : parts) spans.push_back(part);
+  }
+  std::vector<std::byte> memory(sizes[comm.rank()]);
+  const absl::Span<std::byte> mine = in_place && comm.rank() == root
+                                         ? absl::MakeSpan(parts[root])
+                                         : absl::MakeSpan(memory);
+  DSD_RETURN_IF_ERROR(comm.Scatter(spans, mine, root));
+  const std::vector<std::byte> expected =
+      Pattern(root * 100 + comm.rank(), sizes[comm.rank()]);
+  return Check(std::equal(mine.begin(), mine.end(), expected.begin()),
+               absl::StrCat("Scatter of ", sizes[comm.rank()], " from ", root));
+}
+
+DSD_CONFORMANCE_CASE(ScatterOfEqualParts) {
+  for (int root = 0; root < comm.size(); ++root) {
+    for (const size_t size : kSizes) {
+      DSD_RETURN_IF_ERROR(ScatterOnce(
+          comm, root, std::vector<size_t>(comm.size(), size), size % 2 == 0));
+    }
+  }
+  return absl::OkStatus();
+}
+
+DSD_CONFORMANCE_CASE(ScatterOfUnequalParts) {
+  for (int root = 0; root < comm.size(); ++root) {
+    std::vector<size_t> sizes;
+    for (int r = 0; r < comm.size(); ++r) sizes.push_back(40000 * r + r);
+    DSD_RETURN_IF_ERROR(ScatterOnce(comm, root, sizes, false));
+    std::reverse(sizes.begin(), sizes.end());
+    DSD_RETURN_IF_ERROR(ScatterOnce(comm, root, sizes, true));
+  }
+  return absl::OkStatus();
+}
+
+DSD_CONFORMANCE_CASE_FROM(ScatterOf64MiB, 2) {
+  return ScatterOnce(comm, 0,
+                     std::vector<size_t>(comm.size(), 64 * kMiB / comm.size()),
+                     false);
+}
+
+DSD_CONFORMANCE_CASE(WrongArgumentsOfScatterAreHarmless) {
+  const auto invalid = absl::StatusCode::kInvalidArgument;
+  std::vector<std::byte> data(10);
+  const std::vector<absl::Span<const std::byte>> all(comm.size(), data);
+  const std::vector<absl::Span<const std::byte>> more(comm.size() + 1, data);
+  DSD_RETURN_IF_ERROR(Expect(comm.Scatter(all, absl::MakeSpan(data), -1),
+                             invalid, {"root -1"}));
+  DSD_RETURN_IF_ERROR(Expect(comm.Scatter(more, absl::MakeSpan(data), 0),
+                             invalid,
+                             {absl::StrCat(comm.size() + 1, " parts")}));
+  if (comm.rank() == 0) {
+    DSD_RETURN_IF_ERROR(
+        Expect(comm.Scatter(all, absl::MakeSpan(data).subspan(1), 0), invalid,
+               {"10 bytes, expected 9"}));
+    DSD_RETURN_IF_ERROR(Expect(comm.Scatter({}, absl::MakeSpan(data), 0),
+                               invalid, {"0 parts"}));
+  }
+  return comm.Barrier();
 }
 
 // --- Reductions, against the definition ---
@@ -404,6 +485,99 @@ DSD_CONFORMANCE_CASE(ManySmallCalls) {
   }
   for (int i = 0; i < 50; ++i) DSD_RETURN_IF_ERROR(comm.Barrier());
   return absl::OkStatus();
+}
+
+// --- A mixed script ---
+
+// Random calls with random sizes, the same on all ranks by the seed, and each
+// compared with what it means. All backends give the same as this model, and so
+// the same as each other.
+absl::Status RandomScript(Communicator& comm, uint64_t seed, int calls) {
+  std::mt19937_64 random(seed * 1000 + comm.size());
+  const int world = comm.size();
+  const auto size = [&] {
+    const size_t limits[] = {1, 100, 20000, 300000};
+    return static_cast<size_t>(random() % limits[random() % 4]);
+  };
+  for (int i = 0; i < calls; ++i) {
+    const uint64_t kind = random() % 6;
+    const int root = static_cast<int>(random() % world);
+    absl::Status status;
+    if (kind == 0) {
+      status = BroadcastOnce(comm, root, size(), random() % 8);
+    } else if (kind == 1) {
+      std::vector<size_t> sizes;
+      for (int r = 0; r < world; ++r) sizes.push_back(size());
+      status = AllGatherOnce(comm, sizes, random() % 2 == 0);
+    } else if (kind == 2) {
+      std::vector<size_t> sizes;
+      for (int r = 0; r < world; ++r) sizes.push_back(size());
+      status = ScatterOnce(comm, root, sizes, random() % 2 == 0);
+    } else if (kind == 3) {
+      status = ReduceOnce<BFloat16>(comm, size() / 8, ReduceOp::kSum);
+    } else if (kind == 4) {
+      status = ReduceOnce<Integer<DType::kInt32, int32_t>>(comm, size() / 8,
+                                                           ReduceOp::kMin);
+    } else {
+      // Each pair exchanges none, one or two messages in each direction.
+      std::vector<std::vector<std::byte>> memory;
+      std::vector<std::pair<int, bool>> ops;  // peer, is a send
+      std::vector<uint64_t> seeds;
+      for (int from = 0; from < world; ++from) {
+        for (int to = 0; to < world; ++to) {
+          for (uint64_t n = random() % 3; n > 0; --n) {
+            const size_t bytes = size();
+            const uint64_t own = random();
+            if (comm.rank() == from) {
+              ops.emplace_back(to, true);
+              memory.push_back(Pattern(own, bytes));
+              seeds.push_back(own);
+            }
+            if (comm.rank() == to) {
+              ops.emplace_back(from, false);
+              memory.emplace_back(bytes);
+              seeds.push_back(own);
+            }
+          }
+        }
+      }
+      std::vector<SendOp> sends;
+      std::vector<RecvOp> recvs;
+      for (size_t o = 0; o < ops.size(); ++o) {
+        if (ops[o].second) {
+          sends.push_back({ops[o].first, memory[o]});
+        } else {
+          recvs.push_back({ops[o].first, absl::MakeSpan(memory[o])});
+        }
+      }
+      status = comm.Exchange(sends, recvs, absl::StrCat("script ", i));
+      for (size_t o = 0; o < ops.size() && status.ok(); ++o) {
+        status =
+            Check(memory[o] == Pattern(seeds[o], memory[o].size()), "exchange");
+      }
+    }
+    if (!status.ok()) {
+      return Annotate(status,
+                      absl::StrCat("call ", i, " of the script ", seed));
+    }
+  }
+  return comm.Barrier();
+}
+
+DSD_CONFORMANCE_CASE(AMixedScript) { return RandomScript(comm, 1, 60); }
+DSD_CONFORMANCE_CASE(AnotherMixedScript) { return RandomScript(comm, 2, 60); }
+// More than the machine has cores.
+DSD_CONFORMANCE_CASE_ON(AMixedScriptOfMany, 8, 8) {
+  return RandomScript(comm, 5, 30);
+}
+DSD_CONFORMANCE_CASE_FROM(AMixedScriptOnALane, 2) {
+  DSD_ASSIGN_OR_RETURN(const auto lane, comm.OpenLane("script"));
+  return RandomScript(*lane, 3, 30);
+}
+DSD_CONFORMANCE_CASE_FROM(AMixedScriptOnAPart, 2) {
+  DSD_ASSIGN_OR_RETURN(const auto part,
+                       comm.Split(comm.rank() == 0 ? 1 : 0, -comm.rank()));
+  return RandomScript(*part, 4, 30);
 }
 
 // --- Lanes ---

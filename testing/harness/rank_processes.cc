@@ -485,6 +485,9 @@ RankProcesses::RankProcesses(int world_size, absl::string_view program,
   };
   Socket port(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
   CHECK(port.valid());
+  // As ListenAt does: another may serve here when this one is dead.
+  const int on = 1;
+  setsockopt(port.fd(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
   sockaddr_in address = {};
   address.sin_family = AF_INET;
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
