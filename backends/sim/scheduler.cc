@@ -226,7 +226,6 @@ std::unique_ptr<EnvThread> Scheduler::StartThread(
   thread->body = std::move(body);
   threads_.push_back(thread);
   if (!processes_[process].dead || reaping_) live_.push_back(thread.get());
-  if (current_thread != nullptr) Yield();
   return std::make_unique<Handle>(this, std::move(thread));
 }
 

@@ -17,6 +17,7 @@
 #include "dsd/core/comm/communicator_internal.h"
 #include "dsd/core/comm/duration_text.h"
 #include "dsd/core/comm/envelope.h"
+#include "dsd/core/comm/rank_list.h"
 #include "dsd/core/comm/registry.h"
 #include "xxhash.h"
 
@@ -30,7 +31,6 @@ constexpr absl::Duration kVerdictPatience = absl::Seconds(5);
 constexpr absl::Duration kGoodbyePatience = absl::Seconds(1);
 constexpr absl::Duration kCancelPeriod = absl::Milliseconds(20);
 constexpr absl::Duration kMaxTimeout = absl::Hours(24);
-constexpr size_t kMaxRanksNamed = 8;
 
 std::string Quoted(absl::string_view text) {
   return absl::StrCat("\"", absl::Utf8SafeCHexEscape(text), "\"");
@@ -63,14 +63,18 @@ class Communicator::EngineStore final : public ForwardingStore {
 
   absl::StatusOr<std::string> Get(absl::string_view key,
                                   absl::Time deadline) override {
+    const absl::Time start = core_->env->Now();
     while (true) {
       const absl::Time until =
           std::min(deadline, core_->env->Now() + kCancelPeriod);
       absl::StatusOr<std::string> value = to_->Get(key, until);
-      if (!absl::IsDeadlineExceeded(value.status()) || until == deadline) {
-        return value;
-      }
+      if (!absl::IsDeadlineExceeded(value.status())) return value;
       if (!core_->status().ok()) return absl::AbortedError("cancelled");
+      if (until == deadline) {
+        return absl::DeadlineExceededError(
+            absl::StrCat("key \"", key, "\" was not set within ",
+                         DurationText(deadline - start)));
+      }
     }
   }
 
@@ -191,8 +195,8 @@ std::string Communicator::Core::Answer(absl::string_view question) {
   return absl::StrCat(position.collectives, " ", doing, " ", position.call);
 }
 
-absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
-                                            int peer) {
+absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active, int peer,
+                                            absl::string_view found) {
   int64_t mine = 0;
   {
     absl::MutexLock lock(&mu);
@@ -256,6 +260,7 @@ absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
     absl::StrAppend(&why, "; no message came from rank ", peer,
                     absent.empty() ? absl::StrCat(", which ", peer_does) : "");
   }
+  if (!found.empty()) absl::StrAppend(&why, "; ", found);
   return FailDuring(
       absl::Status(code, absl::StrCat(active.call.text, " ", Here(),
                                       " did not finish within ",
@@ -369,6 +374,7 @@ struct PendingExchange::Impl {
   bool finished = false;
   std::unique_ptr<std::byte[]> envelopes;
   std::vector<Incoming> incoming;
+  std::vector<int> receivers;  // of what this rank sends
   std::vector<std::shared_ptr<bool>> self_done;
   // Destroyed first: until then the engine may touch all of the above.
   std::unique_ptr<EngineBatch> batch;
@@ -429,10 +435,14 @@ absl::Status PendingExchange::Impl::WaitForAll() {
     }
   }
   if (batch != nullptr) {
-    if (const absl::Status status = batch->Wait(active->deadline);
-        !status.ok()) {
-      return Explain(status, -1);
+    const absl::Status status = batch->Wait(active->deadline);
+    if (absl::IsDeadlineExceeded(status)) {
+      return core->TimeIsOver(
+          *active, -1,
+          absl::StrCat("not all messages to ", RankList(receivers),
+                       " were taken"));
     }
+    if (!status.ok()) return Explain(status, -1);
   }
   // Only this thread could bring the counterpart.
   for (const std::shared_ptr<bool>& done : self_done) {
@@ -585,6 +595,7 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
       impl->self_done.push_back(self_sends.back().done);
       continue;
     }
+    impl->receivers.push_back(op.peer);
     const uint64_t sequence = next_send[op.peer]++;
     EnvelopeHead e;
     e.call_size = static_cast<uint16_t>(CallBytes(call));
@@ -714,7 +725,9 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
   }
   if (const absl::Status status = core->engine->Connect(active.deadline);
       !status.ok()) {
-    return core->EngineFailed(status, "connect");
+    return absl::IsDeadlineExceeded(status)
+               ? core->TimeIsOver(active, -1, status.message())
+               : core->EngineFailed(status, "connect");
   }
   // Everybody is connected to everybody when it returns, or nobody uses it.
   DSD_RETURN_IF_ERROR(communicator->lane_->Barrier(active));

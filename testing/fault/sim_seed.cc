@@ -66,8 +66,9 @@ bool NamesRank(absl::string_view text, int rank) {
   return false;
 }
 
-// Whether an error is one that the fault brings about.
-bool Explains(const Fault& fault, const absl::Status& status) {
+// Whether an error is one that the fault brings about; `several`: there were
+// others.
+bool Explains(const Fault& fault, const absl::Status& status, bool several) {
   const absl::string_view text = status.message();
   const bool gone = absl::IsUnavailable(status) ||
                     absl::IsDeadlineExceeded(status);
@@ -78,13 +79,21 @@ bool Explains(const Fault& fault, const absl::Status& status) {
     case FaultKind::kPause:
       return fault.length > kHarmless && gone && NamesRank(text, fault.rank);
     case FaultKind::kDelay:
-      // Others may time out first, on the rank that waits for the message.
+      // Whoever's time is over first names the rank that it waits for, which
+      // may wait in turn.
       return fault.length > kHarmless && gone &&
-             (NamesRank(text, fault.rank) || NamesRank(text, fault.peer));
+             absl::StrContains(text, "rank ");
     case FaultKind::kDisconnect:
     case FaultKind::kShortTransfer:
-      return absl::IsUnavailable(status) && absl::StrContains(text, "was lost") &&
-             NamesRank(text, fault.rank) && NamesRank(text, fault.peer);
+      if (!NamesRank(text, fault.rank) && !NamesRank(text, fault.peer)) {
+        return false;
+      }
+      // An end of the link waits for the store's verdict before it speaks, and
+      // another fault may have left the others no time for that.
+      return absl::IsDeadlineExceeded(status)
+                 ? several
+                 : absl::IsUnavailable(status) &&
+                       absl::StrContains(text, "was lost");
     case FaultKind::kNoSpace:
       return absl::IsResourceExhausted(status) &&
              absl::StrContains(text, "no space left on device");
@@ -385,7 +394,7 @@ class Job {
       if (one.status.ok()) continue;
       const bool explained = std::any_of(
           result_.faults.begin(), result_.faults.end(), [&](const Fault& f) {
-            return f.fired > 0 && Explains(f, one.status);
+            return f.fired > 0 && Explains(f, one.status, fired > 1);
           });
       if (!explained) Fail(absl::StrCat("names no fault: ", where));
     }
