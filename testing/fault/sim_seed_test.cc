@@ -3,8 +3,12 @@
 // Many simulated jobs with faults. DSD_SIM_SEEDS says how many (default: the
 // argument), DSD_SIM_FIRST_SEED where to begin (default: 1).
 
+#include <unistd.h>
+
 #include <array>
+#include <csignal>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <iostream>
 #include <string>
@@ -21,6 +25,24 @@ namespace dsd {
 namespace {
 
 uint64_t g_seeds = 300;
+// The one that runs, for who aborts.
+uint64_t g_seed = 0;
+
+constexpr char kRepeat[] =
+    "./bazelw test //testing/fault:sim_seed_test "
+    "--test_filter=SimSeedTest.AllSeedsEndWell --test_env=DSD_SIM_SEEDS=1 "
+    "--test_env=DSD_SIM_FIRST_SEED=";
+
+void TellSeed(int signal) {
+  char text[512];
+  const int length = std::snprintf(
+      text, sizeof(text), "the process ends in seed %llu\n  repeat it: %s%llu\n",
+      static_cast<unsigned long long>(g_seed), kRepeat,
+      static_cast<unsigned long long>(g_seed));
+  if (write(STDERR_FILENO, text, length) < 0) _exit(1);
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
+}
 
 uint64_t FromEnvironment(const char* name, uint64_t otherwise) {
   const char* const text = std::getenv(name);
@@ -36,10 +58,7 @@ std::string Describe(uint64_t seed, const SeedResult& result) {
                       absl::StrAppend(out, sim::ToString(fault));
                     }),
       "\n  ", result.failure,
-      "\n  repeat it: ./bazelw test //testing/fault:sim_seed_test "
-      "--test_filter=SimSeedTest.AllSeedsEndWell --test_env=DSD_SIM_SEEDS=1 "
-      "--test_env=DSD_SIM_FIRST_SEED=",
-      seed);
+      "\n  repeat it: ", kRepeat, seed);
 }
 
 TEST(SimSeedTest, AllSeedsEndWell) {
@@ -50,6 +69,7 @@ TEST(SimSeedTest, AllSeedsEndWell) {
   int failures = 0;
   const absl::Time start = absl::Now();
   for (uint64_t seed = first; seed < first + seeds; ++seed) {
+    g_seed = seed;
     const SeedResult result = RunSeed(seed);
     steps += result.steps;
     for (int kind = 0; kind < sim::kNumFaultKinds; ++kind) {
@@ -118,5 +138,8 @@ TEST(PlantedBugTest, AnEngineThatIsEarlyIsFound) {
 int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
   if (argc > 1 && !absl::SimpleAtoi(argv[1], &dsd::g_seeds)) return 2;
+  for (const int signal : {SIGABRT, SIGSEGV}) {
+    std::signal(signal, &dsd::TellSeed);
+  }
   return RUN_ALL_TESTS();
 }
