@@ -285,7 +285,10 @@ class Loader {
                          bytes.size()),
           0, deadline_.Left()));
       if (head[0] != 0) {
-        return absl::Status(static_cast<absl::StatusCode>(head[0]), bytes);
+        const absl::Status told(static_cast<absl::StatusCode>(head[0]), bytes);
+        return told.ok() ? absl::DataLossError(absl::StrCat(
+                               "rank 0 announces the unknown error ", head[0]))
+                         : told;
       }
     }
     DSD_RETURN_IF_ERROR(status);
