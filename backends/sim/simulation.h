@@ -63,6 +63,7 @@ struct RanksOptions {
 struct RankOutcome {
   bool died = false;
   absl::Status status;  // what the body, connecting or Shutdown returned
+  absl::Time ended;
 };
 
 struct Outcome {
@@ -123,6 +124,7 @@ class Simulation {
 
  private:
   void KillRank(int rank);
+  void Happens(Fault& fault);
   void OnYield(Scheduler::Process process, int64_t number);
   void OnMessage(Fate& fate);
   absl::Status OnDisk(DiskOperation& operation);

@@ -125,6 +125,49 @@ TEST(SimulationTest, APauseBeyondItIsNamed) {
   EXPECT_THAT(outcome.ranks[0].status.message(), HasSubstr("does not answer"));
 }
 
+// In each stage of connecting.
+TEST(SimulationTest, APauseWhileConnectingIsNamed) {
+  SimulationOptions options;
+  options.store_at_rank0 = false;
+  Simulation simulation(options);
+  RanksOptions ranks;
+  ranks.connect_timeout = absl::Seconds(10);
+  for (int64_t at = 1; at < 12; ++at) {
+    simulation.AddFault({FaultKind::kPause, 0, 0, at, absl::Hours(1)});
+    const Outcome outcome = simulation.Run(
+        3, [](Communicator& comm) { return comm.Barrier(); }, ranks);
+    for (const int rank : {1, 2}) {
+      const absl::Status& status = outcome.ranks[rank].status;
+      // Later on it is the barrier that waits.
+      if (!absl::StrContains(status.message(), "connect")) continue;
+      EXPECT_THAT(status,
+                  IsStatus(absl::StatusCode::kDeadlineExceeded, "rank 0"));
+      EXPECT_THAT(status,
+                  IsStatus(absl::StatusCode::kDeadlineExceeded, "within 10s"));
+    }
+  }
+}
+
+TEST(SimulationTest, WhoDoesNotTakeAMessageIsNamed) {
+  SimulationOptions options;
+  options.link.eager_bytes = -1;
+  Simulation simulation(options);
+  const Outcome outcome =
+      simulation.Run(3, [](Communicator& comm) -> absl::Status {
+        std::vector<std::byte> data(20000);
+        CallOptions call;
+        call.timeout = absl::Seconds(10);
+        if (comm.rank() == 0) return comm.Exchange({{2, data}}, {}, "x", call);
+        comm.env()->SleepUntil(comm.env()->Now() + absl::Minutes(1));
+        return comm.status();
+      });
+  for (const absl::Status& status : outcome.Survivors()) {
+    EXPECT_THAT(status,
+                IsStatus(absl::StatusCode::kDeadlineExceeded,
+                         "not all messages to rank 2 were taken"));
+  }
+}
+
 TEST(SimulationTest, DelaysAndReorderingAreHarmless) {
   Simulation simulation({});
   for (int64_t at = 0; at < 8; ++at) {

@@ -43,6 +43,8 @@ constexpr char kDir[] = "/jobs/7/checkpoint";
 constexpr absl::Duration kTimeout = absl::Seconds(10);
 // Pauses and delays up to here end nothing.
 constexpr absl::Duration kHarmless = absl::Milliseconds(900);
+// From a death to the error of every survivor.
+constexpr absl::Duration kDeathIsKnown = absl::Seconds(2);
 // What is wrong whatever has happened.
 constexpr absl::string_view kWrong = "WRONG: ";
 
@@ -404,6 +406,19 @@ class Job {
                    Explains(f, one.status, fired > 1 || mischief);
           }) || (explains && explains(one.status));
       if (!explained) Fail(absl::StrCat("names no fault: ", where));
+      // A death is known at once, not at some deadline.
+      const auto death = std::find_if(
+          result_.faults.begin(), result_.faults.end(), [](const Fault& f) {
+            return f.fired > 0 && (f.kind == FaultKind::kDeath ||
+                                   f.kind == FaultKind::kTornWrite);
+          });
+      if (fired == 1 && death != result_.faults.end() &&
+          absl::IsUnavailable(one.status) &&
+          one.ended - death->when > kDeathIsKnown) {
+        Fail(absl::StrCat("known after ",
+                          absl::FormatDuration(one.ended - death->when), ": ",
+                          where));
+      }
     }
   }
 

@@ -66,12 +66,14 @@ TEST(SimSeedTest, AllSeedsEndWell) {
   const uint64_t first = FromEnvironment("DSD_SIM_FIRST_SEED", 1);
   std::array<int64_t, sim::kNumFaultKinds> fired{};
   int64_t steps = 0;
+  uint64_t trace = 0;
   int failures = 0;
   const absl::Time start = absl::Now();
   for (uint64_t seed = first; seed < first + seeds; ++seed) {
     g_seed = seed;
     const SeedResult result = RunSeed(seed);
     steps += result.steps;
+    trace = trace * 31 + result.trace;
     for (int kind = 0; kind < sim::kNumFaultKinds; ++kind) {
       for (const sim::Fault& fault : result.faults) {
         if (static_cast<int>(fault.kind) == kind && fault.fired > 0) {
@@ -87,8 +89,9 @@ TEST(SimSeedTest, AllSeedsEndWell) {
   }
   const double ms = absl::ToDoubleMilliseconds(absl::Now() - start);
   std::cout << seeds << " seeds from " << first << ", " << ms / seeds
-            << " ms and " << steps / seeds << " steps each; seeds in which "
-            << "each fault happened:\n";
+            << " ms and " << steps / seeds << " steps each, trace "
+            << absl::StrCat(absl::Hex(trace))
+            << "; seeds in which each fault happened:\n";
   for (int kind = 0; kind < sim::kNumFaultKinds; ++kind) {
     std::cout << "  " << sim::ToString(static_cast<sim::FaultKind>(kind))
               << ": " << fired[kind] << "\n";
