@@ -97,12 +97,11 @@ class Simulation {
               const RanksOptions& options = {});
 
   // The same without communicators.
-  Outcome RunProcesses(
-      int world_size,
-      absl::FunctionRef<absl::Status(int rank, SimEnv& env,
-                                     std::shared_ptr<Store> store)>
-          body,
-      const RanksOptions& options = {});
+  Outcome RunProcesses(int world_size,
+                       absl::FunctionRef<absl::Status(
+                           int rank, SimEnv& env, std::shared_ptr<Store> store)>
+                           body,
+                       const RanksOptions& options = {});
 
   // After a power loss: the disk comes back with what it left.
   void Recover();

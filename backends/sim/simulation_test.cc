@@ -162,9 +162,8 @@ TEST(SimulationTest, WhoDoesNotTakeAMessageIsNamed) {
         return comm.status();
       });
   for (const absl::Status& status : outcome.Survivors()) {
-    EXPECT_THAT(status,
-                IsStatus(absl::StatusCode::kDeadlineExceeded,
-                         "not all messages to rank 2 were taken"));
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kDeadlineExceeded,
+                                 "not all messages to rank 2 were taken"));
   }
 }
 
@@ -179,15 +178,14 @@ TEST(SimulationTest, DelaysAndReorderingAreHarmless) {
   EXPECT_GT(simulation.faults()[0].fired, 0);
 }
 
-// A rank that has a collective call behind it, and is in an exchange by then, is
-// not in disagreement with those that wait in the call.
+// A rank that has a collective call behind it, and is in an exchange by then,
+// is not in disagreement with those that wait in the call.
 TEST(SimulationTest, ARankThatIsAheadIsNotTakenForOneThatDisagrees) {
   const auto body = [](Communicator& comm) -> absl::Status {
     CallOptions options;
     options.timeout = absl::Seconds(10);
     std::string value(1, 'x');
-    DSD_RETURN_IF_ERROR(
-        comm.AllGatherBlobs(value, 1, options).status());
+    DSD_RETURN_IF_ERROR(comm.AllGatherBlobs(value, 1, options).status());
     std::vector<std::byte> data(1);
     const int other = 2 - comm.rank();
     if (other == 1) return absl::OkStatus();
@@ -218,9 +216,8 @@ TEST(SimulationTest, ALostLinkIsNamed) {
       simulation.AddFault({kind, 1, 2, at});
       const Outcome outcome = RunSums(simulation, 3);
       if (simulation.faults()[0].fired == 0) continue;
-      EXPECT_THAT(
-          outcome.Survivors(),
-          Each(IsStatus(absl::StatusCode::kUnavailable, "was lost")));
+      EXPECT_THAT(outcome.Survivors(),
+                  Each(IsStatus(absl::StatusCode::kUnavailable, "was lost")));
     }
   }
 }
@@ -263,8 +260,9 @@ TEST(SimulationTest, RanksShareADisk) {
   Simulation simulation({});
   const auto run = [&] {
     return simulation.RunProcesses(
-        2, [](int rank, SimEnv& env, const std::shared_ptr<Store>& store)
-               -> absl::Status {
+        2,
+        [](int rank, SimEnv& env,
+           const std::shared_ptr<Store>& store) -> absl::Status {
           const absl::Time deadline = env.Now() + absl::Seconds(10);
           if (rank == 0) {
             DSD_ASSIGN_OR_RETURN(auto file, env.files().CreateWritable("/f"));

@@ -119,10 +119,10 @@ absl::Status Communicator::Core::Cancelled(absl::string_view call) const {
 absl::Status Communicator::Core::ErrorDuring(absl::string_view call,
                                              absl::string_view found) {
   const absl::Status first = status();
-  absl::Status out(first.code(),
-                   absl::StrCat(first.message(), " during ", call, " ", Here(),
-                                found.empty() ? "" : ", which had found: ",
-                                found));
+  absl::Status out(
+      first.code(),
+      absl::StrCat(first.message(), " during ", call, " ", Here(),
+                   found.empty() ? "" : ", which had found: ", found));
   first.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
     out.SetPayload(url, payload);
   });
@@ -437,10 +437,12 @@ absl::Status PendingExchange::Impl::WaitForAll() {
   if (batch != nullptr) {
     const absl::Status status = batch->Wait(active->deadline);
     if (absl::IsDeadlineExceeded(status)) {
-      return core->TimeIsOver(
-          *active, -1,
-          absl::StrCat("not all messages to ", RankList(receivers),
-                       " were taken"));
+      std::sort(receivers.begin(), receivers.end());
+      receivers.erase(std::unique(receivers.begin(), receivers.end()),
+                      receivers.end());
+      return core->TimeIsOver(*active, -1,
+                              absl::StrCat("not all messages to ",
+                                           RankList(receivers), " were taken"));
     }
     if (!status.ok()) return Explain(status, -1);
   }
@@ -589,6 +591,7 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
 
   std::vector<EngineSend> engine_sends;
   engine_sends.reserve(2 * sends.size());
+  impl->receivers.reserve(sends.size());
   for (const SendOp& op : sends) {
     if (op.peer == core->rank) {
       self_sends.push_back({call, op.data.data(), nullptr, op.data.size()});

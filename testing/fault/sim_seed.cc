@@ -73,8 +73,8 @@ bool NamesRank(absl::string_view text, int rank) {
 // others.
 bool Explains(const Fault& fault, const absl::Status& status, bool several) {
   const absl::string_view text = status.message();
-  const bool gone = absl::IsUnavailable(status) ||
-                    absl::IsDeadlineExceeded(status);
+  const bool gone =
+      absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
   switch (fault.kind) {
     case FaultKind::kDeath:
     case FaultKind::kTornWrite:
@@ -228,15 +228,17 @@ RanksOptions WithBug(PlantedBug bug, int ranks) {
     case PlantedBug::kNone:
       break;
     case PlantedBug::kRenameBeforeSync:
-      options.wrap_files = [](int rank, std::unique_ptr<FileSystem> files)
-          -> std::unique_ptr<FileSystem> {
+      options.wrap_files =
+          [](int rank,
+             std::unique_ptr<FileSystem> files) -> std::unique_ptr<FileSystem> {
         if (rank != 0) return files;
         return std::make_unique<NeverSyncs>(std::move(files));
       };
       break;
     case PlantedBug::kIgnoredVerdict:
-      options.wrap_store = [ranks](int rank, std::shared_ptr<Store> store)
-          -> std::shared_ptr<Store> {
+      options.wrap_store =
+          [ranks](int rank,
+                  std::shared_ptr<Store> store) -> std::shared_ptr<Store> {
         if (rank != ranks - 1) return store;
         return std::make_shared<DeafStore>(std::move(store));
       };
@@ -259,7 +261,9 @@ CallOptions Call() {
 class Job {
  public:
   Job(uint64_t seed, PlantedBug bug)
-      : bug_(bug), random_(seed), simulation_(SimulationOptions::FromSeed(seed)) {}
+      : bug_(bug),
+        random_(seed),
+        simulation_(SimulationOptions::FromSeed(seed)) {}
 
   SeedResult Run() {
     const int64_t kind = Uniform(random_, 0, 99);
@@ -381,9 +385,9 @@ class Job {
     if (!outcome.run.ok()) return Fail(outcome.run.ToString());
     const bool corrupt = Fired(FaultKind::kCorruptByte);
     std::optional<absl::StatusCode> code;
-    const int64_t fired = std::count_if(
-        result_.faults.begin(), result_.faults.end(),
-        [](const Fault& fault) { return fault.fired > 0; });
+    const int64_t fired =
+        std::count_if(result_.faults.begin(), result_.faults.end(),
+                      [](const Fault& fault) { return fault.fired > 0; });
     for (size_t rank = 0; rank < outcome.ranks.size(); ++rank) {
       const RankOutcome& one = outcome.ranks[rank];
       if (one.died) continue;
@@ -400,11 +404,13 @@ class Job {
       }
       code = one.status.code();
       if (one.status.ok()) continue;
-      const bool explained = std::any_of(
-          result_.faults.begin(), result_.faults.end(), [&](const Fault& f) {
-            return f.fired > 0 &&
-                   Explains(f, one.status, fired > 1 || mischief);
-          }) || (explains && explains(one.status));
+      const bool explained =
+          std::any_of(result_.faults.begin(), result_.faults.end(),
+                      [&](const Fault& f) {
+                        return f.fired > 0 &&
+                               Explains(f, one.status, fired > 1 || mischief);
+                      }) ||
+          (explains && explains(one.status));
       if (!explained) Fail(absl::StrCat("names no fault: ", where));
       // A death is known at once, not at some deadline.
       const auto death = std::find_if(
@@ -549,9 +555,8 @@ class Job {
         const int previous = (rank + ranks - 1) % ranks;
         std::string out = BytesFor(number, rank, size_of(rank));
         std::string in(size_of(previous), 'x');
-        DSD_RETURN_IF_ERROR(comm.Exchange({{next, BytesOf(out)}},
-                                          {{previous, BytesOf(in)}}, "ring",
-                                          call));
+        DSD_RETURN_IF_ERROR(comm.Exchange(
+            {{next, BytesOf(out)}}, {{previous, BytesOf(in)}}, "ring", call));
         return check(in == BytesFor(number, previous, size_of(previous)));
       }
       case Step::kNumKinds:
@@ -567,8 +572,8 @@ class Job {
           static_cast<Step::Kind>(Uniform(random_, 0, Step::kNumKinds - 1));
       // Now and then beyond what rides in envelopes, and beyond trees.
       const int64_t most[] = {0, 100, 3000, 40000, 300000};
-      step.size = Uniform(
-          random_, 0, most[Uniform(random_, 0, ranks > 8 ? 2 : 4)]);
+      step.size =
+          Uniform(random_, 0, most[Uniform(random_, 0, ranks > 8 ? 2 : 4)]);
       step.root = static_cast<int>(Uniform(random_, 0, ranks - 1));
     }
     return steps;
@@ -579,15 +584,15 @@ class Job {
   void RunCalls() {
     const int ranks = RandomRanks();
     const std::vector<Step> steps = RandomSteps(ranks);
-    const std::vector<Step> others = Uniform(random_, 0, 2) == 0
-                                         ? RandomSteps(ranks)
-                                         : std::vector<Step>();
+    const std::vector<Step> others =
+        Uniform(random_, 0, 2) == 0 ? RandomSteps(ranks) : std::vector<Step>();
     const int who = static_cast<int>(Uniform(random_, 0, ranks - 1));
     const size_t when =
         Uniform(random_, 0, static_cast<int64_t>(steps.size()) - 1);
-    const Mischief mischief = Uniform(random_, 0, 3) == 0
-                                  ? static_cast<Mischief>(Uniform(random_, 1, 4))
-                                  : Mischief::kNone;
+    const Mischief mischief =
+        Uniform(random_, 0, 3) == 0
+            ? static_cast<Mischief>(Uniform(random_, 1, 4))
+            : Mischief::kNone;
     result_.scenario = absl::StrCat(
         steps.size(), " + ", others.size(), " calls on ", ranks, " ranks",
         mischief == Mischief::kNone
@@ -723,14 +728,13 @@ class Job {
     for (int rank = 0; rank < ranks; ++rank) options.holders.push_back(rank);
     std::vector<TestTensor> out;
     for (const auto& [shape, dtype] : tensors.kinds) {
-      const absl::StatusOr<Layout> layout = test::BuildLayout(
-          test::RandomLayoutSpec(random_, shape, options));
+      const absl::StatusOr<Layout> layout =
+          test::BuildLayout(test::RandomLayoutSpec(random_, shape, options));
       if (!layout.ok()) {
         Fail(layout.status().ToString());
         continue;
       }
-      out.push_back(
-          {{absl::StrCat("tensor", out.size())}, dtype, *layout});
+      out.push_back({{absl::StrCat("tensor", out.size())}, dtype, *layout});
     }
     return out;
   }
@@ -767,8 +771,7 @@ class Job {
     return simulation_.Run(
         ranks,
         [&, found](Communicator& comm) -> absl::Status {
-          TestState state =
-              TestState::Blank(tensors, comm.rank(), Objects(0));
+          TestState state = TestState::Blank(tensors, comm.rank(), Objects(0));
           checkpoint::LoadOptions options;
           options.call = Call();
           DSD_ASSIGN_OR_RETURN(
@@ -777,8 +780,8 @@ class Job {
           if (simulation_.scheduler().IsRunningOut()) return absl::OkStatus();
           if (!report.verified) return Wrong("not verified");
           // The object tells which save it is; small tensors may not.
-          const auto content = std::find_if(
-              contents.begin(), contents.end(), [&](uint64_t c) {
+          const auto content =
+              std::find_if(contents.begin(), contents.end(), [&](uint64_t c) {
                 return state.state().objects[0].value ==
                        Object(static_cast<int64_t>(c));
               });
@@ -831,9 +834,7 @@ class Job {
     if (!over) {
       const auto names = simulation_.disk().List(kDir);
       for (const std::string& name : *names) {
-        simulation_.disk()
-            .Remove(absl::StrCat(kDir, "/", name))
-            .IgnoreError();
+        simulation_.disk().Remove(absl::StrCat(kDir, "/", name)).IgnoreError();
       }
       simulation_.disk().SyncDir(kDir).IgnoreError();
     }
@@ -845,8 +846,10 @@ class Job {
     // The verdict itself may be what a link has changed.
     if (holds.has_value() && !Fired(FaultKind::kCorruptByte)) {
       if (saved > 0 && *holds != kNew) {
-        Fail(absl::StrCat(saved, " ranks were told that the save succeeded, but "
-                          "the directory holds ", *holds));
+        Fail(absl::StrCat(saved,
+                          " ranks were told that the save succeeded, but "
+                          "the directory holds ",
+                          *holds));
       }
       if (over && *holds == 0) Fail("the old checkpoint is gone");
       if (!over && *holds == kOld) Fail("a checkpoint has come back");

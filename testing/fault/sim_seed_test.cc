@@ -3,6 +3,8 @@
 // Many simulated jobs with faults. DSD_SIM_SEEDS says how many (default: the
 // argument), DSD_SIM_FIRST_SEED where to begin (default: 1).
 
+#include "dsd/testing/fault/sim_seed.h"
+
 #include <unistd.h>
 
 #include <array>
@@ -18,7 +20,6 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "dsd/testing/fault/sim_seed.h"
 #include "gtest/gtest.h"
 
 namespace dsd {
@@ -35,10 +36,11 @@ constexpr char kRepeat[] =
 
 void TellSeed(int signal) {
   char text[512];
-  const int length = std::snprintf(
-      text, sizeof(text), "the process ends in seed %llu\n  repeat it: %s%llu\n",
-      static_cast<unsigned long long>(g_seed), kRepeat,
-      static_cast<unsigned long long>(g_seed));
+  const int length =
+      std::snprintf(text, sizeof(text),
+                    "the process ends in seed %llu\n  repeat it: %s%llu\n",
+                    static_cast<unsigned long long>(g_seed), kRepeat,
+                    static_cast<unsigned long long>(g_seed));
   if (write(STDERR_FILENO, text, length) < 0) _exit(1);
   std::signal(signal, SIG_DFL);
   std::raise(signal);
@@ -57,8 +59,7 @@ std::string Describe(uint64_t seed, const SeedResult& result) {
                     [](std::string* out, const sim::Fault& fault) {
                       absl::StrAppend(out, sim::ToString(fault));
                     }),
-      "\n  ", result.failure,
-      "\n  repeat it: ", kRepeat, seed);
+      "\n  ", result.failure, "\n  repeat it: ", kRepeat, seed);
 }
 
 TEST(SimSeedTest, AllSeedsEndWell) {
