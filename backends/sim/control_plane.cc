@@ -62,8 +62,8 @@ void ControlPlane::SendAt(absl::Time time, absl::AnyInvocable<void()> what) {
 void ControlPlane::Send(const std::shared_ptr<Client>& client,
                         absl::AnyInvocable<void()> what) {
   client->last =
-      std::max(client->last, scheduler_.now() + scheduler_.RandomDuration(
-                                                    options_.latency));
+      std::max(client->last,
+               scheduler_.now() + scheduler_.RandomDuration(options_.latency));
   SendAt(client->last, std::move(what));
 }
 
@@ -87,9 +87,8 @@ void ControlPlane::ProcessDied(Scheduler::Process process) {
     if (client->env->process() == process) {
       scheduler_.At(heard, [client] {
         if (client->inner == nullptr) return;
-        client->inner->Fail(absl::UnavailableError(
-            absl::StrCat("rank ", client->rank,
-                         " died (its connection to rank 0 closed)")));
+        client->inner->Fail(absl::UnavailableError(absl::StrCat(
+            "rank ", client->rank, " died (its connection to rank 0 closed)")));
       });
     } else if (process == server_) {
       scheduler_.At(heard, [this, client] {
@@ -147,8 +146,8 @@ class SimStore final : public Store {
   absl::StatusOr<std::string> Get(absl::string_view key,
                                   absl::Time deadline) override {
     DSD_RETURN_IF_ERROR(Travel(deadline, key));
-    const Scheduler::Waiting waiting(
-        &plane_.scheduler_, absl::StrCat("for key \"", key, "\""));
+    const Scheduler::Waiting waiting(&plane_.scheduler_,
+                                     absl::StrCat("for key \"", key, "\""));
     return plane_.store_->Get(key, deadline);
   }
 
@@ -158,9 +157,8 @@ class SimStore final : public Store {
     return plane_.store_->Add(key, delta, deadline);
   }
 
-  absl::StatusOr<std::unique_ptr<Membership>> Join(const MemberOptions& options,
-                                                   absl::Time deadline)
-      override;
+  absl::StatusOr<std::unique_ptr<Membership>> Join(
+      const MemberOptions& options, absl::Time deadline) override;
 
   std::string server_host() const override { return ""; }
 
@@ -180,8 +178,8 @@ class SimStore final : public Store {
       return plane.ServerDied(client);
     }
     if (there > deadline) {
-      return absl::DeadlineExceededError(absl::StrCat(
-          "\"", what, "\": the store of rank 0 does not answer"));
+      return absl::DeadlineExceededError(
+          absl::StrCat("\"", what, "\": the store of rank 0 does not answer"));
     }
     if (!scheduler.IsDead(plane.server_)) return absl::OkStatus();
     // Nothing answers any more, and that comes out.
@@ -272,9 +270,7 @@ absl::StatusOr<std::unique_ptr<Membership>> SimStore::Join(
       &plane_.scheduler_,
       absl::StrCat("for all ranks to join \"", options.group, "\""));
   absl::MutexLock lock(&client->mu);
-  const auto over = [&] {
-    return joined->has_value() || client->server_gone;
-  };
+  const auto over = [&] { return joined->has_value() || client->server_gone; };
   // The store's own error comes a moment later.
   const absl::Duration grace = absl::Seconds(1);
   if (!plane_.env_.Await(client->mu, absl::Condition(&over),

@@ -40,6 +40,7 @@ struct Fault {
   int64_t at = 0;
   absl::Duration length;
   int64_t fired = 0;  // how often it has happened
+  absl::Time when;    // the first time
 };
 std::string ToString(const Fault& fault);
 inline std::ostream& operator<<(std::ostream& os, const Fault& fault) {

@@ -82,10 +82,11 @@ class Network::Hub : public std::enable_shared_from_this<Network::Hub> {
       // What is on the way may or may not arrive.
       const absl::Duration delay =
           scheduler_.RandomDuration(network_.options_.death_delay);
-      scheduler_.At(scheduler_.now() + delay, [self = shared_from_this(), rank] {
-        absl::MutexLock lock(&self->mu_);
-        self->BreakAll(rank, "closed");
-      });
+      scheduler_.At(scheduler_.now() + delay,
+                    [self = shared_from_this(), rank] {
+                      absl::MutexLock lock(&self->mu_);
+                      self->BreakAll(rank, "closed");
+                    });
     }
   }
 
@@ -119,12 +120,12 @@ class Network::Hub : public std::enable_shared_from_this<Network::Hub> {
       return;
     }
     const LinkOptions& options = network_.options_;
-    taken_later_.erase(
-        std::remove_if(taken_later_.begin(), taken_later_.end(),
-                       [](const std::shared_ptr<Message>& m) {
-                         return m->sender->done || m->sender->withdrawn;
-                       }),
-        taken_later_.end());
+    taken_later_.erase(std::remove_if(taken_later_.begin(), taken_later_.end(),
+                                      [](const std::shared_ptr<Message>& m) {
+                                        return m->sender->done ||
+                                               m->sender->withdrawn;
+                                      }),
+                       taken_later_.end());
     auto message = std::make_shared<Message>();
     message->from = from;
     message->to = to;
@@ -260,30 +261,31 @@ class Network::Hub : public std::enable_shared_from_this<Network::Hub> {
   }
 
   // Both directions of the link end.
-  void Break(int a, int b, absl::string_view why_at_a, absl::string_view why_at_b)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    const auto one = [&](int from, int to, absl::string_view why_at_from,
-                         absl::string_view why_at_to)
-                         ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-      Link& link = LinkOf(from, to);
-      if (link.broken) return;
-      link.broken = true;
-      link.error_at_from = Lost(to, why_at_from);
-      link.error_at_to = Lost(from, why_at_to);
-      for (auto it = posted_.lower_bound({from, to, 0});
-           it != posted_.end() && std::get<0>(it->first) == from &&
-           std::get<1>(it->first) == to;) {
-        it->second->error = link.error_at_to;
-        it = posted_.erase(it);
-      }
-      for (const std::shared_ptr<Message>& message : taken_later_) {
-        if (message->from != from || message->to != to) continue;
-        if (!message->sender->done) message->sender->error = link.error_at_from;
-        if (message->receiver != nullptr && !message->receiver->done) {
-          message->receiver->error = link.error_at_to;
-        }
-      }
-    };
+  void Break(int a, int b, absl::string_view why_at_a,
+             absl::string_view why_at_b) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+    const auto one =
+        [&](int from, int to, absl::string_view why_at_from,
+            absl::string_view why_at_to) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
+          Link& link = LinkOf(from, to);
+          if (link.broken) return;
+          link.broken = true;
+          link.error_at_from = Lost(to, why_at_from);
+          link.error_at_to = Lost(from, why_at_to);
+          for (auto it = posted_.lower_bound({from, to, 0});
+               it != posted_.end() && std::get<0>(it->first) == from &&
+               std::get<1>(it->first) == to;) {
+            it->second->error = link.error_at_to;
+            it = posted_.erase(it);
+          }
+          for (const std::shared_ptr<Message>& message : taken_later_) {
+            if (message->from != from || message->to != to) continue;
+            if (!message->sender->done)
+              message->sender->error = link.error_at_from;
+            if (message->receiver != nullptr && !message->receiver->done) {
+              message->receiver->error = link.error_at_to;
+            }
+          }
+        };
     one(a, b, why_at_a, why_at_b);
     one(b, a, why_at_b, why_at_a);
   }
@@ -417,9 +419,9 @@ class SimEngine::Batch final : public EngineBatch {
       const auto& [from, to, tag] = key;
       Scheduler& scheduler = engine_.env_.scheduler();
       const Scheduler::Waiting waiting(
-          &scheduler, absl::StrCat("for a message of ", op.size,
-                                   " bytes from rank ", from, " to rank ", to,
-                                   ", tag ", absl::Hex(tag)));
+          &scheduler,
+          absl::StrCat("for a message of ", op.size, " bytes from rank ", from,
+                       " to rank ", to, ", tag ", absl::Hex(tag)));
       absl::MutexLock lock(&hub_->mu());
       if (!engine_.env_.Await(hub_->mu(), absl::Condition(&over), deadline)) {
         return absl::DeadlineExceededError("a message did not come in time");

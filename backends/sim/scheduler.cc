@@ -46,8 +46,7 @@ struct Scheduler::Worker {
   }
   // False when `seconds` of real time have passed.
   bool WaitFor(int seconds) {
-    const timespec end =
-        absl::ToTimespec(absl::Now() + absl::Seconds(seconds));
+    const timespec end = absl::ToTimespec(absl::Now() + absl::Seconds(seconds));
     while (sem_timedwait(&wake, &end) != 0) {
       if (errno == ETIMEDOUT) return false;
       CHECK_EQ(errno, EINTR);
@@ -162,10 +161,9 @@ const std::string& Scheduler::name(Process process) const {
 void Scheduler::Kill(Process process) {
   Note(0x6b696c6c + process);
   processes_[process].dead = true;
-  live_.erase(
-      std::remove_if(live_.begin(), live_.end(),
-                     [&](Thread* t) { return t->process == process; }),
-      live_.end());
+  live_.erase(std::remove_if(live_.begin(), live_.end(),
+                             [&](Thread* t) { return t->process == process; }),
+              live_.end());
 }
 
 void Scheduler::Pause(Process process, absl::Time until) {
@@ -195,9 +193,9 @@ absl::Duration Scheduler::RandomDuration(absl::Duration bound) {
 }
 
 void Scheduler::At(absl::Time time, absl::AnyInvocable<void()> event) {
-  events_.push({time, num_events_++,
-                std::make_shared<absl::AnyInvocable<void()>>(
-                    std::move(event))});
+  events_.push(
+      {time, num_events_++,
+       std::make_shared<absl::AnyInvocable<void()>>(std::move(event))});
 }
 
 void Scheduler::Note(uint64_t what) {
@@ -226,7 +224,6 @@ std::unique_ptr<EnvThread> Scheduler::StartThread(
   thread->body = std::move(body);
   threads_.push_back(thread);
   if (!processes_[process].dead || reaping_) live_.push_back(thread.get());
-  if (current_thread != nullptr) Yield();
   return std::make_unique<Handle>(this, std::move(thread));
 }
 
@@ -279,8 +276,8 @@ void Scheduler::Yield() {
 }
 
 bool Scheduler::Await(absl::Mutex& mu, const absl::Condition& condition,
-                      absl::Time deadline, void* caller)
-    ABSL_NO_THREAD_SAFETY_ANALYSIS {
+                      absl::Time deadline,
+                      void* caller) ABSL_NO_THREAD_SAFETY_ANALYSIS {
   mu.AssertHeld();
   if (condition.Eval()) return true;
   if (deadline <= now_ && !reaping_) return false;
@@ -453,16 +450,15 @@ absl::Status Scheduler::Run() {
 }
 
 std::string Scheduler::Report(absl::string_view what) const {
-  std::string text = absl::StrCat(what, ", at ",
-                                  absl::FormatDuration(now_ -
-                                                       absl::UnixEpoch() -
-                                                       absl::Hours(1)));
+  std::string text = absl::StrCat(
+      what, ", at ",
+      absl::FormatDuration(now_ - absl::UnixEpoch() - absl::Hours(1)));
   for (const auto& thread : threads_) {
     if (thread->state == State::kEnded) continue;
     const ProcessState& process = processes_[thread->process];
     absl::StrAppend(&text, "\n  thread \"", thread->name, "\" of ",
                     process.name,
-                    process.dead ? " (dead)"
+                    process.dead                  ? " (dead)"
                     : process.paused_until > now_ ? " (paused)"
                                                   : "",
                     ": ");
@@ -475,9 +471,9 @@ std::string Scheduler::Report(absl::string_view what) const {
         if (thread->what.empty()) {
           absl::Symbolize(thread->caller, symbol, sizeof(symbol));
         }
-        absl::StrAppend(&text, "waits ",
-                        thread->what.empty() ? absl::StrCat("in ", symbol)
-                                             : thread->what);
+        absl::StrAppend(
+            &text, "waits ",
+            thread->what.empty() ? absl::StrCat("in ", symbol) : thread->what);
         break;
       }
       case State::kSleeping:
@@ -494,14 +490,14 @@ std::string Scheduler::Report(absl::string_view what) const {
         break;
     }
     if (thread->state == State::kAwaiting ||
-        thread->state == State::kSleeping ||
-        thread->state == State::kPolling) {
-      absl::StrAppend(&text,
-                      thread->deadline == absl::InfiniteFuture()
-                          ? ", without a deadline"
-                          : absl::StrCat(", for ", absl::FormatDuration(
-                                                       thread->deadline - now_),
-                                         " more"));
+        thread->state == State::kSleeping || thread->state == State::kPolling) {
+      absl::StrAppend(
+          &text,
+          thread->deadline == absl::InfiniteFuture()
+              ? ", without a deadline"
+              : absl::StrCat(", for ",
+                             absl::FormatDuration(thread->deadline - now_),
+                             " more"));
     }
   }
   return text;

@@ -84,8 +84,7 @@ class Scheduler {
   // What Env promises, for the calling thread. `caller` is an address in the
   // function that waits, for the report.
   bool Await(absl::Mutex& mu, const absl::Condition& condition,
-             absl::Time deadline, void* caller)
-      ABSL_SHARED_LOCKS_REQUIRED(mu);
+             absl::Time deadline, void* caller) ABSL_SHARED_LOCKS_REQUIRED(mu);
   void SleepUntil(absl::Time time);
   absl::StatusOr<int> Poll(absl::Span<struct pollfd> fds, absl::Time deadline);
   std::unique_ptr<EnvThread> StartThread(absl::string_view name,

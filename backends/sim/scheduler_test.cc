@@ -43,8 +43,8 @@ TEST(SchedulerTest, TimeJumpsWhenNobodyCanRun) {
   for (const int hours : {3, 1, 2}) {
     world.Start("sleeper", [&world, &order, start, hours] {
       world.env.SleepUntil(start + absl::Hours(hours));
-      order.push_back(absl::StrCat(hours, " at ",
-                                   absl::ToInt64Hours(world.env.Now() - start)));
+      order.push_back(absl::StrCat(
+          hours, " at ", absl::ToInt64Hours(world.env.Now() - start)));
     });
   }
   EXPECT_TRUE(world.scheduler.Run().ok());
@@ -60,12 +60,12 @@ TEST(SchedulerTest, AwaitEndsWithTheConditionOrAtTheDeadline) {
   const absl::Time start = world.env.Now();
   world.Start("waiter", [&] {
     absl::MutexLock lock(&mu);
-    first = world.env.Await(mu, absl::Condition(&flag),
-                            start + absl::Seconds(10));
+    first =
+        world.env.Await(mu, absl::Condition(&flag), start + absl::Seconds(10));
     EXPECT_LT(world.env.Now(), start + absl::Seconds(2));
     const bool never = false;
-    second = world.env.Await(mu, absl::Condition(&never),
-                             start + absl::Seconds(10));
+    second =
+        world.env.Await(mu, absl::Condition(&never), start + absl::Seconds(10));
     EXPECT_GE(world.env.Now(), start + absl::Seconds(10));
   });
   world.Start("setter", [&] {

@@ -75,6 +75,10 @@ void Simulation::KillRank(int rank) {
   control_plane_->ProcessDied(process);
 }
 
+void Simulation::Happens(Fault& fault) {
+  if (fault.fired++ == 0) fault.when = scheduler_.now();
+}
+
 void Simulation::OnYield(Scheduler::Process process, int64_t number) {
   const int rank = RankOf(process);
   if (rank < 0) return;
@@ -82,10 +86,10 @@ void Simulation::OnYield(Scheduler::Process process, int64_t number) {
   for (Fault& fault : faults_) {
     if (fault.rank != rank || fault.at != number || fault.fired > 0) continue;
     if (fault.kind == FaultKind::kDeath) {
-      ++fault.fired;
+      Happens(fault);
       KillRank(rank);
     } else if (fault.kind == FaultKind::kPause) {
-      ++fault.fired;
+      Happens(fault);
       scheduler_.Pause(process, scheduler_.now() + fault.length);
     }
   }
@@ -119,7 +123,7 @@ void Simulation::OnMessage(Fate& fate) {
       default:
         continue;
     }
-    ++fault.fired;
+    Happens(fault);
   }
 }
 
@@ -146,7 +150,7 @@ absl::Status Simulation::OnDisk(DiskOperation& operation) {
           tear();
           status = absl::ResourceExhaustedError(absl::StrCat(
               "write \"", operation.path, "\": no space left on device"));
-          ++fault.fired;
+          Happens(fault);
         }
         break;
       case FaultKind::kIoError:
@@ -155,7 +159,7 @@ absl::Status Simulation::OnDisk(DiskOperation& operation) {
           tear();
           status = absl::UnavailableError(absl::StrCat(
               operation.what, " \"", operation.path, "\": I/O error"));
-          ++fault.fired;
+          Happens(fault);
         }
         break;
       case FaultKind::kTornWrite:
@@ -163,7 +167,7 @@ absl::Status Simulation::OnDisk(DiskOperation& operation) {
             fault.fired == 0) {
           tear();
           status = absl::UnavailableError("the process is dead");
-          ++fault.fired;
+          Happens(fault);
           KillRank(rank);
         }
         break;
@@ -172,7 +176,7 @@ absl::Status Simulation::OnDisk(DiskOperation& operation) {
             fault.fired == 0) {
           tear();
           status = absl::UnavailableError("the machine is down");
-          ++fault.fired;
+          Happens(fault);
           lost_power_ = true;
           for (size_t r = 0; r < processes_.size(); ++r) {
             KillRank(static_cast<int>(r));
@@ -234,6 +238,7 @@ Outcome Simulation::RunProcesses(
           absl::Status status = body(rank, *env, store);
           if (!env->scheduler().IsRunningOut()) {
             outcome.ranks[rank].status = std::move(status);
+            outcome.ranks[rank].ended = env->Now();
           }
         },
         processes_[rank]));

@@ -63,6 +63,7 @@ struct RanksOptions {
 struct RankOutcome {
   bool died = false;
   absl::Status status;  // what the body, connecting or Shutdown returned
+  absl::Time ended;
 };
 
 struct Outcome {
@@ -96,12 +97,11 @@ class Simulation {
               const RanksOptions& options = {});
 
   // The same without communicators.
-  Outcome RunProcesses(
-      int world_size,
-      absl::FunctionRef<absl::Status(int rank, SimEnv& env,
-                                     std::shared_ptr<Store> store)>
-          body,
-      const RanksOptions& options = {});
+  Outcome RunProcesses(int world_size,
+                       absl::FunctionRef<absl::Status(
+                           int rank, SimEnv& env, std::shared_ptr<Store> store)>
+                           body,
+                       const RanksOptions& options = {});
 
   // After a power loss: the disk comes back with what it left.
   void Recover();
@@ -123,6 +123,7 @@ class Simulation {
 
  private:
   void KillRank(int rank);
+  void Happens(Fault& fault);
   void OnYield(Scheduler::Process process, int64_t number);
   void OnMessage(Fate& fate);
   absl::Status OnDisk(DiskOperation& operation);

@@ -125,6 +125,48 @@ TEST(SimulationTest, APauseBeyondItIsNamed) {
   EXPECT_THAT(outcome.ranks[0].status.message(), HasSubstr("does not answer"));
 }
 
+// In each stage of connecting.
+TEST(SimulationTest, APauseWhileConnectingIsNamed) {
+  SimulationOptions options;
+  options.store_at_rank0 = false;
+  Simulation simulation(options);
+  RanksOptions ranks;
+  ranks.connect_timeout = absl::Seconds(10);
+  for (int64_t at = 1; at < 12; ++at) {
+    simulation.AddFault({FaultKind::kPause, 0, 0, at, absl::Hours(1)});
+    const Outcome outcome = simulation.Run(
+        3, [](Communicator& comm) { return comm.Barrier(); }, ranks);
+    for (const int rank : {1, 2}) {
+      const absl::Status& status = outcome.ranks[rank].status;
+      // Later on it is the barrier that waits.
+      if (!absl::StrContains(status.message(), "connect")) continue;
+      EXPECT_THAT(status,
+                  IsStatus(absl::StatusCode::kDeadlineExceeded, "rank 0"));
+      EXPECT_THAT(status,
+                  IsStatus(absl::StatusCode::kDeadlineExceeded, "within 10s"));
+    }
+  }
+}
+
+TEST(SimulationTest, WhoDoesNotTakeAMessageIsNamed) {
+  SimulationOptions options;
+  options.link.eager_bytes = -1;
+  Simulation simulation(options);
+  const Outcome outcome =
+      simulation.Run(3, [](Communicator& comm) -> absl::Status {
+        std::vector<std::byte> data(20000);
+        CallOptions call;
+        call.timeout = absl::Seconds(10);
+        if (comm.rank() == 0) return comm.Exchange({{2, data}}, {}, "x", call);
+        comm.env()->SleepUntil(comm.env()->Now() + absl::Minutes(1));
+        return comm.status();
+      });
+  for (const absl::Status& status : outcome.Survivors()) {
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kDeadlineExceeded,
+                                 "not all messages to rank 2 were taken"));
+  }
+}
+
 TEST(SimulationTest, DelaysAndReorderingAreHarmless) {
   Simulation simulation({});
   for (int64_t at = 0; at < 8; ++at) {
@@ -136,15 +178,14 @@ TEST(SimulationTest, DelaysAndReorderingAreHarmless) {
   EXPECT_GT(simulation.faults()[0].fired, 0);
 }
 
-// A rank that has a collective call behind it, and is in an exchange by then, is
-// not in disagreement with those that wait in the call.
+// A rank that has a collective call behind it, and is in an exchange by then,
+// is not in disagreement with those that wait in the call.
 TEST(SimulationTest, ARankThatIsAheadIsNotTakenForOneThatDisagrees) {
   const auto body = [](Communicator& comm) -> absl::Status {
     CallOptions options;
     options.timeout = absl::Seconds(10);
     std::string value(1, 'x');
-    DSD_RETURN_IF_ERROR(
-        comm.AllGatherBlobs(value, 1, options).status());
+    DSD_RETURN_IF_ERROR(comm.AllGatherBlobs(value, 1, options).status());
     std::vector<std::byte> data(1);
     const int other = 2 - comm.rank();
     if (other == 1) return absl::OkStatus();
@@ -175,9 +216,8 @@ TEST(SimulationTest, ALostLinkIsNamed) {
       simulation.AddFault({kind, 1, 2, at});
       const Outcome outcome = RunSums(simulation, 3);
       if (simulation.faults()[0].fired == 0) continue;
-      EXPECT_THAT(
-          outcome.Survivors(),
-          Each(IsStatus(absl::StatusCode::kUnavailable, "was lost")));
+      EXPECT_THAT(outcome.Survivors(),
+                  Each(IsStatus(absl::StatusCode::kUnavailable, "was lost")));
     }
   }
 }
@@ -220,8 +260,9 @@ TEST(SimulationTest, RanksShareADisk) {
   Simulation simulation({});
   const auto run = [&] {
     return simulation.RunProcesses(
-        2, [](int rank, SimEnv& env, const std::shared_ptr<Store>& store)
-               -> absl::Status {
+        2,
+        [](int rank, SimEnv& env,
+           const std::shared_ptr<Store>& store) -> absl::Status {
           const absl::Time deadline = env.Now() + absl::Seconds(10);
           if (rank == 0) {
             DSD_ASSIGN_OR_RETURN(auto file, env.files().CreateWritable("/f"));

@@ -19,6 +19,7 @@
 #include "dsd/core/comm/duration_text.h"
 #include "dsd/core/comm/envelope.h"
 #include "dsd/core/comm/rebuild.h"
+#include "dsd/core/comm/rank_list.h"
 #include "dsd/core/comm/registry.h"
 #include "xxhash.h"
 
@@ -32,7 +33,6 @@ constexpr absl::Duration kVerdictPatience = absl::Seconds(5);
 constexpr absl::Duration kGoodbyePatience = absl::Seconds(1);
 constexpr absl::Duration kCancelPeriod = absl::Milliseconds(20);
 constexpr absl::Duration kMaxTimeout = absl::Hours(24);
-constexpr size_t kMaxRanksNamed = 8;
 
 std::string Quoted(absl::string_view text) {
   return absl::StrCat("\"", absl::Utf8SafeCHexEscape(text), "\"");
@@ -75,14 +75,18 @@ class Communicator::EngineStore final : public ForwardingStore {
 
   absl::StatusOr<std::string> Get(absl::string_view key,
                                   absl::Time deadline) override {
+    const absl::Time start = core_->env->Now();
     while (true) {
       const absl::Time until =
           std::min(deadline, core_->env->Now() + kCancelPeriod);
       absl::StatusOr<std::string> value = to_->Get(key, until);
-      if (!absl::IsDeadlineExceeded(value.status()) || until == deadline) {
-        return value;
-      }
+      if (!absl::IsDeadlineExceeded(value.status())) return value;
       if (!core_->status().ok()) return absl::AbortedError("cancelled");
+      if (until == deadline) {
+        return absl::DeadlineExceededError(
+            absl::StrCat("key \"", key, "\" was not set within ",
+                         DurationText(deadline - start)));
+      }
     }
   }
 
@@ -127,10 +131,10 @@ absl::Status Communicator::Core::Cancelled(absl::string_view call) const {
 absl::Status Communicator::Core::ErrorDuring(absl::string_view call,
                                              absl::string_view found) {
   const absl::Status first = status();
-  absl::Status out(first.code(),
-                   absl::StrCat(first.message(), " during ", call, " ", Here(),
-                                found.empty() ? "" : ", which had found: ",
-                                found));
+  absl::Status out(
+      first.code(),
+      absl::StrCat(first.message(), " during ", call, " ", Here(),
+                   found.empty() ? "" : ", which had found: ", found));
   first.ForEachPayload([&](absl::string_view url, const absl::Cord& payload) {
     out.SetPayload(url, payload);
   });
@@ -203,8 +207,8 @@ std::string Communicator::Core::Answer(absl::string_view question) {
   return absl::StrCat(position.collectives, " ", doing, " ", position.call);
 }
 
-absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
-                                            int peer) {
+absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active, int peer,
+                                            absl::string_view found) {
   int64_t mine = 0;
   {
     absl::MutexLock lock(&mu);
@@ -272,6 +276,7 @@ absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
     absl::StrAppend(&why, "; no message came from rank ", peer,
                     absent.empty() ? absl::StrCat(", which ", peer_does) : "");
   }
+  if (!found.empty()) absl::StrAppend(&why, "; ", found);
   return FailDuring(
       absl::Status(code, absl::StrCat(active.call.text, " ", Here(),
                                       " did not finish within ",
@@ -396,6 +401,7 @@ struct PendingExchange::Impl {
   std::deque<Call> labelled;  // for CallOf
   std::unique_ptr<std::byte[]> envelopes;
   std::vector<Incoming> incoming;
+  std::vector<int> receivers;  // of what this rank sends
   std::vector<std::shared_ptr<bool>> self_done;
   // Destroyed first: until then the engine may touch all of the above.
   std::unique_ptr<EngineBatch> batch;
@@ -457,10 +463,16 @@ absl::Status PendingExchange::Impl::WaitForAll() {
     }
   }
   if (batch != nullptr) {
-    if (const absl::Status status = batch->Wait(active->deadline);
-        !status.ok()) {
-      return Explain(status, -1);
+    const absl::Status status = batch->Wait(active->deadline);
+    if (absl::IsDeadlineExceeded(status)) {
+      std::sort(receivers.begin(), receivers.end());
+      receivers.erase(std::unique(receivers.begin(), receivers.end()),
+                      receivers.end());
+      return core->TimeIsOver(*active, -1,
+                              absl::StrCat("not all messages to ",
+                                           RankList(receivers), " were taken"));
     }
+    if (!status.ok()) return Explain(status, -1);
   }
   // Only this thread could bring the counterpart.
   for (const std::shared_ptr<bool>& done : self_done) {
@@ -640,6 +652,7 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
 
   std::vector<EngineSend> engine_sends;
   engine_sends.reserve(2 * sends.size());
+  impl->receivers.reserve(sends.size());
   for (const SendOp& op : sends) {
     const Call& call = impl->CallOf(op.label);
     if (op.peer == core->rank) {
@@ -647,6 +660,7 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
       impl->self_done.push_back(self_sends.back().done);
       continue;
     }
+    impl->receivers.push_back(op.peer);
     const uint64_t sequence = next_send[op.peer]++;
     EnvelopeHead e;
     e.call_size = static_cast<uint8_t>(CallBytes(call));
@@ -780,7 +794,9 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
   }
   if (const absl::Status status = core->engine->Connect(active.deadline);
       !status.ok()) {
-    return core->EngineFailed(status, "connect");
+    return absl::IsDeadlineExceeded(status)
+               ? core->TimeIsOver(active, -1, status.message())
+               : core->EngineFailed(status, "connect");
   }
   // Everybody is connected to everybody when it returns, or nobody uses it.
   DSD_RETURN_IF_ERROR(communicator->lane_->Barrier(active));

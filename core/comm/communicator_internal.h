@@ -69,8 +69,9 @@ struct Communicator::Core {
   absl::Status EngineFailed(const absl::Status& status, absl::string_view call);
 
   // Ends a call whose time is over; asks the others where they are. `peer`:
-  // whose message is missing, or -1.
-  absl::Status TimeIsOver(const ActiveCall& active, int peer);
+  // whose message is missing, or -1. `found`: what else there is to say.
+  absl::Status TimeIsOver(const ActiveCall& active, int peer,
+                          absl::string_view found = "");
 
   // "on rank 1 of group "world"".
   std::string Here() const;

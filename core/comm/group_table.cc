@@ -6,26 +6,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "dsd/core/comm/duration_text.h"
+#include "dsd/core/comm/rank_list.h"
 
 namespace dsd {
-namespace {
-
-constexpr size_t kMaxRanksNamed = 8;
-
-std::string RankList(const std::vector<int>& ranks) {
-  const size_t named = std::min(ranks.size(), kMaxRanksNamed);
-  std::string text =
-      absl::StrCat(ranks.size() == 1 ? "rank " : "ranks ",
-                   absl::StrJoin(ranks.begin(), ranks.begin() + named, ", "));
-  if (named < ranks.size()) {
-    absl::StrAppend(&text, " and ", ranks.size() - named, " more");
-  }
-  return text;
-}
-
-}  // namespace
 
 std::vector<GroupTable::Event> GroupTable::FailGroup(Group& group,
                                                      const absl::Status& status,

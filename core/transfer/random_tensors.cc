@@ -19,8 +19,8 @@ void FillElement(size_t tensor, int64_t index, int64_t item_size,
   }
 }
 
-absl::Status FillSide(const std::vector<TensorCase>& tensors, int rank, bool source,
-                      Side& side) {
+absl::Status FillSide(const std::vector<TensorCase>& tensors, int rank,
+                      bool source, Side& side) {
   for (size_t t = 0; t < tensors.size(); ++t) {
     const LayoutSpec& spec = source ? tensors[t].from : tensors[t].to;
     const int64_t item_size = ItemSize(tensors[t].dtype);
@@ -49,8 +49,7 @@ absl::Status CheckSide(const std::vector<TensorCase>& tensors, int rank,
   for (size_t t = 0; t < tensors.size(); ++t) {
     const int64_t item_size = ItemSize(tensors[t].dtype);
     if (side.buffers[t].empty()) continue;
-    const std::vector<int64_t> elements =
-        LocalElements(tensors[t].to, rank);
+    const std::vector<int64_t> elements = LocalElements(tensors[t].to, rank);
     std::vector<std::byte> expected(item_size);
     for (size_t i = 0; i < elements.size(); ++i) {
       FillElement(t, elements[i], item_size, expected.data());

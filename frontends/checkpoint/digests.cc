@@ -21,7 +21,6 @@
 namespace dsd::checkpoint {
 namespace {
 
-constexpr int64_t kMaxRecordBytes = int64_t{4} << 30;
 constexpr int64_t kPieceBytes = int64_t{1} << 20;
 
 CheckpointDigests Sorted(std::vector<KeyDigest> keys) {

@@ -254,6 +254,13 @@ absl::Status Deadline::Check() const {
   return absl::OkStatus();
 }
 
+absl::Status CheckAnnounced(int rank, int64_t bytes) {
+  if (bytes >= 0 && bytes <= kMaxRecordBytes) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("rank ", rank, " announces ", bytes,
+                                          " bytes, expected at most ",
+                                          kMaxRecordBytes));
+}
+
 absl::StatusOr<std::vector<std::string>> GatherToRank0(
     Communicator* comm, absl::string_view mine, const CallOptions& options) {
   if (comm == nullptr || comm->size() == 1) {
@@ -271,6 +278,9 @@ absl::StatusOr<std::vector<std::string>> GatherToRank0(
       absl::MakeConstSpan(reinterpret_cast<const std::byte*>(&my_bytes),
                           sizeof(my_bytes)),
       parts, options));
+  for (int rank = 0; rank < size; ++rank) {
+    DSD_RETURN_IF_ERROR(CheckAnnounced(rank, bytes[rank]));
+  }
   std::vector<std::string> all;
   std::vector<SendOp> sends;
   std::vector<RecvOp> recvs;

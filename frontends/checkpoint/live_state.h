@@ -90,6 +90,12 @@ inline Env* ChooseEnv(Env* wanted, Communicator* comm) {
   return comm != nullptr ? comm->env() : Env::Real();
 }
 
+// Of what a rank tells the others in one message.
+inline constexpr int64_t kMaxRecordBytes = int64_t{4} << 30;
+
+// DataLoss unless a length that `rank` sent is one of a record.
+absl::Status CheckAnnounced(int rank, int64_t bytes);
+
 // All ranks' byte strings on rank 0, an empty vector elsewhere. Collective.
 absl::StatusOr<std::vector<std::string>> GatherToRank0(
     Communicator* comm, absl::string_view mine, const CallOptions& options);

@@ -26,8 +26,6 @@
 namespace dsd::checkpoint {
 namespace {
 
-constexpr int64_t kMaxRecordBytes = int64_t{4} << 30;
-
 // A source whose errors wait until all ranks can hear of them: a transfer that
 // fails on one rank would break the communicator of all.
 class PatientEndpoint final : public Endpoint {
@@ -280,13 +278,17 @@ class Loader {
       DSD_RETURN_IF_ERROR(comm_->Broadcast(
           absl::MakeSpan(reinterpret_cast<std::byte*>(head), sizeof(head)), 0,
           deadline_.Left()));
+      DSD_RETURN_IF_ERROR(CheckAnnounced(0, head[1]));
       bytes.resize(head[1]);
       DSD_RETURN_IF_ERROR(comm_->Broadcast(
           absl::MakeSpan(reinterpret_cast<std::byte*>(bytes.data()),
                          bytes.size()),
           0, deadline_.Left()));
       if (head[0] != 0) {
-        return absl::Status(static_cast<absl::StatusCode>(head[0]), bytes);
+        const absl::Status told(static_cast<absl::StatusCode>(head[0]), bytes);
+        return told.ok() ? absl::DataLossError(absl::StrCat(
+                               "rank 0 announces the unknown error ", head[0]))
+                         : told;
       }
     }
     DSD_RETURN_IF_ERROR(status);

@@ -3,8 +3,8 @@
 // Every error reaches all ranks, with the right code and a text that tells.
 
 #include <atomic>
+#include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -316,10 +316,10 @@ DSD_CONFORMANCE_CASE(ATimeoutOfZeroHasPassed) {
 DSD_CONFORMANCE_CASE_FROM(AbortFromAnotherThread, 2) {
   std::vector<std::byte> data(10 << 20);
   absl::Time aborted = absl::InfiniteFuture();
-  std::thread other;
+  std::unique_ptr<EnvThread> other;
   if (comm.rank() == 0) {
     // The last rank is waiting by then, or starts to after the abort.
-    other = std::thread([&] {
+    other = comm.env()->StartThread("abort", [&] {
       comm.env()->SleepUntil(comm.env()->Now() + absl::Milliseconds(100));
       aborted = comm.env()->Now();
       comm.Abort(absl::ResourceExhaustedError("the disk is full"));
@@ -329,8 +329,8 @@ DSD_CONFORMANCE_CASE_FROM(AbortFromAnotherThread, 2) {
   const int from = comm.rank() == 0 ? 1 : 0;
   const absl::Status status =
       comm.Exchange({}, {{from, absl::MakeSpan(data)}}, "never");
-  if (other.joinable()) {
-    other.join();
+  if (other != nullptr) {
+    other.reset();
     DSD_RETURN_IF_ERROR(
         Check(comm.env()->Now() - aborted < kSoon, "the abort took long"));
   }
@@ -345,10 +345,10 @@ DSD_CONFORMANCE_CASE_FROM(CancelOnOneRank, 2) {
   std::atomic<bool> cancel{false};
   CallOptions options;
   std::vector<std::byte> data(10);
-  std::thread other;
+  std::unique_ptr<EnvThread> other;
   if (comm.rank() == 1) {
     options.cancel = &cancel;
-    other = std::thread([&] {
+    other = comm.env()->StartThread("cancel", [&] {
       comm.env()->SleepUntil(comm.env()->Now() + absl::Milliseconds(50));
       cancel = true;
     });
@@ -356,7 +356,7 @@ DSD_CONFORMANCE_CASE_FROM(CancelOnOneRank, 2) {
   const int from = comm.rank() == 0 ? 1 : 0;
   const absl::Status status =
       comm.Exchange({}, {{from, absl::MakeSpan(data)}}, "never", options);
-  if (other.joinable()) other.join();
+  other.reset();
   DSD_RETURN_IF_ERROR(Expect(status, absl::StatusCode::kCancelled,
                              {"was cancelled on rank 1"}));
   return ExpectDead(comm, absl::StatusCode::kCancelled);

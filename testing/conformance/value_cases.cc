@@ -10,10 +10,10 @@
 #include <optional>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "dsd/core/base/env.h"
 #include "dsd/core/base/half.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/testing/conformance/conformance.h"
@@ -601,9 +601,10 @@ DSD_CONFORMANCE_CASE(LanesOfTwoThreadsDoNotMix) {
       return absl::OkStatus();
     }();
   };
-  std::thread other([&] { work(*b, 1); });
-  work(*a, 0);
-  other.join();
+  {
+    const auto other = comm.env()->StartThread("lane", [&] { work(*b, 1); });
+    work(*a, 0);
+  }
   DSD_RETURN_IF_ERROR(statuses[0]);
   DSD_RETURN_IF_ERROR(statuses[1]);
   DSD_RETURN_IF_ERROR(Expect(comm.OpenLane("a").status(),

@@ -3,6 +3,7 @@
 #include "dsd/testing/fault/sim_seed.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <functional>
 #include <memory>
@@ -42,6 +43,8 @@ constexpr char kDir[] = "/jobs/7/checkpoint";
 constexpr absl::Duration kTimeout = absl::Seconds(10);
 // Pauses and delays up to here end nothing.
 constexpr absl::Duration kHarmless = absl::Milliseconds(900);
+// From a death to the error of every survivor.
+constexpr absl::Duration kDeathIsKnown = absl::Seconds(2);
 // What is wrong whatever has happened.
 constexpr absl::string_view kWrong = "WRONG: ";
 
@@ -66,11 +69,12 @@ bool NamesRank(absl::string_view text, int rank) {
   return false;
 }
 
-// Whether an error is one that the fault brings about.
-bool Explains(const Fault& fault, const absl::Status& status) {
+// Whether an error is one that the fault brings about; `several`: there were
+// others.
+bool Explains(const Fault& fault, const absl::Status& status, bool several) {
   const absl::string_view text = status.message();
-  const bool gone = absl::IsUnavailable(status) ||
-                    absl::IsDeadlineExceeded(status);
+  const bool gone =
+      absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
   switch (fault.kind) {
     case FaultKind::kDeath:
     case FaultKind::kTornWrite:
@@ -78,13 +82,21 @@ bool Explains(const Fault& fault, const absl::Status& status) {
     case FaultKind::kPause:
       return fault.length > kHarmless && gone && NamesRank(text, fault.rank);
     case FaultKind::kDelay:
-      // Others may time out first, on the rank that waits for the message.
+      // Whoever's time is over first names the rank that it waits for, which
+      // may wait in turn.
       return fault.length > kHarmless && gone &&
-             (NamesRank(text, fault.rank) || NamesRank(text, fault.peer));
+             absl::StrContains(text, "rank ");
     case FaultKind::kDisconnect:
     case FaultKind::kShortTransfer:
-      return absl::IsUnavailable(status) && absl::StrContains(text, "was lost") &&
-             NamesRank(text, fault.rank) && NamesRank(text, fault.peer);
+      if (!NamesRank(text, fault.rank) && !NamesRank(text, fault.peer)) {
+        return false;
+      }
+      // An end of the link waits for the store's verdict before it speaks, and
+      // another fault may have left the others no time for that.
+      return absl::IsDeadlineExceeded(status)
+                 ? several
+                 : absl::IsUnavailable(status) &&
+                       absl::StrContains(text, "was lost");
     case FaultKind::kNoSpace:
       return absl::IsResourceExhausted(status) &&
              absl::StrContains(text, "no space left on device");
@@ -216,15 +228,17 @@ RanksOptions WithBug(PlantedBug bug, int ranks) {
     case PlantedBug::kNone:
       break;
     case PlantedBug::kRenameBeforeSync:
-      options.wrap_files = [](int rank, std::unique_ptr<FileSystem> files)
-          -> std::unique_ptr<FileSystem> {
+      options.wrap_files =
+          [](int rank,
+             std::unique_ptr<FileSystem> files) -> std::unique_ptr<FileSystem> {
         if (rank != 0) return files;
         return std::make_unique<NeverSyncs>(std::move(files));
       };
       break;
     case PlantedBug::kIgnoredVerdict:
-      options.wrap_store = [ranks](int rank, std::shared_ptr<Store> store)
-          -> std::shared_ptr<Store> {
+      options.wrap_store =
+          [ranks](int rank,
+                  std::shared_ptr<Store> store) -> std::shared_ptr<Store> {
         if (rank != ranks - 1) return store;
         return std::make_shared<DeafStore>(std::move(store));
       };
@@ -247,11 +261,15 @@ CallOptions Call() {
 class Job {
  public:
   Job(uint64_t seed, PlantedBug bug)
-      : bug_(bug), random_(seed), simulation_(SimulationOptions::FromSeed(seed)) {}
+      : bug_(bug),
+        random_(seed),
+        simulation_(SimulationOptions::FromSeed(seed)) {}
 
   SeedResult Run() {
     const int64_t kind = Uniform(random_, 0, 99);
-    if (kind < 45) {
+    if (kind < 25) {
+      RunCalls();
+    } else if (kind < 50) {
       RunRedistribute();
     } else if (kind < 85) {
       RunSave();
@@ -358,15 +376,18 @@ class Job {
     return result_.failure.empty();
   }
 
-  // After one with them.
-  void CheckVerdicts(const Outcome& outcome) {
+  // After one with them; `mischief`: something else, too, and the errors that
+  // `explains` holds for come from that.
+  void CheckVerdicts(
+      const Outcome& outcome, bool mischief = false,
+      const std::function<bool(const absl::Status&)>& explains = nullptr) {
     if (!result_.faults.empty()) result_.faults = simulation_.faults();
     if (!outcome.run.ok()) return Fail(outcome.run.ToString());
     const bool corrupt = Fired(FaultKind::kCorruptByte);
     std::optional<absl::StatusCode> code;
-    const int64_t fired = std::count_if(
-        result_.faults.begin(), result_.faults.end(),
-        [](const Fault& fault) { return fault.fired > 0; });
+    const int64_t fired =
+        std::count_if(result_.faults.begin(), result_.faults.end(),
+                      [](const Fault& fault) { return fault.fired > 0; });
     for (size_t rank = 0; rank < outcome.ranks.size(); ++rank) {
       const RankOutcome& one = outcome.ranks[rank];
       if (one.died) continue;
@@ -378,16 +399,32 @@ class Job {
       }
       // With several faults each may have its say.
       if (code.has_value() && *code != one.status.code() && fired == 1 &&
-          !corrupt) {
+          !corrupt && !mischief) {
         Fail(absl::StrCat("survivors do not agree: ", Statuses(outcome)));
       }
       code = one.status.code();
       if (one.status.ok()) continue;
-      const bool explained = std::any_of(
-          result_.faults.begin(), result_.faults.end(), [&](const Fault& f) {
-            return f.fired > 0 && Explains(f, one.status);
-          });
+      const bool explained =
+          std::any_of(result_.faults.begin(), result_.faults.end(),
+                      [&](const Fault& f) {
+                        return f.fired > 0 &&
+                               Explains(f, one.status, fired > 1 || mischief);
+                      }) ||
+          (explains && explains(one.status));
       if (!explained) Fail(absl::StrCat("names no fault: ", where));
+      // A death is known at once, not at some deadline.
+      const auto death = std::find_if(
+          result_.faults.begin(), result_.faults.end(), [](const Fault& f) {
+            return f.fired > 0 && (f.kind == FaultKind::kDeath ||
+                                   f.kind == FaultKind::kTornWrite);
+          });
+      if (fired == 1 && death != result_.faults.end() &&
+          absl::IsUnavailable(one.status) &&
+          one.ended - death->when > kDeathIsKnown) {
+        Fail(absl::StrCat("known after ",
+                          absl::FormatDuration(one.ended - death->when), ": ",
+                          where));
+      }
     }
   }
 
@@ -404,6 +441,238 @@ class Job {
 
   static absl::Status Wrong(absl::string_view what) {
     return absl::InternalError(absl::StrCat(kWrong, what));
+  }
+
+  // --- Calls of a communicator ---
+
+  struct Step {
+    enum Kind {
+      kBarrier,
+      kBroadcast,
+      kAllGather,
+      kBlobs,
+      kReduce,
+      kReduceScatter,
+      kRing,
+      kNumKinds
+    };
+    Kind kind;
+    int64_t size;
+    int root;
+  };
+
+  // What one rank does on purpose, instead of or beside its call.
+  enum class Mischief { kNone, kAbort, kCancel, kOtherCall, kLeave };
+
+  static std::string BytesFor(int step, int rank, int64_t size) {
+    std::string bytes(size, '\0');
+    uint64_t state = 1000003u * step + rank + 1;
+    for (char& byte : bytes) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      byte = static_cast<char>(state >> 56);
+    }
+    return bytes;
+  }
+
+  static absl::Span<std::byte> BytesOf(std::string& text) {
+    return absl::MakeSpan(reinterpret_cast<std::byte*>(text.data()),
+                          text.size());
+  }
+
+  static absl::Status Take(Communicator& comm, int number, const Step& step,
+                           const CallOptions& call) {
+    const int ranks = comm.size();
+    const int rank = comm.rank();
+    const auto check = [&](bool right) {
+      return right ? absl::OkStatus()
+                   : Wrong(absl::StrCat("step ", number, " of kind ",
+                                        static_cast<int>(step.kind), ", size ",
+                                        step.size));
+    };
+    const auto size_of = [&](int r) { return step.size + 7 * r; };
+    switch (step.kind) {
+      case Step::kBarrier:
+        return comm.Barrier(call);
+      case Step::kBroadcast: {
+        const std::string expected = BytesFor(number, step.root, step.size);
+        std::string data =
+            rank == step.root ? expected : std::string(step.size, 'x');
+        DSD_RETURN_IF_ERROR(comm.Broadcast(BytesOf(data), step.root, call));
+        return check(data == expected);
+      }
+      case Step::kAllGather: {
+        std::vector<std::string> parts(ranks);
+        std::vector<absl::Span<std::byte>> spans;
+        for (int r = 0; r < ranks; ++r) {
+          parts[r].resize(size_of(r));
+          spans.push_back(BytesOf(parts[r]));
+        }
+        std::string mine = BytesFor(number, rank, size_of(rank));
+        DSD_RETURN_IF_ERROR(comm.AllGather(BytesOf(mine), spans, call));
+        bool right = true;
+        for (int r = 0; r < ranks; ++r) {
+          right &= parts[r] == BytesFor(number, r, size_of(r));
+        }
+        return check(right);
+      }
+      case Step::kBlobs: {
+        DSD_ASSIGN_OR_RETURN(
+            const std::vector<std::string> blobs,
+            comm.AllGatherBlobs(BytesFor(number, rank, size_of(rank)),
+                                step.size + 7 * ranks, call));
+        bool right = true;
+        for (int r = 0; r < ranks; ++r) {
+          right &= blobs[r] == BytesFor(number, r, size_of(r));
+        }
+        return check(right);
+      }
+      case Step::kReduce:
+      case Step::kReduceScatter: {
+        // Sums of bytes, which wrap around.
+        std::string expected(step.size, '\0');
+        for (int r = 0; r < ranks; ++r) {
+          const std::string part = BytesFor(number, r, step.size);
+          for (int64_t i = 0; i < step.size; ++i) expected[i] += part[i];
+        }
+        std::string data = BytesFor(number, rank, step.size);
+        if (step.kind == Step::kReduce) {
+          DSD_RETURN_IF_ERROR(comm.AllReduce(BytesOf(data), DType::kUInt8,
+                                             ReduceOp::kSum, call));
+          return check(data == expected);
+        }
+        std::vector<int64_t> counts(ranks, step.size / ranks);
+        counts[step.root] += step.size % ranks;
+        int64_t begin = 0;
+        for (int r = 0; r < rank; ++r) begin += counts[r];
+        std::string out(counts[rank], 'x');
+        DSD_RETURN_IF_ERROR(comm.ReduceScatter(BytesOf(data), counts,
+                                               BytesOf(out), DType::kUInt8,
+                                               ReduceOp::kSum, call));
+        return check(out == expected.substr(begin, counts[rank]));
+      }
+      case Step::kRing: {
+        const int next = (rank + 1) % ranks;
+        const int previous = (rank + ranks - 1) % ranks;
+        std::string out = BytesFor(number, rank, size_of(rank));
+        std::string in(size_of(previous), 'x');
+        DSD_RETURN_IF_ERROR(comm.Exchange(
+            {{next, BytesOf(out)}}, {{previous, BytesOf(in)}}, "ring", call));
+        return check(in == BytesFor(number, previous, size_of(previous)));
+      }
+      case Step::kNumKinds:
+        break;
+    }
+    return absl::OkStatus();
+  }
+
+  std::vector<Step> RandomSteps(int ranks) {
+    std::vector<Step> steps(Uniform(random_, 1, 6));
+    for (Step& step : steps) {
+      step.kind =
+          static_cast<Step::Kind>(Uniform(random_, 0, Step::kNumKinds - 1));
+      // Now and then beyond what rides in envelopes, and beyond trees.
+      const int64_t most[] = {0, 100, 3000, 40000, 300000};
+      step.size =
+          Uniform(random_, 0, most[Uniform(random_, 0, ranks > 8 ? 2 : 4)]);
+      step.root = static_cast<int>(Uniform(random_, 0, ranks - 1));
+    }
+    return steps;
+  }
+
+  // Some calls on the main lane; now and then others by a second thread on a
+  // lane of its own.
+  void RunCalls() {
+    const int ranks = RandomRanks();
+    const std::vector<Step> steps = RandomSteps(ranks);
+    const std::vector<Step> others =
+        Uniform(random_, 0, 2) == 0 ? RandomSteps(ranks) : std::vector<Step>();
+    const int who = static_cast<int>(Uniform(random_, 0, ranks - 1));
+    const size_t when =
+        Uniform(random_, 0, static_cast<int64_t>(steps.size()) - 1);
+    const Mischief mischief =
+        Uniform(random_, 0, 3) == 0
+            ? static_cast<Mischief>(Uniform(random_, 1, 4))
+            : Mischief::kNone;
+    result_.scenario = absl::StrCat(
+        steps.size(), " + ", others.size(), " calls on ", ranks, " ranks",
+        mischief == Mischief::kNone
+            ? ""
+            : absl::StrCat(", mischief ", static_cast<int>(mischief),
+                           " of rank ", who, " at call ", when));
+    bool with_mischief = false;
+    const auto body = [&](Communicator& comm) -> absl::Status {
+      std::unique_ptr<Communicator> lane;
+      absl::Status of_others;
+      std::unique_ptr<EnvThread> thread;
+      if (!others.empty()) {
+        DSD_ASSIGN_OR_RETURN(lane, comm.OpenLane("other", Call()));
+        thread = comm.env()->StartThread("other", [&] {
+          for (size_t i = 0; i < others.size() && of_others.ok(); ++i) {
+            of_others =
+                Take(*lane, 100 + static_cast<int>(i), others[i], Call());
+          }
+        });
+      }
+      std::atomic<bool> cancel{false};
+      for (size_t i = 0; i < steps.size(); ++i) {
+        CallOptions call = Call();
+        if (with_mischief && comm.rank() == who && i == when) {
+          switch (mischief) {
+            case Mischief::kNone:
+              break;
+            case Mischief::kAbort:
+              comm.Abort(absl::DataLossError("the model is gone"));
+              break;
+            case Mischief::kCancel:
+              cancel = true;
+              call.cancel = &cancel;
+              break;
+            case Mischief::kOtherCall: {
+              Step other = steps[i];
+              other.kind = other.kind == Step::kBarrier ? Step::kBroadcast
+                                                        : Step::kBarrier;
+              DSD_RETURN_IF_ERROR(Take(comm, 0, other, call));
+              continue;
+            }
+            case Mischief::kLeave:
+              return absl::OutOfRangeError("the job is over");
+          }
+        }
+        DSD_RETURN_IF_ERROR(Take(comm, static_cast<int>(i), steps[i], call));
+      }
+      thread.reset();
+      return of_others;
+    };
+    const RanksOptions with_bug = WithBug(bug_, ranks);
+    if (!CheckAllOk(simulation_.Run(ranks, body, with_bug), "without faults")) {
+      return;
+    }
+    AddFaults();
+    with_mischief = true;
+    const auto explains = [&](const absl::Status& status) {
+      const absl::string_view text = status.message();
+      switch (mischief) {
+        case Mischief::kNone:
+          return false;
+        case Mischief::kAbort:
+          return absl::IsAborted(status) &&
+                 absl::StrContains(text, "the model is gone") &&
+                 NamesRank(text, who);
+        case Mischief::kCancel:
+          return absl::IsCancelled(status) && NamesRank(text, who);
+        case Mischief::kOtherCall:
+          return absl::IsFailedPrecondition(status) ||
+                 absl::IsDeadlineExceeded(status);
+        case Mischief::kLeave:
+          return absl::IsOutOfRange(status) ||
+                 ((absl::IsUnavailable(status) ||
+                   absl::IsDeadlineExceeded(status)) &&
+                  NamesRank(text, who));
+      }
+      return false;
+    };
+    CheckVerdicts(simulation_.Run(ranks, body, with_bug),
+                  mischief != Mischief::kNone, explains);
   }
 
   // --- Redistribution ---
@@ -459,14 +728,13 @@ class Job {
     for (int rank = 0; rank < ranks; ++rank) options.holders.push_back(rank);
     std::vector<TestTensor> out;
     for (const auto& [shape, dtype] : tensors.kinds) {
-      const absl::StatusOr<Layout> layout = test::BuildLayout(
-          test::RandomLayoutSpec(random_, shape, options));
+      const absl::StatusOr<Layout> layout =
+          test::BuildLayout(test::RandomLayoutSpec(random_, shape, options));
       if (!layout.ok()) {
         Fail(layout.status().ToString());
         continue;
       }
-      out.push_back(
-          {{absl::StrCat("tensor", out.size())}, dtype, *layout});
+      out.push_back({{absl::StrCat("tensor", out.size())}, dtype, *layout});
     }
     return out;
   }
@@ -503,8 +771,7 @@ class Job {
     return simulation_.Run(
         ranks,
         [&, found](Communicator& comm) -> absl::Status {
-          TestState state =
-              TestState::Blank(tensors, comm.rank(), Objects(0));
+          TestState state = TestState::Blank(tensors, comm.rank(), Objects(0));
           checkpoint::LoadOptions options;
           options.call = Call();
           DSD_ASSIGN_OR_RETURN(
@@ -513,8 +780,8 @@ class Job {
           if (simulation_.scheduler().IsRunningOut()) return absl::OkStatus();
           if (!report.verified) return Wrong("not verified");
           // The object tells which save it is; small tensors may not.
-          const auto content = std::find_if(
-              contents.begin(), contents.end(), [&](uint64_t c) {
+          const auto content =
+              std::find_if(contents.begin(), contents.end(), [&](uint64_t c) {
                 return state.state().objects[0].value ==
                        Object(static_cast<int64_t>(c));
               });
@@ -567,9 +834,7 @@ class Job {
     if (!over) {
       const auto names = simulation_.disk().List(kDir);
       for (const std::string& name : *names) {
-        simulation_.disk()
-            .Remove(absl::StrCat(kDir, "/", name))
-            .IgnoreError();
+        simulation_.disk().Remove(absl::StrCat(kDir, "/", name)).IgnoreError();
       }
       simulation_.disk().SyncDir(kDir).IgnoreError();
     }
@@ -581,8 +846,10 @@ class Job {
     // The verdict itself may be what a link has changed.
     if (holds.has_value() && !Fired(FaultKind::kCorruptByte)) {
       if (saved > 0 && *holds != kNew) {
-        Fail(absl::StrCat(saved, " ranks were told that the save succeeded, but "
-                          "the directory holds ", *holds));
+        Fail(absl::StrCat(saved,
+                          " ranks were told that the save succeeded, but "
+                          "the directory holds ",
+                          *holds));
       }
       if (over && *holds == 0) Fail("the old checkpoint is gone");
       if (!over && *holds == kOld) Fail("a checkpoint has come back");

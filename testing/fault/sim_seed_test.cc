@@ -3,8 +3,14 @@
 // Many simulated jobs with faults. DSD_SIM_SEEDS says how many (default: the
 // argument), DSD_SIM_FIRST_SEED where to begin (default: 1).
 
+#include "dsd/testing/fault/sim_seed.h"
+
+#include <unistd.h>
+
 #include <array>
+#include <csignal>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <iostream>
 #include <string>
@@ -14,13 +20,31 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "dsd/testing/fault/sim_seed.h"
 #include "gtest/gtest.h"
 
 namespace dsd {
 namespace {
 
 uint64_t g_seeds = 300;
+// The one that runs, for who aborts.
+uint64_t g_seed = 0;
+
+constexpr char kRepeat[] =
+    "./bazelw test //testing/fault:sim_seed_test "
+    "--test_filter=SimSeedTest.AllSeedsEndWell --test_env=DSD_SIM_SEEDS=1 "
+    "--test_env=DSD_SIM_FIRST_SEED=";
+
+void TellSeed(int signal) {
+  char text[512];
+  const int length =
+      std::snprintf(text, sizeof(text),
+                    "the process ends in seed %llu\n  repeat it: %s%llu\n",
+                    static_cast<unsigned long long>(g_seed), kRepeat,
+                    static_cast<unsigned long long>(g_seed));
+  if (write(STDERR_FILENO, text, length) < 0) _exit(1);
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
+}
 
 uint64_t FromEnvironment(const char* name, uint64_t otherwise) {
   const char* const text = std::getenv(name);
@@ -35,11 +59,7 @@ std::string Describe(uint64_t seed, const SeedResult& result) {
                     [](std::string* out, const sim::Fault& fault) {
                       absl::StrAppend(out, sim::ToString(fault));
                     }),
-      "\n  ", result.failure,
-      "\n  repeat it: ./bazelw test //testing/fault:sim_seed_test "
-      "--test_filter=SimSeedTest.AllSeedsEndWell --test_env=DSD_SIM_SEEDS=1 "
-      "--test_env=DSD_SIM_FIRST_SEED=",
-      seed);
+      "\n  ", result.failure, "\n  repeat it: ", kRepeat, seed);
 }
 
 TEST(SimSeedTest, AllSeedsEndWell) {
@@ -47,11 +67,14 @@ TEST(SimSeedTest, AllSeedsEndWell) {
   const uint64_t first = FromEnvironment("DSD_SIM_FIRST_SEED", 1);
   std::array<int64_t, sim::kNumFaultKinds> fired{};
   int64_t steps = 0;
+  uint64_t trace = 0;
   int failures = 0;
   const absl::Time start = absl::Now();
   for (uint64_t seed = first; seed < first + seeds; ++seed) {
+    g_seed = seed;
     const SeedResult result = RunSeed(seed);
     steps += result.steps;
+    trace = trace * 31 + result.trace;
     for (int kind = 0; kind < sim::kNumFaultKinds; ++kind) {
       for (const sim::Fault& fault : result.faults) {
         if (static_cast<int>(fault.kind) == kind && fault.fired > 0) {
@@ -67,8 +90,9 @@ TEST(SimSeedTest, AllSeedsEndWell) {
   }
   const double ms = absl::ToDoubleMilliseconds(absl::Now() - start);
   std::cout << seeds << " seeds from " << first << ", " << ms / seeds
-            << " ms and " << steps / seeds << " steps each; seeds in which "
-            << "each fault happened:\n";
+            << " ms and " << steps / seeds << " steps each, trace "
+            << absl::StrCat(absl::Hex(trace))
+            << "; seeds in which each fault happened:\n";
   for (int kind = 0; kind < sim::kNumFaultKinds; ++kind) {
     std::cout << "  " << sim::ToString(static_cast<sim::FaultKind>(kind))
               << ": " << fired[kind] << "\n";
@@ -118,5 +142,8 @@ TEST(PlantedBugTest, AnEngineThatIsEarlyIsFound) {
 int main(int argc, char** argv) {
   testing::InitGoogleTest(&argc, argv);
   if (argc > 1 && !absl::SimpleAtoi(argv[1], &dsd::g_seeds)) return 2;
+  for (const int signal : {SIGABRT, SIGSEGV}) {
+    std::signal(signal, &dsd::TellSeed);
+  }
   return RUN_ALL_TESTS();
 }
