@@ -2,25 +2,30 @@
 
 load("//third_party/bazel:cc.bzl", "dsd_cc_test")
 
-def conformance_test(name, backends, cases):
-    """Declares <name>_<backend> for each backend, and <name> for all.
+def conformance_test(name, backends, cases, variants = {}):
+    """Declares <name>_<backend> for each backend, one more for each variant, and <name> for all.
 
     Args:
       name: of the suite of all.
       backends: names of folders in //backends.
       cases: libraries of cases, with alwayslink.
+      variants: name -> a dict: "backend", "env" (an environment) and "data" (what that names).
     """
-    for backend in backends:
+    runs = {backend: {"backend": backend} for backend in backends}
+    runs.update(variants)
+    for run, how in runs.items():
         dsd_cc_test(
-            name = "%s_%s" % (name, backend),
+            name = "%s_%s" % (name, run),
             size = "large",
             srcs = ["conformance_test.cc"],
-            local_defines = ["DSD_BACKEND=\\\"%s\\\"" % backend],
+            data = how.get("data", []),
+            env = how.get("env", {}),
+            local_defines = ["DSD_BACKEND=\\\"%s\\\"" % how["backend"]],
             main = "//testing/harness:rank_main",
             tags = ["cpu:2"],
             deps = cases + [
                 ":conformance",
-                "//backends/" + backend,
+                "//backends/" + how["backend"],
                 "//core/base",
                 "//core/comm",
                 "//testing/harness:rank_processes",
@@ -31,5 +36,5 @@ def conformance_test(name, backends, cases):
         )
     native.test_suite(
         name = name,
-        tests = [":%s_%s" % (name, backend) for backend in backends],
+        tests = [":%s_%s" % (name, run) for run in runs],
     )
