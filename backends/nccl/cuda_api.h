@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What the NCCL backend needs of the CUDA runtime (12 and 13 alike), declared
-// here and looked up when the program runs: cuda_api_test compares it with
+// here and looked up when the program runs: abi_test compares it with
 // NVIDIA's header.
 
 #ifndef DSD_BACKENDS_NCCL_CUDA_API_H_

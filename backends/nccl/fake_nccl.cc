@@ -408,7 +408,8 @@ int Add(const Op& op, ncclComm* comm, void* stream) {
 extern "C" {
 
 int ncclGetVersion(int* version) {
-  *version = Script("version", -1, 23007);
+  const char* const rank = getenv("RANK");
+  *version = Script("version", rank == nullptr ? -1 : atoi(rank), 23007);
   return kSuccess;
 }
 

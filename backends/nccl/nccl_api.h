@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What this backend needs of NCCL, declared here and looked up when the program
-// runs: nccl_api_test compares it with NVIDIA's header. Everything is there
+// runs: abi_test compares it with NVIDIA's header. Everything is there
 // since version 2.14, the first with communicators that do not block.
 
 #ifndef DSD_BACKENDS_NCCL_NCCL_API_H_
