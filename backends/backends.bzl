@@ -4,6 +4,7 @@
 BACKENDS = [
     "gloo",
     "local",
+    "nccl",
     "ucx",
 ]
 

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <string>
 
 #include "absl/base/no_destructor.h"
 #include "absl/strings/match.h"
@@ -16,6 +18,12 @@ namespace {
 std::vector<ConformanceCase>& Cases() {
   static absl::NoDestructor<std::vector<ConformanceCase>> cases;
   return *cases;
+}
+
+std::map<std::string, ConformanceRequirement>& Requirements() {
+  static absl::NoDestructor<std::map<std::string, ConformanceRequirement>>
+      requirements;
+  return *requirements;
 }
 
 }  // namespace
@@ -31,6 +39,16 @@ std::vector<ConformanceCase> ConformanceCases() {
               return absl::string_view(a.name) < b.name;
             });
   return cases;
+}
+
+ConformanceRequirementRegistration::ConformanceRequirementRegistration(
+    const char* backend, ConformanceRequirement requirement) {
+  Requirements()[backend] = requirement;
+}
+
+absl::Status CheckConformanceRequirement(absl::string_view backend, int ranks) {
+  const auto it = Requirements().find(std::string(backend));
+  return it == Requirements().end() ? absl::OkStatus() : it->second(ranks);
 }
 
 absl::Status Expect(const absl::Status& found, absl::StatusCode code,

@@ -30,6 +30,7 @@ struct ConformanceCase {
   absl::Status (*body)(Communicator& comm);
   int min_ranks;
   int max_ranks;
+  bool needs_device_memory = false;
 };
 
 // All that are linked, sorted by name.
@@ -50,6 +51,23 @@ class ConformanceRegistration {
   static const ::dsd::ConformanceRegistration name##Registration( \
       {#name, &name##Case, min_ranks, max_ranks});                \
   static absl::Status name##Case([[maybe_unused]] ::dsd::Communicator& comm)
+// For backends with cuda_memory; see device_memory.h.
+#define DSD_DEVICE_CONFORMANCE_CASE(name)                         \
+  static absl::Status name##Case(::dsd::Communicator& comm);      \
+  static const ::dsd::ConformanceRegistration name##Registration( \
+      {#name, &name##Case, 2, 1 << 30, /*needs_device_memory=*/true}); \
+  static absl::Status name##Case(::dsd::Communicator& comm)
+
+// Why `ranks` ranks of a backend cannot run here, for backends that need more
+// than a network. Given beside the cases.
+using ConformanceRequirement = absl::Status (*)(int ranks);
+class ConformanceRequirementRegistration {
+ public:
+  ConformanceRequirementRegistration(const char* backend,
+                                     ConformanceRequirement requirement);
+};
+// OK, or FailedPrecondition with the reason to skip.
+absl::Status CheckConformanceRequirement(absl::string_view backend, int ranks);
 
 // OK if `found` has this code and its text contains all of `parts`.
 absl::Status Expect(const absl::Status& found, absl::StatusCode code,

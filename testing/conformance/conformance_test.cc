@@ -52,6 +52,11 @@ bool RanksAreThreads() {
   return descriptor.ok() && (*descriptor)->in_process;
 }
 
+bool HasDeviceMemory() {
+  const auto descriptor = FindBackend(DSD_BACKEND);
+  return descriptor.ok() && (*descriptor)->cuda_memory;
+}
+
 struct Parameter {
   ConformanceCase one;
   int ranks;
@@ -64,6 +69,7 @@ void PrintTo(const Parameter& parameter, std::ostream* os) {
 std::vector<Parameter> Parameters() {
   std::vector<Parameter> parameters;
   for (const ConformanceCase& one : ConformanceCases()) {
+    if (one.needs_device_memory && !HasDeviceMemory()) continue;
     const int most =
         std::max(one.min_ranks, std::min(kMaxRanks, one.max_ranks));
     for (int ranks = one.min_ranks; ranks <= most; ++ranks) {
@@ -79,6 +85,11 @@ class ConformanceTest : public ::testing::TestWithParam<Parameter> {};
 // the group at once would else sometimes fail the others' connecting.
 TEST_P(ConformanceTest, Passes) {
   const auto& [one, ranks] = GetParam();
+  if (const absl::Status status =
+          CheckConformanceRequirement(DSD_BACKEND, ranks);
+      !status.ok()) {
+    GTEST_SKIP() << status.message();
+  }
   if (RanksAreThreads()) {
     absl::Mutex mu;
     int connected = 0;
@@ -116,6 +127,10 @@ INSTANTIATE_TEST_SUITE_P(All, ConformanceTest,
                          });
 
 TEST(ConformanceConnectTest, EachAbsentRankIsNamed) {
+  if (const absl::Status status = CheckConformanceRequirement(DSD_BACKEND, 3);
+      !status.ok()) {
+    GTEST_SKIP() << status.message();
+  }
   if (RanksAreThreads()) {
     for (int absent = 0; absent < 3; ++absent) {
       RankThreadsOptions options;

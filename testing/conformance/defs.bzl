@@ -2,24 +2,27 @@
 
 load("//third_party/bazel:cc.bzl", "dsd_cc_test")
 
-def conformance_test(name, backend, target, env = {}):
+def conformance_test(name, backend, target, deps = [], data = [], env = {}):
     """Declares a test that runs all cases on one backend.
 
     Args:
       name: of the test.
       backend: the name under which it is registered.
       target: the library that registers it.
+      deps: what else is linked.
+      data: what `env` names.
       env: added to the environment of the ranks.
     """
     dsd_cc_test(
         name = name,
         size = "large",
         srcs = [Label("//testing/conformance:conformance_test.cc")],
+        data = data,
         env = env,
         local_defines = ["DSD_BACKEND=\\\"%s\\\"" % backend],
         main = Label("//testing/harness:rank_main"),
         tags = ["cpu:2"],
-        deps = [
+        deps = deps + [
             target,
             Label("//core/base"),
             Label("//core/comm"),
