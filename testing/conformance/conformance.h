@@ -52,9 +52,9 @@ class ConformanceRegistration {
       {#name, &name##Case, min_ranks, max_ranks});                \
   static absl::Status name##Case([[maybe_unused]] ::dsd::Communicator& comm)
 // For backends with cuda_memory; see device_memory.h.
-#define DSD_DEVICE_CONFORMANCE_CASE(name)                         \
-  static absl::Status name##Case(::dsd::Communicator& comm);      \
-  static const ::dsd::ConformanceRegistration name##Registration( \
+#define DSD_DEVICE_CONFORMANCE_CASE(name)                              \
+  static absl::Status name##Case(::dsd::Communicator& comm);           \
+  static const ::dsd::ConformanceRegistration name##Registration(      \
       {#name, &name##Case, 2, 1 << 30, /*needs_device_memory=*/true}); \
   static absl::Status name##Case(::dsd::Communicator& comm)
 

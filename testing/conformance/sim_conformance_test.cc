@@ -3,6 +3,7 @@
 // Runs the cases on simulated ranks: each on 1 to 4 of them with several
 // orders of events, and the small ones on up to 64.
 
+#include <algorithm>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -48,11 +49,19 @@ void PrintTo(const Parameter& parameter, std::ostream* os) {
 std::vector<Parameter> Parameters() {
   std::vector<Parameter> parameters;
   for (const ConformanceCase& one : ConformanceCases()) {
-    for (int ranks = one.min_ranks; ranks <= kMaxRanks; ++ranks) {
+    if (one.needs_device_memory) continue;
+    // Nothing that time and order could change.
+    if (absl::StrContains(one.name, "2GiB")) continue;
+    for (int ranks = one.min_ranks; ranks <= std::min(kMaxRanks, one.max_ranks);
+         ++ranks) {
       parameters.push_back({one, ranks});
     }
     if (IsHeavy(one.name)) continue;
-    for (const int ranks : kManyRanks) parameters.push_back({one, ranks});
+    for (const int ranks : kManyRanks) {
+      if (ranks >= one.min_ranks && ranks <= one.max_ranks) {
+        parameters.push_back({one, ranks});
+      }
+    }
   }
   return parameters;
 }
