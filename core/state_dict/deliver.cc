@@ -16,6 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/mesh.h"
@@ -134,6 +135,13 @@ DigestBuilder FullGetParameters(const StateDictOptions& options,
       .Add(static_cast<int64_t>(options.cpu_offload))
       .Add(destinations);
   return parameters;
+}
+
+std::string DescribeFullGet(const StateDictOptions& options,
+                            const std::vector<Holder>& destinations) {
+  return absl::StrCat("cpu_offload = ", options.cpu_offload ? "true" : "false",
+                      " for the ranks [", absl::StrJoin(destinations, ", "),
+                      "]");
 }
 
 // A tensor, or elements [begin, end) of it, or an object if `tensor` is null.
@@ -282,10 +290,11 @@ absl::Status Deliver(absl::Status local, const StateDictOptions& options,
     return absl::OkStatus();
   }
   bool changed = false;
-  DSD_RETURN_IF_ERROR(
-      mover.Move("full get", delivery.source(), delivery.target(),
-                 FullGetParameters(options, destinations).Finish(), local,
-                 clock, &changed));
+  DSD_RETURN_IF_ERROR(mover.Move(
+      "full get", delivery.source(), delivery.target(),
+      FullGetParameters(options, destinations).Finish(),
+      [&] { return DescribeFullGet(options, destinations); }, local, clock,
+      &changed));
   if (!delivery.receives()) {
     root = StateDict();
     return absl::OkStatus();
@@ -338,8 +347,13 @@ absl::Status Stream(absl::Status local, const StateDictOptions& options,
                    absl::StrCat("\"", JoinPath(pieces[end].path), "\""));
     }
     bool changed = false;
-    DSD_RETURN_IF_ERROR(mover.Move("stream the state", source, target,
-                                   parameters, local, clock, &changed));
+    DSD_RETURN_IF_ERROR(mover.Move(
+        "stream the state", source, target, parameters,
+        [&] {
+          return absl::StrCat(DescribeFullGet(options, destinations),
+                              ", batch_bytes = ", stream.batch_bytes);
+        },
+        local, clock, &changed));
     mover.ForgetPlan();
     for (; next < end; ++next) {
       if (!receives || !local.ok()) continue;
@@ -353,7 +367,8 @@ absl::Status Stream(absl::Status local, const StateDictOptions& options,
       streamed.begin = piece.begin;
       streamed.end = piece.end;
       streamed.is_whole = piece.is_whole;
-      local = Annotate(visit(streamed), absl::StrCat("\"", streamed.key, "\""));
+      local = Annotate(TorchToStatus([&] { return visit(streamed); }),
+                       absl::StrCat("\"", streamed.key, "\""));
     }
   } while (next < pieces.size());
   return Agree(

@@ -477,6 +477,18 @@ absl::StatusOr<StateDict> JoinDicts(absl::string_view what,
       .Join(status, mine);
 }
 
+absl::StatusOr<StateDict> JoinStateDicts(const StateDict& mine,
+                                         Communicator* comm,
+                                         const std::vector<int>& replica_ranks,
+                                         const CallOptions& call) {
+  if (comm == nullptr) return mine;
+  const Mover mover(comm);
+  const CallClock clock(mover.env(), call);
+  return JoinDicts("join state dicts", absl::OkStatus(), mine,
+                   replica_ranks.empty() ? nullptr : &replica_ranks, mover,
+                   clock);
+}
+
 absl::StatusOr<std::vector<TensorPair>> JoinPairs(
     absl::string_view what, const absl::Status& local,
     const std::vector<TensorPair>& mine, StateDict& sources,

@@ -37,6 +37,15 @@ absl::StatusOr<StateDict> JoinDicts(absl::string_view what,
                                     const std::vector<int>* replica_ranks,
                                     const Mover& mover, const CallClock& clock);
 
+// The dicts of ranks that have different keys (pipeline stages, experts) as one
+// dict of equal keys on all ranks, for SaveCheckpoint and LoadCheckpoint: as
+// JoinDicts, and what lies in this rank's memory still does. A tensor that is
+// plain is whole on each of `replica_ranks` of this rank; empty: on whatever
+// ranks have the key. Collective. `comm` null: `mine`. Errors: as JoinDicts.
+absl::StatusOr<StateDict> JoinStateDicts(
+    const StateDict& mine, Communicator* comm,
+    const std::vector<int>& replica_ranks = {}, const CallOptions& call = {});
+
 // The union of all ranks' pairs, for endpoints that all ranks build alike.
 // Sources are tensors below `sources`, a dict made by JoinDicts. Collective.
 // Errors: as JoinDicts.

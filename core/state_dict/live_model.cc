@@ -42,6 +42,27 @@ bool HasIdentity(const at::Tensor& tensor, const TensorIdentity& id) {
 
 }  // namespace
 
+namespace {
+
+// Equal for tensors that have the same elements at the same places.
+TensorIdentity UpToOrder(TensorIdentity id) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (size_t d = 0; d < id.strides.size(); ++d) {
+    if (id.sizes[d] != 1) dims.emplace_back(id.strides[d], id.sizes[d]);
+  }
+  if (id.strides.empty()) return id;
+  std::sort(dims.begin(), dims.end());
+  id.sizes.clear();
+  id.strides.clear();
+  for (const auto& [stride, size] : dims) {
+    id.strides.push_back(stride);
+    id.sizes.push_back(size);
+  }
+  return id;
+}
+
+}  // namespace
+
 TensorIdentity IdentityOf(const at::Tensor& tensor) {
   TensorIdentity id;
   id.sizes.assign(tensor.sizes().begin(), tensor.sizes().end());
@@ -158,8 +179,29 @@ bool LiveModel::has_overlap() {
       if (extra_state(group) == nullptr) distinct.push_back(tensor(group));
     }
     has_overlap_ = FindOverlap(distinct).has_value();
+    leader_of_.clear();
+    absl::flat_hash_map<TensorIdentity, size_t> first;
+    for (size_t group = 0; *has_overlap_ && group < table_.groups().size();
+         ++group) {
+      leader_of_.push_back(
+          extra_state(group) != nullptr
+              ? group
+              : first.try_emplace(UpToOrder(IdentityOf(tensor(group))), group)
+                    .first->second);
+    }
   }
   return *has_overlap_;
+}
+
+std::vector<size_t> LiveModel::FollowersOf(size_t group) {
+  std::vector<size_t> followers;
+  if (!has_overlap()) return followers;
+  for (size_t other = 0; other < leader_of_.size(); ++other) {
+    if (other != group && leader_of_[other] == leader_of_[group]) {
+      followers.push_back(other);
+    }
+  }
+  return followers;
 }
 
 absl::StatusOr<size_t> LiveModel::GroupOf(const at::Tensor& tensor) const {

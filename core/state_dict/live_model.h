@@ -70,6 +70,14 @@ class LiveModel {
   // once for a table.
   bool has_overlap();
 
+  // The first group whose tensor is the same memory with its dimensions in
+  // another order (w and w.t()); `group` itself if there is none.
+  size_t LeaderOf(size_t group) {
+    return has_overlap() ? leader_of_[group] : group;
+  }
+  // All groups of which that is true for the leader of `group`, but `group`.
+  std::vector<size_t> FollowersOf(size_t group);
+
   int64_t tables_built() const { return tables_built_; }
 
   // Grows when table() or a value() becomes another one.
@@ -89,6 +97,7 @@ class LiveModel {
   int64_t revision_ = 0;
   std::vector<TensorValue> values_;  // by group
   std::optional<bool> has_overlap_;
+  std::vector<size_t> leader_of_;  // by group, if has_overlap_
   absl::flat_hash_map<const c10::TensorImpl*, size_t> group_of_;
   absl::flat_hash_map<TensorIdentity, size_t> group_of_identity_;
   int64_t tables_built_ = 0;

@@ -12,6 +12,7 @@
 #include "ATen/core/Tensor.h"
 #include "ATen/core/grad_mode.h"
 #include "ATen/ops/empty.h"
+#include "ATen/ops/empty_strided.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/functional/function_ref.h"
@@ -33,6 +34,19 @@ namespace {
 bool IsMeta(const TensorValue& value) {
   return std::any_of(value.locals().begin(), value.locals().end(),
                      [](const at::Tensor& local) { return local.is_meta(); });
+}
+
+bool IsDense(const TensorValue& value) {
+  return std::all_of(value.locals().begin(), value.locals().end(),
+                     [](const at::Tensor& local) {
+                       return local.layout() == c10::Layout::Strided;
+                     });
+}
+
+// Dicts of PyTorch before 0.4 have [1] where there is no dimension now.
+bool IsLegacyScalar(const TensorValue& value, const TensorValue& live) {
+  return value.is_plain() && live.is_plain() && value.shape() == Dims({1}) &&
+         live.shape().empty();
 }
 
 // What a person who has these keys may have overlooked; empty if nothing.
@@ -141,7 +155,8 @@ absl::StatusOr<StateDict> GetModelState(const LiveModel& model,
         put(key, known->second);
         return;
       }
-      absl::StatusOr<Value> value = extra->GetExtraState();
+      absl::StatusOr<Value> value =
+          TorchToStatus([&] { return extra->GetExtraState(); });
       if (!value.ok()) {
         status.Update(
             Annotate(value.status(), absl::StrCat("\"", entry.fqn, "\"")));
@@ -164,7 +179,7 @@ std::string ModelLoad::MisfitOf(const std::string& key, const Value& value,
         "\"", key, "\": expected a tensor, found ",
         tensor == nullptr ? value.kind_name() : "an undefined one");
   }
-  if (tensor->shape() != live.shape()) {
+  if (tensor->shape() != live.shape() && !IsLegacyScalar(*tensor, live)) {
     return absl::StrCat("\"", key, "\": shape in the dict is ",
                         DimsToString(tensor->shape()), ", in the model ",
                         DimsToString(live.shape()));
@@ -195,6 +210,13 @@ std::string ModelLoad::MisfitOf(const std::string& key, const Value& value,
       case DTypePolicy::kError:
         return absl::StrCat(types, "; dtype_policy = kCast converts it");
     }
+  }
+  for (const TensorValue* const side : {tensor, &live}) {
+    if (IsDense(*side)) continue;
+    return absl::StrCat("\"", key, "\": the ",
+                        side == tensor ? "tensor in the dict" : "live tensor",
+                        " is not dense (sparse layouts are not supported); "
+                        "convert it with to_dense()");
   }
   if (IsMeta(*tensor)) {
     return absl::StrCat("\"", key,
@@ -237,6 +259,8 @@ absl::Status ModelLoad::Match(const StateDict& dict, const StateDict* elsewhere,
     });
     DSD_RETURN_IF_ERROR(status);
   }
+  absl::flat_hash_set<size_t> filled;  // by leader
+  std::vector<std::pair<size_t, std::string>> missing;
   for (size_t group = 0; group < table.groups().size(); ++group) {
     // Tied tensors: one of their names is enough. Others must fit too.
     bool is_inside = false;
@@ -258,14 +282,25 @@ absl::Status ModelLoad::Match(const StateDict& dict, const StateDict* elsewhere,
       });
     }
     if (!is_inside) continue;
+    // The same memory with its dimensions in another order (w and w.t()): what
+    // fills one fills the other.
+    const size_t leader = model_.LeaderOf(group);
+    if (leader != group && filled.contains(leader)) continue;
     if (value == nullptr) {
-      report.model.missing_keys.push_back(key);
-    } else if (model_.extra_state(group) != nullptr) {
+      missing.emplace_back(group, std::move(key));
+      continue;
+    }
+    filled.insert(leader);
+    if (model_.extra_state(group) != nullptr) {
       extras_.push_back({group, std::move(key), *value});
     } else if (fits) {
       tensors_.push_back(
           {group, *value->get_if<TensorValue>(), model_.value(group)});
     }
+  }
+  for (auto& [group, key] : missing) {
+    if (filled.contains(model_.LeaderOf(group))) continue;
+    report.model.missing_keys.push_back(std::move(key));
   }
   for (size_t i = 0; i < dict.size(); ++i) {
     std::string key = dict.key_text(i);
@@ -290,6 +325,8 @@ void ModelLoad::CheckOverlap(MismatchReport& report) {
   if (!model_.has_overlap()) return;
   std::vector<at::Tensor> targets;
   for (const TensorLoad& load : tensors_) {
+    // One per memory: Match takes one of those that differ only in the order
+    // of their dimensions.
     targets.push_back(model_.tensor(load.group));
   }
   if (const auto overlap = FindOverlap(targets)) {
@@ -312,10 +349,13 @@ absl::StatusOr<TensorValue> ModelLoad::NewTarget(const TensorLoad& load) const {
   const at::Tensor& local = live.locals()[0];
   DSD_ASSIGN_OR_RETURN(
       at::Tensor target, TorchToStatus([&] {
-        return at::empty(
-            local.sizes(),
+        const auto options =
             c10::TensorOptions(TargetType(load))
-                .device(local.is_meta() ? c10::kCPU : local.device()));
+                .device(local.is_meta() ? c10::kCPU : local.device());
+        // Views of it will be given to those that share its memory.
+        return model_.FollowersOf(load.group).empty()
+                   ? at::empty(local.sizes(), options)
+                   : at::empty_strided(local.sizes(), local.strides(), options);
       }));
   if (live.is_plain()) return TensorValue(std::move(target));
   return TensorValue::Sharded(Sharding{live.layout(), live.holder()},
@@ -330,6 +370,13 @@ absl::Status ModelLoad::Prepare(std::vector<TensorPair>& pairs) {
       DSD_RETURN_IF_ERROR(target) << "\"" << fqn << "\"";
       load.target = *std::move(target);
     }
+    if (load.source.shape() != load.target.shape()) {  // IsLegacyScalar
+      DSD_ASSIGN_OR_RETURN(
+          at::Tensor scalar, TorchToStatus([&] {
+            return load.source.locals()[0].detach().reshape({});
+          }));
+      load.source = TensorValue(std::move(scalar));
+    }
     pairs.push_back({absl::StrCat("model.", fqn), load.source, load.target});
   }
   for (ExtraLoad& load : extras_) {
@@ -342,12 +389,20 @@ absl::Status ModelLoad::Prepare(std::vector<TensorPair>& pairs) {
 absl::Status ModelLoad::Commit() {
   for (const TensorLoad& load : tensors_) {
     if (!options_.assign) break;
-    for (const size_t index : model_.table().groups()[load.group]) {
+    std::vector<size_t> indices = model_.table().groups()[load.group];
+    for (const size_t follower : model_.FollowersOf(load.group)) {
+      const std::vector<size_t>& more = model_.table().groups()[follower];
+      indices.insert(indices.end(), more.begin(), more.end());
+    }
+    for (const size_t index : indices) {
       const FqnTable::Entry& entry = model_.table().entries()[index];
       DSD_RETURN_IF_ERROR(TorchToStatus([&] {
         const at::NoGradGuard no_grad;
         const at::Tensor& live = model_.tensor(entry);
-        const at::Tensor& target = load.target.locals()[0];
+        at::Tensor target = load.target.locals()[0];
+        if (entry.group != load.group) {
+          target = target.as_strided(live.sizes(), live.strides());
+        }
         // set_data refuses to leave the meta device.
         if (live.is_meta()) {
           live.unsafeGetTensorImpl()->_change_backend_component_keys(
@@ -359,9 +414,10 @@ absl::Status ModelLoad::Commit() {
     }
   }
   for (const ExtraLoad& load : extras_) {
-    DSD_RETURN_IF_ERROR(
-        model_.extra_state(load.group)->SetExtraState(load.value))
-        << "\"" << load.key << "\"";
+    DSD_RETURN_IF_ERROR(TorchToStatus([&] {
+      return model_.extra_state(load.group)->SetExtraState(load.value);
+    })) << "\""
+        << load.key << "\"";
   }
   return absl::OkStatus();
 }

@@ -9,8 +9,8 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
-#include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/transfer/agree_on_catalogs.h"
 
 namespace dsd {
 namespace {
@@ -18,21 +18,6 @@ namespace {
 // A session alternates between a few operations: get, set, and a set from each
 // of some kinds of dicts.
 constexpr size_t kPlansKept = 8;
-
-std::string DescribeCatalog(const Catalog& catalog) {
-  constexpr size_t kShown = 8;
-  std::string text = absl::StrCat(catalog.size(), " tensors (digest ",
-                                  catalog.Fingerprint().Hex().substr(0, 8));
-  for (size_t i = 0; i < std::min(catalog.size(), kShown); ++i) {
-    absl::StrAppend(&text, ", \"", catalog[i].fqn, "\" ",
-                    DTypeName(catalog[i].dtype), " ",
-                    catalog[i].layout.ToString());
-  }
-  if (catalog.size() > kShown) {
-    absl::StrAppend(&text, ", and ", catalog.size() - kShown, " more");
-  }
-  return absl::StrCat(text, ")");
-}
 
 }  // namespace
 
@@ -79,12 +64,6 @@ Digest Mover::Prepared::Fingerprint(const Digest& parameters) const {
       .Finish();
 }
 
-std::string Mover::Prepared::Describe(const Digest& parameters) const {
-  return absl::StrCat("options ", parameters.Hex().substr(0, 8), ", from ",
-                      DescribeCatalog(source->catalog()), " to ",
-                      DescribeCatalog(target->catalog()));
-}
-
 Mover::Prepared Mover::Prepare(TensorEndpoint& source, TensorEndpoint& target,
                                const absl::Status& local) {
   Prepared prepared{&source, &target, source.catalog().Fingerprint(),
@@ -95,6 +74,16 @@ Mover::Prepared Mover::Prepare(TensorEndpoint& source, TensorEndpoint& target,
                           .status();
   }
   return prepared;
+}
+
+absl::Status Mover::AgreeOn(absl::string_view what, const Prepared& prepared,
+                            const Digest& parameters,
+                            absl::FunctionRef<std::string()> describe,
+                            const CallClock& clock) {
+  return AgreeOnCatalogs(
+      comm_, what, {&prepared.source->catalog(), &prepared.target->catalog()},
+      prepared.Fingerprint(parameters), prepared.status, describe,
+      clock.Left());
 }
 
 absl::Status Mover::MoveAgreed(const Prepared& prepared,
@@ -113,12 +102,11 @@ absl::Status Mover::MoveAgreed(const Prepared& prepared,
 
 absl::Status Mover::Move(absl::string_view what, TensorEndpoint& source,
                          TensorEndpoint& target, const Digest& parameters,
+                         absl::FunctionRef<std::string()> describe,
                          const absl::Status& local, const CallClock& clock,
                          bool* changed) {
   const Prepared prepared = Prepare(source, target, local);
-  DSD_RETURN_IF_ERROR(Agree(
-      comm_, what, prepared.Fingerprint(parameters), prepared.status,
-      [&] { return prepared.Describe(parameters); }, clock.Left()));
+  DSD_RETURN_IF_ERROR(AgreeOn(what, prepared, parameters, describe, clock));
   *changed = true;
   return MoveAgreed(prepared, clock);
 }

@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -76,9 +77,8 @@ class Mover {
     Digest target_digest;
     absl::Status status;  // whether this rank can do it
 
-    // What all ranks must agree on, and the same in words.
+    // What all ranks must agree on.
     Digest Fingerprint(const Digest& parameters) const;
-    std::string Describe(const Digest& parameters) const;
   };
 
   // Makes and keeps the plan that moves all tensors of equal names. Sends
@@ -87,16 +87,24 @@ class Mover {
   Prepared Prepare(TensorEndpoint& source, TensorEndpoint& target,
                    const absl::Status& local);
 
+  // Agrees on `prepared` and on `parameters`, which `describe` puts into words.
+  // Collective. Errors: of prepared.status on any rank, and of AgreeOnCatalogs.
+  absl::Status AgreeOn(absl::string_view what, const Prepared& prepared,
+                       const Digest& parameters,
+                       absl::FunctionRef<std::string()> describe,
+                       const CallClock& clock);
+
   // Moves. Collective; all ranks have agreed on Fingerprint(). Errors: of
   // PlanForRank and Transfer.
   absl::Status MoveAgreed(const Prepared& prepared, const CallClock& clock);
 
   // Prepare and MoveAgreed, after all ranks agree on both catalogs and on
-  // `parameters` and none brings an error in `local`. Errors: of Agree also.
+  // `parameters` and none brings an error in `local`. Errors: of AgreeOn also.
   // *changed is set to true when the agreement is done and target memory may
   // have been written.
   absl::Status Move(absl::string_view what, TensorEndpoint& source,
                     TensorEndpoint& target, const Digest& parameters,
+                    absl::FunctionRef<std::string()> describe,
                     const absl::Status& local, const CallClock& clock,
                     bool* changed);
 

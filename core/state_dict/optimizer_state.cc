@@ -41,8 +41,10 @@ const TensorValue* LiveTensor(const StateDict& live, const std::string& key) {
   const Value* value = FindSet(live, key);
   const auto* tensor =
       value == nullptr ? nullptr : value->get_if<TensorValue>();
-  return tensor != nullptr && tensor->is_plain() && tensor->defined() ? tensor
-                                                                      : nullptr;
+  return tensor != nullptr && tensor->is_plain() && tensor->defined() &&
+                 !tensor->locals()[0].is_meta()
+             ? tensor
+             : nullptr;
 }
 
 // A whole number >= 0 that both int64 and float64 have.
@@ -496,8 +498,12 @@ absl::Status OptimizerLoad::PrepareParam(const GroupLoad& group,
           target = old->locals()[0];
         } else {
           DSD_ASSIGN_OR_RETURN(target, TorchToStatus([&] {
+                                 // Assign gives such a parameter host memory.
                                  return at::empty_like(
-                                     like, like.options().dtype(type));
+                                     like,
+                                     like.options().dtype(type).device(
+                                         like.is_meta() ? c10::Device(c10::kCPU)
+                                                        : like.device()));
                                }));
         }
         DSD_ASSIGN_OR_RETURN(TensorValue to,

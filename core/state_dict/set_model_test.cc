@@ -10,6 +10,7 @@
 
 #include "ATen/ops/empty.h"
 #include "ATen/ops/equal.h"
+#include "ATen/ops/eye.h"
 #include "ATen/ops/zeros.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -370,6 +371,80 @@ TEST(TensorKindsTest, MetaIsReturnedByASimpleGetAndRefusedByAFullOne) {
   EXPECT_THAT(Set(model, *dict).status(),
               IsStatus(absl::StatusCode::kInvalidArgument,
                        "\"w\": the tensor in the dict is on the meta device"));
+}
+
+TEST(TensorKindsTest, SparseTensorsAreGotAndRefusedAsATarget) {
+  FakeModel model;
+  model.Add("w", at::zeros({2}));
+  model.Add("sparse", at::eye(3).to_sparse());
+  const auto dict = SourceSession(&model, {}, nullptr, {}).GetModel();
+  ASSERT_TRUE(dict.ok()) << dict.status();
+  EXPECT_THAT(SourceSession(&model, {}, nullptr, Full()).GetModel().status(),
+              IsStatus(absl::StatusCode::kInvalidArgument, "not dense"));
+  const StateDict dense =
+      DictOf({{"w", Numbers({2}, 5)}, {"sparse", at::eye(3)}});
+  for (const bool assign : {false, true}) {
+    StateDictOptions options;
+    options.assign = assign;
+    EXPECT_THAT(Set(model, dense, options).status(),
+                IsStatus(absl::StatusCode::kInvalidArgument,
+                         "\"sparse\": the live tensor is not dense"));
+    EXPECT_TRUE(at::equal(model.tensor(0), at::zeros({2})));
+  }
+  FakeModel other;
+  other.Add("w", at::zeros({2}));
+  other.Add("sparse", at::zeros({3, 3}));
+  EXPECT_THAT(Set(other, *dict).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument,
+                       "\"sparse\": the tensor in the dict is not dense"));
+}
+
+// Of PyTorch before 0.4, as load_state_dict() takes it.
+TEST(TensorKindsTest, OneElementInOneDimensionFillsAScalar) {
+  for (const bool assign : {false, true}) {
+    FakeModel model;
+    model.Add("s", at::zeros({}));
+    StateDictOptions options;
+    options.assign = assign;
+    const auto keys = Set(model, DictOf({{"s", Numbers({1}, 7)}}), options);
+    ASSERT_TRUE(keys.ok()) << keys.status();
+    EXPECT_TRUE(at::equal(model.tensor(0), Numbers({}, 7)));
+    EXPECT_FALSE(Set(model, DictOf({{"s", Numbers({1, 1})}}), options).ok());
+  }
+}
+
+// w and w.t(): one memory under two names, as tied as any.
+TEST(TensorKindsTest, ATransposedTieIsATie) {
+  for (const bool assign : {false, true}) {
+    for (const bool first : {false, true}) {
+      for (const bool second : {false, true}) {
+        FakeModel model;
+        const at::Tensor whole = Numbers({2, 3});
+        model.Add("in", whole);
+        model.Add("out", whole.t());
+        StateDictOptions options;
+        options.assign = assign;
+        StateDict dict;
+        if (first) dict.Set("in", Value(Numbers({2, 3}, 50)));
+        if (second) dict.Set("out", Value(Numbers({2, 3}, 50).t()));
+        const auto keys = Set(model, dict, options);
+        if (!first && !second) {
+          EXPECT_THAT(keys.status(),
+                      IsStatus(absl::StatusCode::kInvalidArgument,
+                               "missing keys (2): \"in\", \"out\""));
+          continue;
+        }
+        ASSERT_TRUE(keys.ok()) << keys.status();
+        EXPECT_TRUE(keys->empty());
+        EXPECT_TRUE(at::equal(model.tensor(0), Numbers({2, 3}, 50)));
+        EXPECT_TRUE(at::equal(model.tensor(1), Numbers({2, 3}, 50).t()));
+        EXPECT_TRUE(model.tensor(0).is_alias_of(model.tensor(1)));
+        // Both names are checked.
+        dict.Set("out", Value(Numbers({2, 3})));
+        EXPECT_FALSE(Set(model, dict, options).ok());
+      }
+    }
+  }
 }
 
 TEST(TensorKindsTest, UndefinedValueIsAMisfit) {

@@ -13,10 +13,13 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
+#include "ATen/ops/empty_like.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/types/span.h"
 #include "c10/core/ScalarType.h"
 #include "dsd/core/base/digest.h"
@@ -30,6 +33,7 @@
 #include "dsd/core/state_dict/optimizer_state.h"
 #include "dsd/core/state_dict/outline.h"
 #include "dsd/core/state_dict/state_dict_ops.h"
+#include "dsd/core/state_dict/verify_replicas.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/tensor/torch_boundary.h"
 
@@ -159,7 +163,9 @@ std::string DescribeOptions(const StateDictOptions& options) {
                                       : "none",
       ", replica_ranks ", options.replica_ranks.empty() ? "not set" : "set",
       ", assign = ", options.assign,
-      ", dtype_policy = ", static_cast<int>(options.dtype_policy));
+      ", dtype_policy = ", static_cast<int>(options.dtype_policy),
+      ", verify_replicas = ", options.verify_replicas,
+      ", staged = ", options.staged);
 }
 
 // The ranks whose dict counts, ascending.
@@ -273,10 +279,14 @@ absl::StatusOr<ModelAndOptimizerStateDict> SourceSession::GetParts(
     Parts parts, const CallOptions& call) {
   const CallClock clock(mover_.env(), call);
   ModelAndOptimizerStateDict out;
-  const absl::Status local = Describe(parts, out);
+  absl::Status local = TorchToStatus([&] { return Describe(parts, out); });
   StateDict root;
   root.Set(kModelKey, Value(std::move(out.model)));
   root.Set(kOptimizerKey, Value(std::move(out.optimizer)));
+  if (options_.full_state_dict && options_.verify_replicas) {
+    DSD_RETURN_IF_ERROR(VerifyReplicas("full get", local, root,
+                                       options_.replica_ranks, mover_, clock));
+  }
   if (options_.full_state_dict) {
     DSD_RETURN_IF_ERROR(JoinIfRanksDiffer(local, clock, root));
   }
@@ -305,7 +315,7 @@ absl::Status SourceSession::StreamParts(Parts parts, StreamVisitor visit,
                                         const CallOptions& call) {
   const CallClock clock(mover_.env(), call);
   ModelAndOptimizerStateDict out;
-  absl::Status local = Describe(parts, out);
+  absl::Status local = TorchToStatus([&] { return Describe(parts, out); });
   if (local.ok() && options_.flatten_optimizer_state_dict) {
     absl::StatusOr<StateDict> flat = FlattenOptimizerState(out.optimizer);
     local.Update(flat.status());
@@ -317,6 +327,10 @@ absl::Status SourceSession::StreamParts(Parts parts, StreamVisitor visit,
     root.Set(kOptimizerKey, Value(std::move(out.optimizer)));
   } else {
     root = std::move(out.model);
+  }
+  if (options_.verify_replicas) {
+    DSD_RETURN_IF_ERROR(VerifyReplicas("stream the state", local, root,
+                                       options_.replica_ranks, mover_, clock));
   }
   DSD_RETURN_IF_ERROR(JoinIfRanksDiffer(local, clock, root));
   return Stream(local, options_, stream, mover_, clock, root, visit);
@@ -377,6 +391,23 @@ struct SourceSession::Attempt {
         source(mover.NewEndpoint()),
         target(mover.NewEndpoint()) {}
 
+  // What ranks may differ in, beside the tensors.
+  std::string Describe() const {
+    const auto keys = [](const std::vector<std::string>& list) {
+      constexpr size_t kShown = 20;
+      return absl::StrCat(
+          "[",
+          absl::StrJoin(list.begin(),
+                        list.begin() + std::min(list.size(), kShown), ", "),
+          list.size() > kShown ? ", ...]" : "]");
+    };
+    return absl::StrCat(sets_model ? "a model dict" : "no model dict",
+                        sets_optimizer ? " and an optimizer dict" : "",
+                        " with missing keys ", keys(report.model.missing_keys),
+                        " and unexpected keys ",
+                        keys(report.model.unexpected_keys));
+  }
+
   // The dicts under the model's names, if there is a key map.
   StateDict mapped_model;
   StateDict mapped_optimizer;
@@ -387,10 +418,31 @@ struct SourceSession::Attempt {
   OptimizerLoad optimizer_load;
   std::vector<TensorPair> local_pairs;  // all of them, or none
   std::vector<TensorPair> joint_pairs;  // of this rank, before they are joined
+  // From memory of their own to the live tensors, if options.staged.
+  std::vector<TensorPair> staged_pairs;
+  StateDict sources;  // by name, if options.verify_replicas
   TensorEndpoint source;
   TensorEndpoint target;
   Digest parameters;
   Mover::Prepared prepared;
+
+  // What is done to all pairs before they are moved.
+  absl::Status Complete(const StateDictOptions& options,
+                        std::vector<TensorPair>& pairs) {
+    DSD_RETURN_IF_ERROR(DetachSources(pairs));
+    for (TensorPair& pair : pairs) {
+      if (options.verify_replicas) sources.Set(pair.name, Value(pair.source));
+      if (!options.staged) continue;
+      absl::StatusOr<TensorValue> memory =
+          MapLocalTensors(pair.target, [](const at::Tensor& local) {
+            return TorchToStatus([&] { return at::empty_like(local); });
+          });
+      DSD_RETURN_IF_ERROR(memory) << "\"" << pair.name << "\"";
+      staged_pairs.push_back({pair.name, *memory, pair.target});
+      pair.target = *std::move(memory);
+    }
+    return absl::OkStatus();
+  }
 };
 
 std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
@@ -433,7 +485,7 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
       attempt->joint_pairs = std::move(pairs);
       return absl::OkStatus();
     }
-    DSD_RETURN_IF_ERROR(DetachSources(pairs));
+    DSD_RETURN_IF_ERROR(attempt->Complete(options_, pairs));
     if (mover_.world_size() == 1 &&
         std::all_of(pairs.begin(), pairs.end(), IsLocalCopy)) {
       attempt->local_pairs = std::move(pairs);
@@ -441,7 +493,8 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
     }
     return AddPairs(pairs, attempt->source, attempt->target);
   };
-  const absl::Status status = prepare();
+  // Functions of the user are called on the way, which may throw.
+  const absl::Status status = TorchToStatus(prepare);
   // Other ranks must set the same parts and will report the same keys.
   DigestBuilder parameters;
   parameters.Add(what)
@@ -492,7 +545,7 @@ SourceSession::JoinAndTry(absl::string_view what, bool contributes,
       std::vector<TensorPair> pairs,
       JoinPairs(what, attempt->prepared.status, attempt->joint_pairs, dicts,
                 &options_.replica_ranks, mover_, clock));
-  absl::Status status = DetachSources(pairs);
+  absl::Status status = attempt->Complete(options_, pairs);
   if (status.ok()) status = AddPairs(pairs, attempt->source, attempt->target);
   attempt->prepared = mover_.Prepare(attempt->source, attempt->target, status);
   return attempt;
@@ -505,7 +558,9 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
   // An error found here is brought to the agreement, not returned: the other
   // ranks must learn of it.
   absl::Status local = CheckOptions({model != nullptr, optimizer != nullptr});
-  if (local.ok()) local = live_.Refresh(mover_);
+  if (local.ok()) {
+    local = TorchToStatus([&] { return live_.Refresh(mover_); });
+  }
   const bool may_skip_model = optimizer != nullptr;
   if (optimizers_.empty()) optimizer = nullptr;
   const std::optional<int> chosen = SourceRank();
@@ -522,6 +577,8 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
                   .Add(static_cast<int64_t>(options_.strict))
                   .Add(static_cast<int64_t>(options_.assign))
                   .Add(static_cast<int64_t>(options_.dtype_policy))
+                  .Add(static_cast<int64_t>(options_.verify_replicas))
+                  .Add(static_cast<int64_t>(options_.staged))
                   .Add(static_cast<int64_t>(chosen.value_or(-1)))
                   .Finish();
   mine.local_code = local.code();
@@ -582,21 +639,27 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
           return other.attempt_code == absl::StatusCode::kOk &&
                  other.attempt == mine.attempt;
         })) {
-      DSD_RETURN_IF_ERROR(Agree(
-          mover_.comm(), what,
-          attempt->prepared.Fingerprint(attempt->parameters),
-          attempt->prepared.status,
-          [&] {
-            return absl::StrCat(
-                attempt->prepared.Describe(attempt->parameters),
-                "; to use the dicts of one rank set source_rank");
-          },
-          clock.Left()));
+      const absl::Status agreed = mover_.AgreeOn(
+          what, attempt->prepared, attempt->parameters,
+          [&] { return attempt->Describe(); }, clock);
+      if (absl::StrContains(agreed.message(), "ranks disagree")) {
+        return absl::Status(
+            agreed.code(),
+            absl::StrCat(agreed.message(),
+                         "; to use the dicts of one rank set source_rank"));
+      }
+      DSD_RETURN_IF_ERROR(agreed);
     }
   }
 
+  if (options_.verify_replicas) {
+    DSD_RETURN_IF_ERROR(VerifyReplicas(what, absl::OkStatus(), attempt->sources,
+                                       options_.replica_ranks, mover_, clock));
+  }
+
   // With new memory for all tensors nothing live is written before the commit.
-  bool changed = !options_.assign || attempt->sets_optimizer;
+  bool changed =
+      !options_.staged && (!options_.assign || attempt->sets_optimizer);
   absl::Status status = mover_.MoveAgreed(attempt->prepared, clock);
   if (status.ok() && !attempt->local_pairs.empty()) {
     absl::StatusOr<TransferStats> copied =
@@ -604,9 +667,22 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
     if (copied.ok()) mover_.set_last_transfer(*copied);
     status = copied.status();
   }
+  if (options_.staged) {
+    if (world_size > 1) {
+      const absl::Status agreed = Agree(
+          mover_.comm(), what, Digest(), status, [] { return std::string(); },
+          clock.Left());
+      status.Update(agreed);
+    }
+    if (status.ok()) {
+      changed = true;
+      // All or nothing: not to be cancelled any more.
+      status = CopyLocally(attempt->staged_pairs, CallOptions()).status();
+    }
+  }
   if (status.ok()) {
     changed = true;
-    status = attempt->model_load.Commit();
+    status = TorchToStatus([&] { return attempt->model_load.Commit(); });
   }
   if (status.ok() && attempt->sets_optimizer) {
     status = attempt->optimizer_load.Commit();
@@ -618,6 +694,8 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
   }
   poisoned_ = absl::OkStatus();
   IncompatibleKeys keys = std::move(attempt->report.model);
+  keys.missing_optimizer_state = std::move(attempt->report.missing_state);
+  keys.unexpected_optimizer_state = std::move(attempt->report.unexpected_state);
   for (const FqnTable::Entry& entry : live_.table().entries()) {
     if (entry.kind != EntryKind::kExtraState && live_.tensor(entry).is_meta()) {
       keys.unmaterialized_keys.push_back(entry.fqn);

@@ -133,6 +133,17 @@ struct StateDictOptions {
 
   // Set.
   DTypePolicy dtype_policy = DTypePolicy::kDefault;
+
+  // Full get and set: what several ranks hold alike (plain tensors, replicated
+  // shards, objects; in a set those of the dicts) is compared before anything
+  // moves; FailedPrecondition names what differs and where. Reads all of it.
+  // Without it any holder is believed.
+  bool verify_replicas = false;
+
+  // Set: values go into memory of their own, and from there into the live
+  // tensors when all ranks have all of them: an error before that, such as the
+  // death of a rank, changes nothing. Costs the memory once more.
+  bool staged = false;
 };
 
 // What a set did not match. Canonical FQNs; the same on every rank, except with
@@ -143,8 +154,17 @@ struct IncompatibleKeys {
   // Live tensors, buffers that are not persistent included, that are still on
   // the meta device: without values. Not an error, not counted by empty().
   std::vector<std::string> unmaterialized_keys;
+  // Of a set of both dicts that is not strict: optimizer state that the dict
+  // lacks, and that no live optimizer has a place for, as "<FQN>" or
+  // "<FQN>.<name>".
+  std::vector<std::string> missing_optimizer_state;
+  std::vector<std::string> unexpected_optimizer_state;
 
-  bool empty() const { return missing_keys.empty() && unexpected_keys.empty(); }
+  bool empty() const {
+    return missing_keys.empty() && unexpected_keys.empty() &&
+           missing_optimizer_state.empty() &&
+           unexpected_optimizer_state.empty();
+  }
 };
 
 struct ModelAndOptimizerStateDict {

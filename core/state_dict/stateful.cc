@@ -61,7 +61,8 @@ absl::Status GetStateful(absl::Span<const StatefulEntry> entries,
   const int rank = comm == nullptr ? 0 : comm->rank();
   const int size = comm == nullptr ? 1 : comm->size();
   const auto get = [&](const StatefulEntry& entry) -> absl::StatusOr<Value> {
-    absl::StatusOr<StateDict> state = entry.object->GetState();
+    absl::StatusOr<StateDict> state =
+        TorchToStatus([&] { return entry.object->GetState(); });
     DSD_RETURN_IF_ERROR(state) << "\"" << entry.key << "\"";
     return Value(*std::move(state));
   };
@@ -166,8 +167,9 @@ absl::Status SetStateful(absl::Span<const StatefulEntry> entries,
   };
   DSD_RETURN_IF_ERROR(agree(local));
   for (const auto& [entry, state] : states) {
-    local.Update(Annotate(entry->object->SetState(state),
-                          absl::StrCat("\"", KeyOf(*entry, rank), "\"")));
+    local.Update(
+        Annotate(TorchToStatus([&] { return entry->object->SetState(state); }),
+                 absl::StrCat("\"", KeyOf(*entry, rank), "\"")));
   }
   return agree(local);
 }

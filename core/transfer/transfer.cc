@@ -387,6 +387,9 @@ std::string PerRank(const std::vector<std::string>& texts) {
 
 constexpr int64_t kMaxVerdictBytes = int64_t{64} << 10;
 
+// Before the text of a rank that will say more if all others do.
+constexpr char kGoesOn = '\x01';
+
 }  // namespace
 
 absl::StatusOr<TransferStats> Transfer(const Plan& plan, Endpoint& source,
@@ -404,7 +407,8 @@ absl::StatusOr<TransferStats> Transfer(const Plan& plan, Endpoint& source,
 absl::Status Agree(Communicator* comm, absl::string_view what,
                    const Digest& fingerprint, const absl::Status& local,
                    absl::FunctionRef<std::string()> describe,
-                   const CallOptions& options) {
+                   const CallOptions& options, bool* disagree) {
+  if (disagree != nullptr) *disagree = false;
   if (comm == nullptr || comm->size() == 1) {
     return local.ok() ? local : Annotate(local, what);
   }
@@ -433,12 +437,21 @@ absl::Status Agree(Communicator* comm, absl::string_view what,
   std::string text;
   if (failed) {
     text = std::string(local.message());
+  } else if (disagree != nullptr) {
+    text = absl::StrCat(std::string(1, kGoesOn), describe());
   } else if (mine != all[0] || comm->rank() == 0) {
     text = describe();
   }
   if (text.size() > kMaxVerdictBytes) text.resize(kMaxVerdictBytes);
-  DSD_ASSIGN_OR_RETURN(const std::vector<std::string> texts,
+  DSD_ASSIGN_OR_RETURN(std::vector<std::string> texts,
                        comm->AllGatherBlobs(text, kMaxVerdictBytes, options));
+  bool all_go_on = true;
+  for (std::string& other : texts) {
+    const bool goes_on = !other.empty() && other[0] == kGoesOn;
+    all_go_on &= goes_on;
+    if (goes_on) other.erase(0, 1);
+  }
+  if (disagree != nullptr) *disagree = !failed && all_go_on;
   if (failed) {
     return absl::Status(code, absl::StrCat(what, ": ", PerRank(texts)));
   }

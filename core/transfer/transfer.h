@@ -53,11 +53,13 @@ absl::StatusOr<TransferStats> Transfer(const Plan& plan, Endpoint& source,
 // Collective. Every rank gets the same verdict: OK, or FailedPrecondition that
 // lists the ranks that differ and, from `describe` (called only then, at most
 // 64 KiB are used), in what. An error of `local`, on any rank, is everybody's
-// error: pass what was found wrong locally instead of returning early.
+// error: pass what was found wrong locally instead of returning early. If
+// `disagree` is not null it says whether the fingerprints differ, no rank has
+// an error, and all ranks passed it: then all can go on to find out in what.
 absl::Status Agree(Communicator* comm, absl::string_view what,
                    const Digest& fingerprint, const absl::Status& local,
                    absl::FunctionRef<std::string()> describe,
-                   const CallOptions& options = {});
+                   const CallOptions& options = {}, bool* disagree = nullptr);
 
 // Plan and transfer of all tensors that have equal names in both, after
 // agreement on both catalogs: the one operation everything is made of.

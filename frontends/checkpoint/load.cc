@@ -14,6 +14,7 @@
 #include "absl/strings/str_join.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/plan/plan.h"
+#include "dsd/core/transfer/agree_on_catalogs.h"
 #include "dsd/core/transfer/transfer.h"
 #include "dsd/core/value/flatten.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
@@ -83,9 +84,9 @@ class Loader {
 
   absl::StatusOr<LoadReport> Run() {
     const absl::Status prepared = Prepare();
-    DSD_RETURN_IF_ERROR(Agree(
-        comm_, what_, Fingerprint(), prepared, [this] { return Describe(); },
-        deadline_.Left()));
+    DSD_RETURN_IF_ERROR(AgreeOnCatalogs(
+        comm_, what_, {&catalog_}, Fingerprint(), prepared,
+        [this] { return Describe(); }, deadline_.Left()));
     absl::StatusOr<std::vector<Object>> objects = LoadObjects();
     DSD_RETURN_IF_ERROR(objects.status()) << what_;
 
@@ -246,9 +247,7 @@ class Loader {
     return absl::StrCat("sees save ", absl::CHexEscape(checkpoint_->save_id()),
                         " (index ",
                         checkpoint_->fingerprint().Hex().substr(0, 8),
-                        "), wants ", catalog_.size(), " tensors (catalog ",
-                        catalog_.Fingerprint().Hex().substr(0, 8), ") and ",
-                        wanted_objects_.size(), " objects");
+                        "), wants ", wanted_objects_.size(), " objects");
   }
 
   // Rank 0 reads, all decode.

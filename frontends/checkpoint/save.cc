@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/content_digest.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/transfer/agree_on_catalogs.h"
 #include "dsd/core/transfer/transfer.h"
 #include "dsd/core/value/flatten.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
@@ -148,9 +149,9 @@ class Saver {
 
   absl::StatusOr<SaveReport> Run() {
     const absl::Status prepared = Prepare();
-    DSD_RETURN_IF_ERROR(Agree(
-        comm_, what_, Fingerprint(), prepared, [this] { return Describe(); },
-        deadline_.Left()));
+    DSD_RETURN_IF_ERROR(AgreeOnCatalogs(
+        comm_, what_, {&catalog_}, Fingerprint(), prepared,
+        [this] { return Describe(); }, deadline_.Left()));
     DSD_RETURN_IF_ERROR(ChooseId()) << what_;
     absl::StatusOr<std::vector<size_t>> objects =
         ShareObjects(state_, pickles_, comm_, deadline_.Left());
@@ -234,9 +235,7 @@ class Saver {
   }
 
   std::string Describe() const {
-    return absl::StrCat(catalog_.size(), " tensors (catalog ",
-                        catalog_.Fingerprint().Hex().substr(0, 8),
-                        "), directory \"", directory_, "\", overwrite ",
+    return absl::StrCat("directory \"", directory_, "\", overwrite ",
                         options_.overwrite ? "on" : "off");
   }
 

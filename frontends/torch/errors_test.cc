@@ -2,29 +2,40 @@
 //
 // The catalogue of errors of torch.distributed.checkpoint.state_dict, row by
 // row: what is an error here too, with which code and text, and what is none.
-// Rows that the type system excludes have no test: an input that is not a
-// mapping, load_state_dict() overridden without `assign`, deprecation warnings.
+// Rows that cannot occur have no test: an input that is not a mapping, a dict
+// keyed by module objects, load_state_dict() overridden without `assign`,
+// deprecation warnings, FSDP1 without state. Two rows are about code of its own
+// and are tested there: keys that become equal when flattened
+// (FlatStateTest.EqualKeysAndTensorsInTuplesAreNamed) and copies between dicts
+// of other structure (StateDictOpsTest.CopyIntoAnotherStructureChangesNothing).
 
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "ATen/ops/empty.h"
 #include "ATen/ops/equal.h"
 #include "ATen/ops/full.h"
+#include "ATen/ops/full_like.h"
 #include "ATen/ops/ones.h"
 #include "ATen/ops/zeros.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "dsd/core/base/status_macros.h"
 #include "dsd/core/fqn/module_wrapper.h"
+#include "dsd/core/layout/layout.h"
 #include "dsd/core/state_dict/extra_state.h"
+#include "dsd/core/tensor/sharding_table.h"
 #include "dsd/frontends/torch/state_dict.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "torch/nn/modules/linear.h"
 #include "torch/optim/adamw.h"
+#include "torch/optim/lbfgs.h"
 #include "torch/optim/sgd.h"
 
 namespace dsd {
@@ -75,6 +86,28 @@ TEST(VerifyOptionsTest, TwoSourcesOfData) {
   options.source_rank = 1;
   EXPECT_THAT(SetModelStateDict(*net, StateDict(), nullptr, options).status(),
               IsStatus(kInvalid, "exclude each other"));
+}
+
+// AssertionError upstream: here it is under each of its paths.
+TEST(VerifyOptionsTest, SubmoduleUnderTwoPaths) {
+  struct Twice : nn::Module {
+    Twice() {
+      register_module("a", shared.ptr());
+      register_module("b", shared.ptr());
+      register_module("c", nn::Linear(2, 1).ptr());
+    }
+    nn::Linear shared{2, 1};
+  };
+  Twice net;
+  StateDictOptions options;
+  options.submodules = {net.shared.get()};
+  const auto dict = GetModelStateDict(net, nullptr, options);
+  ASSERT_TRUE(dict.ok()) << dict.status();
+  EXPECT_EQ(dict->size(), 4);
+  EXPECT_TRUE(SetModelStateDict(net, *dict, nullptr, options).ok());
+  options.submodules = {"d"};
+  EXPECT_THAT(GetModelStateDict(net, nullptr, options).status(),
+              IsStatus(kInvalid, "the model has no module \"d\""));
 }
 
 TEST(VerifyDictTest, EmptyModelDictWhileRequired) {
@@ -229,6 +262,140 @@ TEST(ModelLoadTest, ShapeThatWouldBroadcastIsAMismatch) {
               IsStatus(kInvalid, "\"bias\": shape"));
 }
 
+// ValueError upstream, "Multiple devices found": each tensor has its own.
+TEST(ModelLoadTest, LiveTensorsOnSeveralDevices) {
+  nn::Module net("net");
+  net.register_parameter("meta", at::empty({2}, c10::kMeta));
+  const at::Tensor host = net.register_parameter("host", at::zeros({2}));
+  StateDict dict;
+  dict.Set("meta", Value(at::ones({2})));
+  dict.Set("host", Value(at::ones({2})));
+  EXPECT_THAT(SetModelStateDict(net, dict).status(),
+              IsStatus(kInvalid, "\"meta\": the live tensor is on the meta"));
+  EXPECT_TRUE(at::equal(host, at::zeros({2})));
+  StateDictOptions options;
+  options.assign = true;
+  ASSERT_TRUE(SetModelStateDict(net, dict, nullptr, options).ok());
+  EXPECT_TRUE(at::equal(host, at::ones({2})));
+}
+
+// TypeError upstream: LBFGS cannot step without a closure. Nothing is stepped.
+TEST(OptimizerInitTest, Lbfgs) {
+  nn::Linear net(2, 1);
+  optim::LBFGS optimizer(net->parameters());
+  const auto dict = GetOptimizerStateDict(*net, optimizer);
+  ASSERT_TRUE(dict.ok()) << dict.status();
+  EXPECT_TRUE(dict->Find("state")->get_if<StateDict>()->empty());
+  EXPECT_TRUE(SetOptimizerStateDict(*net, optimizer, *dict).ok());
+}
+
+// RuntimeError in old versions, no state at all in new ones.
+TEST(OptimizerInitTest, GradientsWithoutState) {
+  nn::Linear net(2, 1);
+  optim::AdamW optimizer(net->parameters());
+  net->forward(at::ones({1, 2})).sum().backward();
+  const auto dict = GetOptimizerStateDict(*net, optimizer);
+  ASSERT_TRUE(dict.ok()) << dict.status();
+  EXPECT_EQ(dict->Find("state")->get_if<StateDict>()->size(), 2);
+  EXPECT_TRUE(net->weight.grad().defined());
+}
+
+TEST(OptimizerGetTest, NameThatIsNotUnique) {
+  Wrapper net("module");
+  net.register_parameter("weight", at::zeros({1}));
+  optim::AdamW optimizer(net.parameters());
+  EXPECT_THAT(GetOptimizerStateDict(net, optimizer).status(),
+              IsStatus(absl::StatusCode::kAlreadyExists,
+                       "two tensors of the model have the FQN \"weight\""));
+}
+
+// NotImplementedError upstream.
+TEST(FlattenTest, StateThatTheFlatFormCannotHold) {
+  nn::Linear net(2, 1);
+  optim::LBFGS optimizer(net->parameters(), optim::LBFGSOptions(0.1));
+  optimizer.step([&] {
+    optimizer.zero_grad();
+    at::Tensor loss = net->forward(at::ones({1, 2})).pow(2).sum();
+    loss.backward();
+    return loss;
+  });
+  StateDictOptions options;
+  options.flatten_optimizer_state_dict = true;
+  EXPECT_THAT(GetOptimizerStateDict(*net, optimizer, nullptr, options).status(),
+              IsStatus(kInvalid,
+                       "the flat form has tensors, numbers and dicts of "
+                       "them, found list; use the nested form"));
+}
+
+// KeyError upstream.
+TEST(UnflattenTest, MissingHyperparameterKeepsTheLiveOne) {
+  nn::Linear net(2, 1);
+  optim::AdamW optimizer(net->parameters(), optim::AdamWOptions(0.1).eps(0.5));
+  StateDictOptions options;
+  options.flatten_optimizer_state_dict = true;
+  StateDict dict = *GetOptimizerStateDict(*net, optimizer, nullptr, options);
+  for (const char* fqn : {"weight", "bias"}) {
+    ASSERT_TRUE(dict.Erase(absl::StrCat("param_groups.", fqn, ".eps")));
+    dict.Set(absl::StrCat("param_groups.", fqn, ".lr"), Value(0.25));
+  }
+  const absl::Status status = SetOptimizerStateDict(*net, optimizer, dict);
+  ASSERT_TRUE(status.ok()) << status;
+  const auto& group = static_cast<const optim::AdamWOptions&>(
+      optimizer.param_groups()[0].options());
+  EXPECT_EQ(group.eps(), 0.5);
+  EXPECT_EQ(group.lr(), 0.25);
+}
+
+// IndexError (flat) and ValueError (nested, whatever empty groups there are)
+// upstream; also other counts and sizes of groups, and KeyError "betas" at the
+// next step, since the hyperparameters of all groups but the last are lost.
+TEST(SplitTest, GroupsOfOtherNumbersAndSizesAndEmptyOnes) {
+  const auto options = [](double lr) {
+    return std::make_unique<optim::AdamWOptions>(
+        optim::AdamWOptions(lr).betas({0.5, 0.75}));
+  };
+  for (const bool flat : {false, true}) {
+    nn::Linear saved(2, 1);
+    optim::AdamW saved_optimizer(saved->parameters(),
+                                 optim::AdamWOptions(0.25).betas({0.5, 0.75}));
+    StateDictOptions get;
+    get.flatten_optimizer_state_dict = flat;
+    const StateDict dict =
+        *GetOptimizerStateDict(*saved, saved_optimizer, nullptr, get);
+    nn::Linear net(2, 1);
+    std::vector<optim::OptimizerParamGroup> groups;
+    groups.emplace_back(std::vector<at::Tensor>{net->bias}, options(1));
+    groups.emplace_back(std::vector<at::Tensor>{}, options(2));
+    groups.emplace_back(std::vector<at::Tensor>{net->weight}, options(3));
+    groups.emplace_back(std::vector<at::Tensor>{}, options(4));
+    optim::AdamW optimizer(groups);
+    const absl::Status status = SetOptimizerStateDict(*net, optimizer, dict);
+    ASSERT_TRUE(status.ok()) << status;
+    const double expected[] = {0.25, 2, 0.25, 4};
+    for (size_t i = 0; i < 4; ++i) {
+      EXPECT_EQ(optimizer.param_groups()[i].options().get_lr(), expected[i]);
+    }
+    net->forward(at::ones({1, 2})).sum().backward();
+    optimizer.step();
+  }
+}
+
+// ValueErrors upstream. By number there is nothing but the position.
+TEST(OptimizerLoaderTest, NumberedGroupsThatAreOthers) {
+  nn::Linear net(2, 1);
+  optim::SGD optimizer(net->parameters(), 0.1);
+  StateDict dict = *GetOptimizerStateDict(*net, optimizer);
+  auto& groups = *dict.Find("param_groups")->get_if<Value::List>();
+  groups[0].get_if<StateDict>()->Set("params", Value(Value::List{0}));
+  EXPECT_THAT(SetOptimizerStateDict(*net, optimizer, dict),
+              IsStatus(kInvalid,
+                       "group 0 of the dict has 1 parameters, SGD "
+                       "group 0 has 2"));
+  groups.push_back(groups[0]);
+  EXPECT_THAT(SetOptimizerStateDict(*net, optimizer, dict),
+              IsStatus(kInvalid, "it has 2, SGD has 1"));
+}
+
 TEST(OptimizerGetTest, ParameterOutsideTheModel) {
   nn::Linear net(2, 1);
   nn::Linear other(2, 1);
@@ -262,6 +429,70 @@ TEST(FullLoadTest, StatelessOptimizer) {
   ASSERT_TRUE(dict.ok());
   EXPECT_TRUE(
       SetOptimizerStateDict(*net, optimizer, *dict, nullptr, options).ok());
+}
+
+// ValueError upstream, "Device mismatch".
+TEST(FullLoadTest, StateOnTwoDevices) {
+  nn::Linear net(2, 1);
+  optim::AdamW optimizer(net->parameters());
+  StateDictOptions options;
+  options.full_state_dict = true;
+  StateDict dict = *GetOptimizerStateDict(*net, optimizer, nullptr, options);
+  dict.Find("state")
+      ->get_if<StateDict>()
+      ->Find("bias")
+      ->get_if<StateDict>()
+      ->Set("exp_avg", Value(at::empty({1}, c10::kMeta)));
+  EXPECT_THAT(SetOptimizerStateDict(*net, optimizer, dict, nullptr, options),
+              IsStatus(kInvalid,
+                       "\"optim.state.bias.exp_avg\": the tensor is "
+                       "on the meta device"));
+}
+
+// AssertionErrors upstream: an uneven _StridedShard, and a key that the live
+// optimizer does not have, which stays on rank 0 if broadcast.
+TEST(FullLoadTest, UnevenStridedShardsAndAddedKeys) {
+  for (const bool broadcast : {false, true}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            4,
+            [&](Communicator& comm) -> absl::Status {
+              DSD_ASSIGN_OR_RETURN(
+                  const Layout layout,
+                  Layout::FromPlacements({7, 2}, DeviceMesh::Iota({2, 2}),
+                                         {StridedShard(0, 2), Shard(0)}));
+              const Dims shape = *layout.LocalShape(comm.rank());
+              nn::Module net("net");
+              const at::Tensor shard =
+                  net.register_parameter("w", at::zeros({shape[0], shape[1]}));
+              DSD_RETURN_IF_ERROR(
+                  ShardingTable::Global().Set(shard, layout, comm.rank()));
+              optim::SGD optimizer(net.parameters(), 0.1);
+              StateDictOptions options;
+              options.full_state_dict = true;
+              options.broadcast_from_rank0 = broadcast;
+              DSD_ASSIGN_OR_RETURN(
+                  ModelAndOptimizerStateDict state,
+                  GetStateDict(net, optimizer, &comm, options));
+              state.model.Set("w", Value(at::full({7, 2}, 3.0)));
+              (*state.optimizer.Find("param_groups")->get_if<Value::List>())[0]
+                  .get_if<StateDict>()
+                  ->Set("initial_lr", Value(0.75));
+              if (broadcast && comm.rank() != 0) state = {};
+              DSD_RETURN_IF_ERROR(SetStateDict(net, optimizer, state.model,
+                                               state.optimizer, &comm,
+                                               options));
+              EXPECT_TRUE(at::equal(shard, at::full_like(shard, 3.0)));
+              DSD_ASSIGN_OR_RETURN(const StateDict after,
+                                   GetOptimizerStateDict(net, optimizer));
+              EXPECT_TRUE(
+                  (*after.Find("param_groups")->get_if<Value::List>())[0]
+                      .get_if<StateDict>()
+                      ->contains("initial_lr"));
+              return absl::OkStatus();
+            }),
+        AllOk());
+  }
 }
 
 // KeyError upstream.

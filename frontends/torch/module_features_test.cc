@@ -17,6 +17,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/fqn/fqn_modifiers.h"
 #include "dsd/core/fqn/module_wrapper.h"
@@ -329,6 +330,45 @@ TEST(ExtraStateTest, ErrorNamesTheKeyAndPoisonsTheSession) {
       IsStatus(absl::StatusCode::kFailedPrecondition, "a set failed half-way"));
   ASSERT_TRUE(session->SetModel(good).ok());
   EXPECT_TRUE(session->GetModel().ok());
+}
+
+// A module's own code may throw what LibTorch throws.
+TEST(ExtraStateTest, ExceptionsBecomeErrorsOnAllRanks) {
+  struct Thrower : nn::Module, ExtraState {
+    explicit Thrower(bool in_get) : in_get(in_get) {}
+    absl::StatusOr<Value> GetExtraState() const override {
+      if (in_get) at::ones({2}).view({3});
+      return Value(1);
+    }
+    absl::Status SetExtraState(const Value&) override {
+      if (!in_get) at::ones({2}).view({3});
+      return absl::OkStatus();
+    }
+    const bool in_get;
+  };
+  for (const bool in_get : {false, true}) {
+    for (const absl::Status& status : RunRankThreads(
+             2,
+             [&](Communicator& comm) -> absl::Status {
+               Thrower net(in_get && comm.rank() == 1);
+               StateDictOptions options;
+               options.full_state_dict = true;
+               absl::Status status =
+                   GetModelStateDict(net, &comm, options).status();
+               if (!in_get) {
+                 Thrower setter(false);
+                 StateDict dict;
+                 dict.Set("_extra_state", Value(1));
+                 status = SetModelStateDict(setter, dict, &comm).status();
+               }
+               comm.Shutdown().IgnoreError();
+               return status;
+             },
+             {absl::Seconds(60), {}, /*shutdown=*/false})) {
+      EXPECT_FALSE(status.ok());
+      EXPECT_THAT(std::string(status.message()), HasSubstr("_extra_state"));
+    }
+  }
 }
 
 // One module at two places: both names, one tensor.

@@ -12,7 +12,9 @@
 #include <vector>
 
 #include "ATen/Context.h"
+#include "ATen/ops/empty.h"
 #include "ATen/ops/equal.h"
+#include "ATen/ops/linear.h"
 #include "ATen/ops/ones.h"
 #include "ATen/ops/zeros.h"
 #include "absl/status/status.h"
@@ -428,6 +430,57 @@ TEST(OptimizerTest, LongCountsAreNotRounded) {
   for (auto& [key, state] : optimizer.state()) {
     EXPECT_EQ(static_cast<optim::AdamWParamState&>(*state).step(), kStep);
   }
+}
+
+// Optimizers that were made for a model on the meta device.
+TEST(OptimizerTest, StateOfMetaParametersComesWithThem) {
+  nn::Linear from(3, 2);
+  optim::AdamW from_optimizer(from->parameters(), optim::AdamWOptions(0.1));
+  Train(*from, from_optimizer, 2);
+  const auto state = GetStateDict(*from, from_optimizer);
+  ASSERT_TRUE(state.ok()) << state.status();
+  struct MetaLinear : nn::Module {
+    MetaLinear() {
+      weight = register_parameter("weight", at::empty({2, 3}, c10::kMeta));
+      bias = register_parameter("bias", at::empty({2}, c10::kMeta));
+    }
+    at::Tensor forward(const at::Tensor& x) {
+      return at::linear(x, weight, bias);
+    }
+    at::Tensor weight;
+    at::Tensor bias;
+  };
+  MetaLinear to;
+  StateDictOptions options;
+  options.assign = true;
+  optim::AdamW to_optimizer(to.parameters(), optim::AdamWOptions(0.5));
+  const auto keys = SetStateDict(to, to_optimizer, state->model,
+                                 state->optimizer, nullptr, options);
+  ASSERT_TRUE(keys.ok()) << keys.status();
+  EXPECT_TRUE(keys->empty());
+  Train(*from, from_optimizer, 2);
+  Train(to, to_optimizer, 2);
+  ExpectEqual(*GetModelStateDict(to), *GetModelStateDict(*from));
+  ExpectEqual(*GetOptimizerStateDict(to, to_optimizer),
+              *GetOptimizerStateDict(*from, from_optimizer));
+}
+
+// What a set that is not strict left out is told.
+TEST(OptimizerTest, StateThatDoesNotMatchIsReported) {
+  nn::Linear net(3, 2);
+  optim::AdamW optimizer(net->parameters(), optim::AdamWOptions(0.1));
+  ModelAndOptimizerStateDict state = *GetStateDict(*net, optimizer);
+  auto* states = state.optimizer.Find("state")->get_if<StateDict>();
+  states->Erase(std::string("bias"));
+  states->Find("weight")->get_if<StateDict>()->Set("velocity", Value(1));
+  StateDictOptions options;
+  options.strict = false;
+  const auto keys = SetStateDict(*net, optimizer, state.model, state.optimizer,
+                                 nullptr, options);
+  ASSERT_TRUE(keys.ok()) << keys.status();
+  EXPECT_THAT(keys->missing_optimizer_state, ElementsAre("bias"));
+  EXPECT_THAT(keys->unexpected_optimizer_state, ElementsAre("weight.velocity"));
+  EXPECT_FALSE(keys->empty());
 }
 
 TEST(OptimizerTest, FrozenAndUnusedParametersRoundTrip) {

@@ -10,14 +10,21 @@
 #include "absl/status/status.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/time/time.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/layout/layout.h"
+#include "dsd/core/state_dict/joint.h"
 #include "dsd/core/state_dict/state_dict_ops.h"
+#include "dsd/core/state_dict/stateful.h"
+#include "dsd/core/tensor/sharding_table.h"
 #include "dsd/frontends/torch/checkpoint.h"
 #include "dsd/frontends/torch/state_dict.h"
 #include "dsd/testing/catalogue/fixtures.h"
+#include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "torch/nn/modules/linear.h"
+#include "torch/optim/adam.h"
 
 namespace dsd::catalogue {
 namespace {
@@ -48,6 +55,32 @@ absl::StatusOr<StateDict> JobState(const Model& model,
   state.Set("train_state", Value(std::move(train)));
   return state;
 }
+
+// A position in the data.
+struct Counter : Stateful {
+  absl::StatusOr<StateDict> GetState() override {
+    StateDict state;
+    state.Set("count", Value(count));
+    return state;
+  }
+  absl::Status SetState(const StateDict& state) override {
+    ++loads;
+    count = *state.Find("count")->get_if<int64_t>();
+    return absl::OkStatus();
+  }
+  int64_t count = 0;
+  int loads = 0;
+};
+
+// One whose ranks meet when they are given their state.
+struct Communicating : Counter {
+  explicit Communicating(Communicator& comm) : comm(comm) {}
+  absl::Status SetState(const StateDict& state) override {
+    DSD_RETURN_IF_ERROR(Counter::SetState(state));
+    return comm.Barrier();
+  }
+  Communicator& comm;
+};
 
 TEST(TestE2ESaveAndLoad, test_e2e) {
   enum class Way { kFsdp, kUnits, kDdp };
@@ -153,6 +186,211 @@ TEST(TestE2ESaveAndLoad, test_partial_load) {
     return ExpectEqual(Part(Part(wanted, "optimizer"), "state"),
                        Part(Part(saved, "optimizer"), "state"), "state");
   });
+}
+
+// A dict that notes which of its entries were replaced: objects are asked in
+// place, plain values are replaced.
+TEST(TestE2ESaveAndLoad, test_stateful_and_non_stateful_loads) {
+  OnRanks([](Communicator& comm) -> absl::Status {
+    const std::string directory = DirectoryFor(comm, "stateful");
+    Counter stateful;
+    stateful.count = 7;
+    StateDict saved;
+    saved.Set("plain", Value(int64_t{3}));
+    saved.Set("tensor", Value(at::full({4}, 2.0)));
+    DSD_RETURN_IF_ERROR(GetStateful({{"object", &stateful}}, &comm, saved));
+    DSD_RETURN_IF_ERROR(SaveCheckpoint(directory, saved, &comm).status());
+
+    stateful.count = 0;
+    const at::Tensor live = at::zeros({4});
+    StateDict state;
+    state.Set("plain", Value(int64_t{0}));
+    state.Set("tensor", Value(live));
+    DSD_RETURN_IF_ERROR(GetStateful({{"object", &stateful}}, &comm, state));
+    DSD_RETURN_IF_ERROR(LoadCheckpoint(directory, &state, &comm).status());
+    DSD_RETURN_IF_ERROR(Expect(*state.Find("plain")->get_if<int64_t>() == 3,
+                               "a plain value is replaced"));
+    DSD_RETURN_IF_ERROR(
+        Expect(live.equal(at::full({4}, 2.0)), "a tensor is filled in place"));
+    DSD_RETURN_IF_ERROR(Expect(stateful.loads == 0, "not called yet"));
+    DSD_RETURN_IF_ERROR(SetStateful({{"object", &stateful}}, state, &comm));
+    return Expect(stateful.loads == 1 && stateful.count == 7,
+                  "the object was given its state");
+  });
+}
+
+// Objects that communicate, listed in another order on rank 0: an error that
+// names the keys, where a job could wait for ever.
+TEST(TestE2ESaveAndLoad, test_different_ordered_state_dict_keys) {
+  for (const absl::Status& status : RunRankThreads(
+           4,
+           [](Communicator& comm) -> absl::Status {
+             Communicating a(comm);
+             Communicating b(comm);
+             std::vector<StatefulEntry> entries = {
+                 {"a", &a, StatefulEntry::kPerRank},
+                 {"b", &b, StatefulEntry::kPerRank}};
+             StateDict state;
+             DSD_RETURN_IF_ERROR(GetStateful(entries, &comm, state));
+             DSD_RETURN_IF_ERROR(SetStateful(entries, state, &comm));
+             DSD_RETURN_IF_ERROR(
+                 Expect(a.loads == 1 && b.loads == 1, "in the same order"));
+             if (comm.rank() == 0) std::swap(entries[0], entries[1]);
+             state = StateDict();
+             const absl::Status status = GetStateful(entries, &comm, state);
+             comm.Shutdown().IgnoreError();
+             return status;
+           },
+           {absl::Seconds(60), {}, /*shutdown=*/false})) {
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                 "keys \"b\", \"a\""));
+  }
+}
+
+// A stage of a pipeline: one layer of its own.
+struct Stage : nn::Module {
+  explicit Stage(int stage)
+      : layer(register_module(absl::StrCat("layer", stage),
+                              nn::Linear(kWidth, kWidth))) {
+    for (at::Tensor& param : layer->parameters()) {
+      param.detach().copy_(
+          at::arange(param.numel(), at::kFloat).view(param.sizes()) + stage);
+    }
+  }
+  nn::Linear layer;
+};
+
+// Each rank has one layer and its optimizer; the checkpoint has all, and
+// opens as one model that is sharded over the ranks, and as stages again.
+TEST(TestPipeline, test_pipeline) {
+  OnRanks([](Communicator& comm) -> absl::Status {
+    const std::string directory = DirectoryFor(comm, "pipeline");
+    StateDictOptions flat;
+    flat.flatten_optimizer_state_dict = true;
+    const auto state_of =
+        [&](Stage& stage,
+            optim::Optimizer& optimizer) -> absl::StatusOr<StateDict> {
+      DSD_ASSIGN_OR_RETURN(ModelAndOptimizerStateDict parts,
+                           GetStateDict(stage, optimizer, &comm, flat));
+      StateDict mine;
+      mine.Set("model", Value(std::move(parts.model)));
+      mine.Set("optim", Value(std::move(parts.optimizer)));
+      return JoinStateDicts(mine, &comm, {comm.rank()});
+    };
+    Stage stage(comm.rank());
+    const auto optimizer =
+        MakeOptimizer(OptimizerKind::kAdamW, stage.parameters());
+    stage.layer(at::ones({1, kWidth})).sum().backward();
+    optimizer->step();
+    DSD_ASSIGN_OR_RETURN(const StateDict saved, state_of(stage, *optimizer));
+    DSD_RETURN_IF_ERROR(SaveCheckpoint(directory, saved, &comm).status());
+
+    // As stages, of which each reads its own keys.
+    Stage fresh(100);
+    Stage again(comm.rank());
+    const auto again_optimizer =
+        MakeOptimizer(OptimizerKind::kAdamW, again.parameters(), 0.5);
+    DSD_ASSIGN_OR_RETURN(StateDict loaded, state_of(again, *again_optimizer));
+    DSD_RETURN_IF_ERROR(LoadCheckpoint(directory, &loaded, &comm).status());
+    StateDictOptions own;
+    own.replica_ranks = {comm.rank()};
+    DSD_RETURN_IF_ERROR(SetStateDict(again, *again_optimizer,
+                                     Part(loaded, "model"),
+                                     Part(loaded, "optim"), &comm, own)
+                            .status());
+    DSD_ASSIGN_OR_RETURN(const ModelAndOptimizerStateDict before,
+                         GetStateDict(stage, *optimizer, nullptr, flat));
+    DSD_ASSIGN_OR_RETURN(const ModelAndOptimizerStateDict after,
+                         GetStateDict(again, *again_optimizer, nullptr, flat));
+    DSD_RETURN_IF_ERROR(ExpectEqual(after.model, before.model, "the stage"));
+    DSD_RETURN_IF_ERROR(
+        ExpectEqual(after.optimizer, before.optimizer, "its optimizer"));
+
+    // As one model on every rank.
+    nn::Module all("all");
+    for (int i = 0; i < comm.size(); ++i) {
+      all.register_module(absl::StrCat("layer", i), nn::Linear(kWidth, kWidth));
+    }
+    DSD_ASSIGN_OR_RETURN(StateDict model, GetModelStateDict(all, &comm));
+    StateDict job;
+    job.Set("model", Value(std::move(model)));
+    checkpoint::LoadOptions options;
+    options.allow_unexpected = true;
+    DSD_RETURN_IF_ERROR(
+        LoadCheckpoint(directory, &job, &comm, options).status());
+    const std::string key = absl::StrCat("layer", comm.rank(), ".weight");
+    return Expect(
+        TensorAt(Part(job, "model"), key).equal(stage.layer->weight.detach()),
+        "each layer is there");
+  });
+}
+
+// Experts: rank r has expert r % 4, on a mesh of two ranks, beside what all
+// eight share.
+TEST(TestE2ESaveAndLoad, test_fsdp_ep) {
+  OnRanks(
+      [](Communicator& comm) -> absl::Status {
+        const std::string directory = DirectoryFor(comm, "experts");
+        const int expert = comm.rank() % 4;
+        const auto make = [&](nn::Module& net, double scale) -> absl::Status {
+          const auto add = [&](const std::string& name, const DeviceMesh& mesh,
+                               double start) -> absl::Status {
+            DSD_ASSIGN_OR_RETURN(
+                const Layout layout,
+                Layout::FromPlacements({kWidth, 3}, mesh, {Shard(0)}));
+            const Dims shape = *layout.LocalShape(comm.rank());
+            at::Tensor shard = net.register_parameter(
+                name, at::full({shape[0], shape[1]}, start * scale));
+            return ShardingTable::Global().Set(shard, layout, comm.rank());
+          };
+          DSD_RETURN_IF_ERROR(add("shared", DeviceMesh::Iota({8}), 1));
+          DSD_ASSIGN_OR_RETURN(const DeviceMesh pair,
+                               DeviceMesh::Create({2}, {expert, expert + 4}));
+          return add(absl::StrCat("expert", expert), pair, 10 + expert);
+        };
+        nn::Module net("net");
+        DSD_RETURN_IF_ERROR(make(net, 1));
+        optim::Adam optimizer(net.parameters(), optim::AdamOptions(0.1));
+        StateDictOptions flat;
+        flat.flatten_optimizer_state_dict = true;
+        DSD_ASSIGN_OR_RETURN(ModelAndOptimizerStateDict parts,
+                             GetStateDict(net, optimizer, &comm, flat));
+        DSD_RETURN_IF_ERROR(
+            Expect(KeysOf(parts.model) ==
+                       std::vector<std::string>(
+                           {"shared", absl::StrCat("expert", expert)}),
+                   "keys of other experts are absent"));
+        DSD_RETURN_IF_ERROR(Expect(!parts.model.value(1)
+                                        .get_if<TensorValue>()
+                                        ->layout()
+                                        .BoxesOf((expert + 4))
+                                        .empty(),
+                                   "an expert is on its own mesh"));
+        StateDict mine;
+        mine.Set("model", Value(std::move(parts.model)));
+        mine.Set("optim", Value(std::move(parts.optimizer)));
+        DSD_ASSIGN_OR_RETURN(const StateDict joint,
+                             JoinStateDicts(mine, &comm));
+        DSD_RETURN_IF_ERROR(SaveCheckpoint(directory, joint, &comm).status());
+
+        nn::Module again("again");
+        DSD_RETURN_IF_ERROR(make(again, 0));
+        DSD_ASSIGN_OR_RETURN(const StateDict live,
+                             GetModelStateDict(again, &comm));
+        StateDict job;
+        job.Set("model", Value(StateDict(live)));
+        DSD_ASSIGN_OR_RETURN(StateDict loaded, JoinStateDicts(job, &comm));
+        checkpoint::LoadOptions options;
+        options.allow_unexpected = true;
+        DSD_RETURN_IF_ERROR(
+            LoadCheckpoint(directory, &loaded, &comm, options).status());
+        for (size_t i = 0; i < 2; ++i) {
+          DSD_RETURN_IF_ERROR(Expect(
+              again.parameters()[i].equal(net.parameters()[i]), "loaded"));
+        }
+        return absl::OkStatus();
+      },
+      {8});
 }
 
 TEST(TestE2ESaveAndLoad, test_overwrite) {
