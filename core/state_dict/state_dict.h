@@ -133,6 +133,11 @@ struct StateDictOptions {
 
   // Set.
   DTypePolicy dtype_policy = DTypePolicy::kDefault;
+
+  // Get, with cpu_offload: copies of tensors on a device in page-locked memory,
+  // which is several times as fast to copy to and from; it is scarce, and slow
+  // to get the first time.
+  bool pin_memory = false;
 };
 
 // What a set did not match. Canonical FQNs; the same on every rank, except with
