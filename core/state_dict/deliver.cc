@@ -23,6 +23,7 @@
 #include "dsd/core/state_dict/state_dict_ops.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/tensor/torch_device_stream.h"
 #include "dsd/core/tensor/torch_types.h"
 #include "dsd/core/transfer/transfer.h"
 #include "dsd/core/value/flatten.h"
@@ -35,6 +36,17 @@ struct Item {
   std::vector<TensorValue*> leaves;
   std::optional<TensorValue> result;
 };
+
+// Of new memory for the values of `from`.
+c10::TensorOptions ResultOptions(const StateDictOptions& options,
+                                 const TensorValue& from) {
+  const c10::TensorOptions result(from.scalar_type());
+  if (from.locals().empty()) return result.device(c10::kCPU);
+  const c10::Device device = from.locals()[0].device();
+  if (!options.cpu_offload) return result.device(device);
+  return result.device(c10::kCPU).pinned_memory(
+      options.pin_memory && device.is_cuda() && CanPinMemory());
+}
 
 class Delivery {
  public:
@@ -87,16 +99,10 @@ class Delivery {
     return true;
   }
 
-  c10::Device DeviceFor(const TensorValue& value) const {
-    if (options_.cpu_offload || value.locals().empty()) return c10::kCPU;
-    return value.locals()[0].device();
-  }
-
   absl::Status AddPair(const std::string& name, const TensorValue& from,
                        Item& item) {
     DSD_RETURN_IF_ERROR(source_.Add(name, from));
-    const c10::TensorOptions tensor_options =
-        c10::TensorOptions(from.scalar_type()).device(DeviceFor(from));
+    const c10::TensorOptions tensor_options = ResultOptions(options_, from);
     if (!options_.full_state_dict) {
       DSD_ASSIGN_OR_RETURN(
           item.result, MapLocalTensors(from, [&](const at::Tensor& local) {
@@ -210,13 +216,10 @@ absl::Status AddToBatch(const Piece& piece, const StateDictOptions& options,
   std::vector<at::Tensor> locals;
   if (std::binary_search(destinations.begin(), destinations.end(), self)) {
     DSD_ASSIGN_OR_RETURN(*out, TorchToStatus([&] {
-      return at::empty(
-          piece.is_whole ? ToIntArrayRef(tensor.shape())
-                         : c10::IntArrayRef(piece.end - piece.begin),
-          c10::TensorOptions(tensor.scalar_type())
-              .device(options.cpu_offload || tensor.locals().empty()
-                          ? c10::Device(c10::kCPU)
-                          : tensor.locals()[0].device()));
+      return at::empty(piece.is_whole
+                           ? ToIntArrayRef(tensor.shape())
+                           : c10::IntArrayRef(piece.end - piece.begin),
+                       ResultOptions(options, tensor));
     }));
     locals.push_back(*out);
   }

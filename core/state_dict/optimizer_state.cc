@@ -515,19 +515,20 @@ absl::Status OptimizerLoad::PrepareParam(const GroupLoad& group,
       case StateField::Shape::kAny: {
         Value copy = WithTypedKeys(*value, live_value, dict_->is_flat());
         absl::Status status;
-        ForEachTensor(copy, name(),
-                      [&](const std::string& path, TensorValue& tensor) {
-                        if (!status.ok()) return;
-                        absl::StatusOr<at::Tensor> target = TorchToStatus([&] {
-                          return at::empty(ToIntArrayRef(tensor.shape()),
-                                           tensor.scalar_type());
-                        });
-                        status.Update(target.status());
-                        if (!status.ok()) return;
-                        TensorValue to(*std::move(target));
-                        free_form.push_back({path, tensor, to});
-                        tensor = std::move(to);
-                      });
+        ForEachTensor(
+            copy, name(), [&](const std::string& path, TensorValue& tensor) {
+              if (!status.ok()) return;
+              absl::StatusOr<at::Tensor> target = TorchToStatus([&] {
+                return at::empty(ToIntArrayRef(tensor.shape()),
+                                 c10::TensorOptions(tensor.scalar_type())
+                                     .device(live_param.locals()[0].device()));
+              });
+              status.Update(target.status());
+              if (!status.ok()) return;
+              TensorValue to(*std::move(target));
+              free_form.push_back({path, tensor, to});
+              tensor = std::move(to);
+            });
         DSD_RETURN_IF_ERROR(status);
         param.result.Append(field.name, std::move(copy));
         break;

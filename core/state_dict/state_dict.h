@@ -144,6 +144,11 @@ struct StateDictOptions {
   // tensors when all ranks have all of them: an error before that, such as the
   // death of a rank, changes nothing. Costs the memory once more.
   bool staged = false;
+
+  // Get, with cpu_offload: copies of tensors on a device in page-locked memory,
+  // which is several times as fast to copy to and from; it is scarce, and slow
+  // to get the first time.
+  bool pin_memory = false;
 };
 
 // What a set did not match. Canonical FQNs; the same on every rank, except with

@@ -2,8 +2,10 @@
 
 #include "dsd/core/tensor/tensor_endpoint.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -19,6 +21,7 @@
 #include "dsd/core/layout/placement.h"
 #include "dsd/core/tensor/local_view.h"
 #include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/tensor/torch_device_stream.h"
 #include "dsd/core/tensor/torch_types.h"
 
 namespace dsd {
@@ -181,6 +184,46 @@ std::optional<StridedView> TensorEndpoint::View(size_t tensor, const Box& box) {
     view.strides_bytes.push_back(stride * item_size);
   }
   return view;
+}
+
+bool TensorEndpoint::IsOnDevice(size_t tensor) const {
+  const std::vector<at::Tensor>& locals = entries_[tensor].locals;
+  return !locals.empty() &&
+         std::all_of(locals.begin(), locals.end(),
+                     [](const at::Tensor& local) { return local.is_cuda(); });
+}
+
+absl::StatusOr<std::unique_ptr<DeviceStream>>
+TensorEndpoint::OpenDeviceStream() {
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (IsOnDevice(i)) {
+      return TorchDeviceStream::Open(entries_[i].locals[0].device());
+    }
+  }
+  return Endpoint::OpenDeviceStream();
+}
+
+absl::Status TensorEndpoint::ReadOnDevice(size_t tensor, const Box& box,
+                                          int64_t begin, int64_t end,
+                                          DType dtype, DeviceStream& stream,
+                                          absl::Span<std::byte> out) {
+  std::byte* at = out.data();
+  return ForEachView(tensor, box, begin, end, [&](const at::Tensor& view) {
+    static_cast<TorchDeviceStream&>(stream).Pack(view, ToScalarType(dtype), at);
+    at += view.numel() * ItemSize(dtype);
+  });
+}
+
+absl::Status TensorEndpoint::WriteOnDevice(size_t tensor, const Box& box,
+                                           int64_t begin, int64_t end,
+                                           DType dtype, DeviceStream& stream,
+                                           absl::Span<const std::byte> in) {
+  const std::byte* at = in.data();
+  return ForEachView(tensor, box, begin, end, [&](const at::Tensor& view) {
+    static_cast<TorchDeviceStream&>(stream).Unpack(at, ToScalarType(dtype),
+                                                   view);
+    at += view.numel() * ItemSize(dtype);
+  });
 }
 
 absl::Status TensorEndpoint::Finish() {

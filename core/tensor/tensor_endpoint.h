@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -23,14 +24,15 @@
 #include "dsd/core/layout/mesh.h"
 #include "dsd/core/plan/catalog.h"
 #include "dsd/core/tensor/tensor_value.h"
+#include "dsd/core/transfer/device_stream.h"
 #include "dsd/core/transfer/endpoint.h"
 
 namespace dsd {
 
-// Reads and writes the memory of at::Tensors of any strides, on any device;
-// conversions are those of Tensor::copy_. Holds references to the tensors.
-// Autograd is not involved; Finish() tells it (version counters) that the
-// tensors were written. Thread-compatible.
+// Reads and writes the memory of at::Tensors of any strides, in host memory and
+// on CUDA; conversions are those of Tensor::copy_. Holds references to the
+// tensors. Autograd is not involved; Finish() tells it (version counters) that
+// the tensors were written. Thread-compatible.
 class TensorEndpoint : public Endpoint {
  public:
   // Plain tensors are taken to be replicated over the holders of `replicas`, of
@@ -59,6 +61,14 @@ class TensorEndpoint : public Endpoint {
   absl::Status Write(size_t tensor, const Box& box, int64_t begin, int64_t end,
                      DType dtype, absl::Span<const std::byte> in) override;
   std::optional<StridedView> View(size_t tensor, const Box& box) override;
+  bool IsOnDevice(size_t tensor) const override;
+  absl::StatusOr<std::unique_ptr<DeviceStream>> OpenDeviceStream() override;
+  absl::Status ReadOnDevice(size_t tensor, const Box& box, int64_t begin,
+                            int64_t end, DType dtype, DeviceStream& stream,
+                            absl::Span<std::byte> out) override;
+  absl::Status WriteOnDevice(size_t tensor, const Box& box, int64_t begin,
+                             int64_t end, DType dtype, DeviceStream& stream,
+                             absl::Span<const std::byte> in) override;
   absl::Status Finish() override;
 
  private:

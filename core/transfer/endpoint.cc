@@ -161,6 +161,21 @@ void CopyBox(const StridedView& from, const StridedView& to,
   }
 }
 
+absl::StatusOr<std::unique_ptr<DeviceStream>> Endpoint::OpenDeviceStream() {
+  return absl::UnimplementedError("this endpoint has no tensors on a device");
+}
+
+absl::Status Endpoint::ReadOnDevice(size_t, const Box&, int64_t, int64_t, DType,
+                                    DeviceStream&, absl::Span<std::byte>) {
+  return absl::UnimplementedError("this endpoint has no tensors on a device");
+}
+
+absl::Status Endpoint::WriteOnDevice(size_t, const Box&, int64_t, int64_t,
+                                     DType, DeviceStream&,
+                                     absl::Span<const std::byte>) {
+  return absl::UnimplementedError("this endpoint has no tensors on a device");
+}
+
 absl::Status MemoryEndpoint::Add(TensorSpec spec, std::vector<Part> parts) {
   DSD_RETURN_IF_ERROR(catalog_.Add(std::move(spec)));
   parts_.push_back(std::move(parts));

@@ -8,14 +8,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/layout/box.h"
 #include "dsd/core/plan/catalog.h"
+#include "dsd/core/transfer/device_stream.h"
 
 namespace dsd {
 
@@ -53,6 +56,26 @@ class Endpoint {
                                           const Box& /*box*/) {
     return std::nullopt;
   }
+
+  // Whether this rank's part of the tensor is in memory of a device that the
+  // host cannot touch. Then View is nullopt, Read and Write are slow, and the
+  // next three serve it.
+  virtual bool IsOnDevice(size_t /*tensor*/) const { return false; }
+
+  // A stream of its own on the device of such tensors. ResourceExhausted; what
+  // the device reports.
+  virtual absl::StatusOr<std::unique_ptr<DeviceStream>> OpenDeviceStream();
+
+  // Read and Write with memory of the device, enqueued on `stream`, which this
+  // or another endpoint of the same class has opened.
+  virtual absl::Status ReadOnDevice(size_t tensor, const Box& box,
+                                    int64_t begin, int64_t end, DType dtype,
+                                    DeviceStream& stream,
+                                    absl::Span<std::byte> out);
+  virtual absl::Status WriteOnDevice(size_t tensor, const Box& box,
+                                     int64_t begin, int64_t end, DType dtype,
+                                     DeviceStream& stream,
+                                     absl::Span<const std::byte> in);
 
   // Called once when all writes of a transfer have succeeded on this rank.
   virtual absl::Status Finish() { return absl::OkStatus(); }

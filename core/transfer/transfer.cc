@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/transfer/staging.h"
 
 namespace dsd {
 namespace {
@@ -94,6 +95,9 @@ bool IsContiguous(const StridedView& view, absl::Span<const int64_t> extents,
 }
 
 class Executor {
+  static constexpr uint8_t kSends = 1;  // from a device, mostly
+  static constexpr uint8_t kReceives = 2;
+
  public:
   Executor(const Plan& plan, Endpoint& source, Endpoint& target,
            Communicator* comm, const TransferOptions& options)
@@ -101,25 +105,43 @@ class Executor {
         source_(source),
         target_(target),
         comm_(comm),
-        options_(options) {}
+        options_(options),
+        env_(comm == nullptr ? Env::Real() : comm->env()),
+        deadline_(env_->Now() + options.call.timeout) {}
 
   absl::StatusOr<TransferStats> Run() {
-    if (comm_ != nullptr) {
-      deadline_ = comm_->env()->Now() + options_.call.timeout;
+    Stream on_device(plan_, source_.catalog());
+    Stream to_or_from_device(plan_, source_.catalog());
+    Endpoint* with_device = nullptr;
+    for (size_t i = 0; i < plan_.moves.size(); ++i) {
+      const Move& move = plan_.moves[i];
+      const bool reads = move.provider == plan_.rank;
+      const bool writes = IsLocal(move) || !reads;
+      if (writes) bytes_total_ += move.wire_bytes();
+      const bool from_device = reads && source_.IsOnDevice(move.source_tensor);
+      const bool to_device = writes && target_.IsOnDevice(move.target_tensor);
+      if (from_device) with_device = &source_;
+      if (to_device) with_device = &target_;
+      if (!IsLocal(move) || !(from_device || to_device)) continue;
+      (from_device && to_device ? on_device : to_or_from_device).Add(i);
     }
+    DSD_RETURN_IF_ERROR(AbortOthers(MakeStaging(with_device)));
     for (const Move& move : plan_.moves) {
-      if (IsLocal(move) || move.provider != plan_.rank) {
-        bytes_total_ += move.wire_bytes();
+      if (!IsLocal(move) || source_.IsOnDevice(move.source_tensor) ||
+          target_.IsOnDevice(move.target_tensor)) {
+        continue;
       }
-    }
-    for (const Move& move : plan_.moves) {
-      if (!IsLocal(move)) continue;
       DSD_RETURN_IF_ERROR(Fail(CopyLocally(move), move));
     }
-    // What is relayed has come then.
+    DSD_RETURN_IF_ERROR(AbortOthers(CopyLocally(on_device, true)));
+    DSD_RETURN_IF_ERROR(AbortOthers(CopyLocally(to_or_from_device, false)));
     DSD_RETURN_IF_ERROR(ExchangeAll(/*relayed=*/false));
+    // What is relayed has come when that is done.
+    DSD_RETURN_IF_ERROR(AbortOthers(staging_->Finish()));
     DSD_RETURN_IF_ERROR(ExchangeAll(/*relayed=*/true));
+    DSD_RETURN_IF_ERROR(AbortOthers(staging_->Finish()));
     DSD_RETURN_IF_ERROR(AbortOthers(target_.Finish()));
+    stats_.bytes_staged_peak = staging_->bytes_allocated();
     return stats_;
   }
 
@@ -142,10 +164,25 @@ class Executor {
     return it->second;
   }
 
+  absl::Status MakeStaging(Endpoint* with_device) {
+    std::unique_ptr<DeviceStream> stream;
+    if (with_device != nullptr) {
+      DSD_ASSIGN_OR_RETURN(stream, with_device->OpenDeviceStream());
+    }
+    staging_.emplace(options_.chunk_bytes, std::move(stream), env_, deadline_,
+                     absl::StrCat(" on rank ", plan_.rank));
+    return absl::OkStatus();
+  }
+
   // Tells the others before this rank unwinds: they may be waiting for it.
   absl::Status AbortOthers(absl::Status status) {
     if (!status.ok() && comm_ != nullptr) comm_->Abort(status);
     return status;
+  }
+  template <class T>
+  absl::StatusOr<T> AbortOthers(absl::StatusOr<T> result) {
+    if (!result.ok()) (void)AbortOthers(result.status());
+    return result;
   }
 
   absl::Status Fail(const absl::Status& status, const Move& move) {
@@ -156,15 +193,6 @@ class Executor {
   std::string Where(const Move& move) const {
     return absl::StrCat("\"", source_.catalog()[move.source_tensor].fqn,
                         "\" on rank ", plan_.rank);
-  }
-
-  std::byte* Buffer(int index) {
-    std::unique_ptr<std::byte[]>& buffer = buffers_[index];
-    if (buffer == nullptr) {
-      buffer.reset(new std::byte[options_.chunk_bytes]);
-      stats_.bytes_staged_peak += options_.chunk_bytes;
-    }
-    return buffer.get();
   }
 
   absl::Status CopyLocally(const Move& move) {
@@ -196,9 +224,12 @@ class Executor {
     for (int64_t begin = 0; begin < elements; begin += step) {
       const int64_t end = std::min(begin + step, elements);
       const size_t bytes = (end - begin) * item_size;
-      std::byte* const buffer =
-          direct_to != nullptr ? direct_to + begin * item_size
-                               : (direct_from != nullptr ? nullptr : Buffer(0));
+      std::byte* buffer = nullptr;
+      if (direct_to != nullptr) {
+        buffer = direct_to + begin * item_size;
+      } else if (direct_from == nullptr) {
+        DSD_ASSIGN_OR_RETURN(buffer, staging_->Memory(0, /*on_device=*/false));
+      }
       if (direct_from == nullptr || direct_to != nullptr) {
         DSD_RETURN_IF_ERROR(source_.Read(move.source_tensor, move.box, begin,
                                          end, move.wire_dtype,
@@ -216,11 +247,74 @@ class Executor {
     return absl::OkStatus();
   }
 
+  // Local copies with a device on one side or both, as messages from this rank
+  // to itself: while the device works on one, the host does on the other.
+  absl::Status CopyLocally(Stream& stream, bool on_device) {
+    int64_t unpacked = 0;  // bytes
+    std::vector<MessagePiece> packed;
+    for (int k = 0;; ++k) {
+      const int64_t bytes = stream.NextPieceBytes(options_.chunk_bytes);
+      std::vector<MessagePiece> targets;
+      std::vector<MessagePiece> sources;
+      DSD_RETURN_IF_ERROR(stream.Next(
+          bytes,
+          [&](const Move& move, int64_t begin, int64_t end, int64_t offset) {
+            MessagePiece from = {&source_, move.source_tensor, &move.box, begin,
+                                 end,      move.wire_dtype,    offset};
+            MessagePiece to = from;
+            to.endpoint = &target_;
+            to.tensor = move.target_tensor;
+            stats_.bytes_local += from.bytes();
+            DSD_ASSIGN_OR_RETURN(const bool done, CopyDirectly(from, to));
+            if (done) return Report(from.bytes());
+            sources.push_back(from);
+            targets.push_back(to);
+            return absl::OkStatus();
+          }));
+      if (!sources.empty()) {
+        DSD_RETURN_IF_ERROR(staging_->Pack(k % 2, on_device, sources));
+      }
+      if (!packed.empty()) {
+        const int before = (k + 1) % 2;
+        if (!on_device) DSD_RETURN_IF_ERROR(staging_->WaitPacked(before));
+        DSD_RETURN_IF_ERROR(staging_->Unpack(before, on_device, packed));
+        DSD_RETURN_IF_ERROR(Report(unpacked));
+      }
+      if (bytes == 0) return absl::OkStatus();
+      packed = std::move(targets);
+      unpacked = 0;
+      for (const MessagePiece& piece : packed) unpacked += piece.bytes();
+    }
+  }
+
+  // Page-locked memory needs no staging. Whether the piece was copied so.
+  absl::StatusOr<bool> CopyDirectly(const MessagePiece& from,
+                                    const MessagePiece& to) {
+    const MessagePiece& in_host = from.is_on_device() ? to : from;
+    if (in_host.is_on_device() ||
+        in_host.endpoint->catalog()[in_host.tensor].dtype != in_host.dtype) {
+      return false;
+    }
+    const auto view = in_host.endpoint->View(in_host.tensor, *in_host.box);
+    const int64_t item_size = ItemSize(in_host.dtype);
+    if (!view.has_value() ||
+        !IsContiguous(*view, in_host.box->extents(), item_size) ||
+        !staging_->stream()->IsPageLocked(view->base)) {
+      return false;
+    }
+    std::byte* const memory = view->base + in_host.begin * item_size;
+    DSD_RETURN_IF_ERROR(from.is_on_device() ? staging_->ReadTo(from, memory)
+                                            : staging_->WriteFrom(to, memory));
+    return true;
+  }
+
   absl::Status ExchangeAll(bool relayed) {
     // Streams are made per step, so that memory does not grow with the world.
     std::vector<std::vector<size_t>> to(comm_ == nullptr ? 1 : comm_->size());
     std::vector<std::vector<size_t>> from(to.size());
     bool any = false;
+    int64_t sent_from_device = 0;  // bytes; less those from elsewhere
+    int64_t received_to_device = 0;
     for (size_t i = 0; i < plan_.moves.size(); ++i) {
       const Move& move = plan_.moves[i];
       if (move.relayed != relayed) continue;
@@ -228,11 +322,20 @@ class Executor {
         for (int reader : move.readers) {
           any = true;
           if (comm_ != nullptr) to[reader].push_back(i);
+          sent_from_device +=
+              ReadsFromDevice(move) ? move.wire_bytes() : -move.wire_bytes();
         }
       } else {
         any = true;
         if (comm_ != nullptr) from[move.provider].push_back(i);
+        received_to_device += target_.IsOnDevice(move.target_tensor)
+                                  ? move.wire_bytes()
+                                  : -move.wire_bytes();
       }
+    }
+    if (comm_ != nullptr && comm_->has_cuda_memory() && comm_->size() > 1) {
+      DSD_RETURN_IF_ERROR(
+          ShareDevices(sent_from_device > 0, received_to_device > 0));
     }
     if (!any) return absl::OkStatus();
     if (comm_ == nullptr) {
@@ -249,18 +352,48 @@ class Executor {
     return absl::OkStatus();
   }
 
+  bool ReadsFromDevice(const Move& move) {
+    return IsRelayed(move) ? target_.IsOnDevice(move.target_tensor)
+                           : source_.IsOnDevice(move.source_tensor);
+  }
+
+  // Which memory the messages between two ranks are in must be the same on both
+  // sides: that of the device if most of what the one sends and most of what
+  // the other receives, over all ranks, is there. Collective.
+  absl::Status ShareDevices(bool sends, bool receives) {
+    const std::byte mine{static_cast<uint8_t>((sends ? kSends : 0) |
+                                              (receives ? kReceives : 0))};
+    devices_.resize(comm_->size());
+    std::vector<absl::Span<std::byte>> parts;
+    for (std::byte& part : devices_) parts.push_back(absl::MakeSpan(&part, 1));
+    return comm_->AllGather(absl::MakeConstSpan(&mine, 1), parts, TimeLeft());
+  }
+
+  bool IsOnDevice(int sender, int receiver) const {
+    return !devices_.empty() &&
+           (static_cast<uint8_t>(devices_[sender]) & kSends) != 0 &&
+           (static_cast<uint8_t>(devices_[receiver]) & kReceives) != 0;
+  }
+
   // One stream out and one in, each two chunks deep: while one chunk travels
-  // the next is packed and the last unpacked.
+  // the next is packed and the last unpacked. On a device both directions are
+  // one exchange, and ranks start exchanges in one order (step, chunk).
   absl::Status ExchangeStep(int next, const std::vector<size_t>& out_moves,
                             int previous, const std::vector<size_t>& in_moves) {
     Stream out(plan_, source_.catalog());
     for (size_t move : out_moves) out.Add(move);
     Stream in(plan_, source_.catalog());
     for (size_t move : in_moves) in.Add(move);
+    const bool out_on_device = IsOnDevice(plan_.rank, next);
+    const bool in_on_device = IsOnDevice(previous, plan_.rank);
+    const bool together = out_on_device || in_on_device;
+    const auto space = [&](bool on_device) {
+      return on_device ? staging_->stream()->space() : MemorySpace{};
+    };
 
     struct Chunk {
+      std::optional<PendingExchange> recv;  // or both directions
       std::optional<PendingExchange> send;
-      std::optional<PendingExchange> recv;
       int64_t recv_bytes = 0;
     };
     Chunk chunks[2];
@@ -270,35 +403,49 @@ class Executor {
       const int64_t in_bytes = in.NextPieceBytes(options_.chunk_bytes);
       const int64_t out_bytes = out.NextPieceBytes(options_.chunk_bytes);
       now.recv_bytes = in_bytes;
+      std::optional<RecvOp> recv;
+      std::string recv_label;
       if (in_bytes > 0) {
-        const RecvOp op{previous, absl::MakeSpan(Buffer(2 + k % 2), in_bytes)};
         DSD_ASSIGN_OR_RETURN(
-            now.recv, comm_->StartExchange({}, {op}, Label(in), TimeLeft()));
+            std::byte* const memory,
+            AbortOthers(staging_->Memory(2 + k % 2, in_on_device)));
+        recv_label = Label(in);
+        recv = RecvOp{previous, absl::MakeSpan(memory, in_bytes),
+                      space(in_on_device), recv_label};
+        if (!together) {
+          DSD_ASSIGN_OR_RETURN(
+              now.recv,
+              comm_->StartExchange({}, {*recv}, recv_label, TimeLeft()));
+        }
         DSD_RETURN_IF_ERROR(
             in.Next(in_bytes, [](const Move&, int64_t, int64_t, int64_t) {
               return absl::OkStatus();
             }));
       }
+      std::optional<SendOp> send;
+      std::string send_label;
       if (out_bytes > 0) {
-        std::byte* const buffer = Buffer(k % 2);
-        const std::string label = Label(out);
-        DSD_RETURN_IF_ERROR(out.Next(out_bytes, [&](const Move& move,
-                                                    int64_t begin, int64_t end,
-                                                    int64_t offset) {
-          const size_t bytes = (end - begin) * ItemSize(move.wire_dtype);
-          const absl::Span<std::byte> piece(buffer + offset, bytes);
-          return Fail(IsRelayed(move)
-                          ? target_.Read(move.target_tensor, move.box, begin,
-                                         end, move.wire_dtype, piece)
-                          : source_.Read(move.source_tensor, move.box, begin,
-                                         end, move.wire_dtype, piece),
-                      move);
-        }));
-        const SendOp op{next, absl::MakeConstSpan(buffer, out_bytes)};
-        DSD_ASSIGN_OR_RETURN(now.send,
-                             comm_->StartExchange({op}, {}, label, TimeLeft()));
+        send_label = Label(out);
+        DSD_ASSIGN_OR_RETURN(
+            const std::byte* const memory,
+            AbortOthers(Pack(out, out_bytes, k % 2, out_on_device)));
+        send = SendOp{next, absl::MakeConstSpan(memory, out_bytes),
+                      space(out_on_device), send_label};
+        if (!together) {
+          DSD_ASSIGN_OR_RETURN(
+              now.send,
+              comm_->StartExchange({*send}, {}, send_label, TimeLeft()));
+        }
         stats_.bytes_sent += out_bytes;
         ++stats_.messages_sent;
+      }
+      if (together && (send.has_value() || recv.has_value())) {
+        DSD_ASSIGN_OR_RETURN(
+            now.recv,
+            comm_->StartExchange(
+                absl::MakeConstSpan(send ? &*send : nullptr, send ? 1 : 0),
+                absl::MakeConstSpan(recv ? &*recv : nullptr, recv ? 1 : 0),
+                send ? send_label : recv_label, TimeLeft()));
       }
       Chunk& before = chunks[(k + 1) % 2];
       if (before.send.has_value()) {
@@ -308,23 +455,44 @@ class Executor {
       if (before.recv.has_value()) {
         DSD_RETURN_IF_ERROR(before.recv->Wait());
         before.recv.reset();
-        DSD_RETURN_IF_ERROR(
-            Unpack(arriving, Buffer(2 + (k + 1) % 2), before.recv_bytes));
+        if (before.recv_bytes > 0) {
+          DSD_RETURN_IF_ERROR(Unpack(arriving, before.recv_bytes,
+                                     2 + (k + 1) % 2, in_on_device));
+        }
       }
       if (in_bytes == 0 && out_bytes == 0) return absl::OkStatus();
     }
   }
 
-  absl::Status Unpack(Stream& stream, const std::byte* buffer, int64_t bytes) {
-    stats_.bytes_received += bytes;
+  // Fills a buffer with the next bytes of a stream out.
+  absl::StatusOr<std::byte*> Pack(Stream& stream, int64_t bytes, int buffer,
+                                  bool on_device) {
+    pieces_.clear();
     DSD_RETURN_IF_ERROR(stream.Next(bytes, [&](const Move& move, int64_t begin,
                                                int64_t end, int64_t offset) {
-      const size_t piece = (end - begin) * ItemSize(move.wire_dtype);
-      return Fail(target_.Write(move.target_tensor, move.box, begin, end,
-                                move.wire_dtype,
-                                absl::MakeConstSpan(buffer + offset, piece)),
-                  move);
+      const bool relayed = IsRelayed(move);
+      pieces_.push_back({relayed ? &target_ : &source_,
+                         relayed ? move.target_tensor : move.source_tensor,
+                         &move.box, begin, end, move.wire_dtype, offset});
+      return absl::OkStatus();
     }));
+    DSD_RETURN_IF_ERROR(staging_->Pack(buffer, on_device, pieces_));
+    if (!on_device) DSD_RETURN_IF_ERROR(staging_->WaitPacked(buffer));
+    return staging_->Memory(buffer, on_device);
+  }
+
+  absl::Status Unpack(Stream& stream, int64_t bytes, int buffer,
+                      bool on_device) {
+    stats_.bytes_received += bytes;
+    pieces_.clear();
+    DSD_RETURN_IF_ERROR(stream.Next(bytes, [&](const Move& move, int64_t begin,
+                                               int64_t end, int64_t offset) {
+      pieces_.push_back({&target_, move.target_tensor, &move.box, begin, end,
+                         move.wire_dtype, offset});
+      return absl::OkStatus();
+    }));
+    DSD_RETURN_IF_ERROR(
+        AbortOthers(staging_->Unpack(buffer, on_device, pieces_)));
     return Report(bytes);
   }
 
@@ -334,7 +502,7 @@ class Executor {
 
   CallOptions TimeLeft() const {
     CallOptions left = options_.call;
-    left.timeout = deadline_ - comm_->env()->Now();
+    left.timeout = deadline_ - env_->Now();
     left.progress = nullptr;
     return left;
   }
@@ -356,8 +524,11 @@ class Executor {
   Endpoint& target_;
   Communicator* const comm_;
   const TransferOptions& options_;
-  absl::Time deadline_;
-  std::unique_ptr<std::byte[]> buffers_[4];
+  Env* const env_;
+  const absl::Time deadline_;
+  std::optional<Staging> staging_;
+  std::vector<MessagePiece> pieces_;
+  std::vector<std::byte> devices_;  // of each rank, if that matters
   TransferStats stats_;
   int64_t bytes_done_ = 0;
   int64_t bytes_total_ = 0;

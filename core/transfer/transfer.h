@@ -25,11 +25,12 @@ struct TransferStats {
   int64_t bytes_received = 0;
   int64_t bytes_local = 0;
   int64_t messages_sent = 0;
-  int64_t bytes_staged_peak = 0;  // staging memory at its largest
+  int64_t bytes_staged_peak = 0;  // staging memory, that of devices too
 };
 
 struct TransferOptions {
-  // Staging memory is at most 2 * 2 * chunk_bytes, whatever is transferred.
+  // Staging memory is at most 2 * 2 * chunk_bytes, whatever is transferred;
+  // with tensors on a device twice that and one more, the half of it there.
   // Must be equal on all ranks.
   int64_t chunk_bytes = int64_t{4} << 20;
   CallOptions call;
@@ -41,6 +42,11 @@ struct TransferOptions {
 // by peer in rotated order: one byte stream per ordered pair of ranks, in plan
 // order, cut into chunks, and then the same for what is relayed. Boxes of a
 // source kAnyHolder are read once, into the target, and sent on from there.
+//
+// Work on a device follows what the caller has enqueued there and precedes what
+// it enqueues after the call; host memory is complete on return. Messages are
+// in device memory where the communicator moves it and both ranks have most of
+// what they exchange there, else in page-locked host memory.
 //
 // Errors: of comm and of the endpoints, annotated with rank and FQN. After an
 // error targets are unspecified, and an error of an endpoint aborts `comm`, so

@@ -115,7 +115,7 @@ absl::StatusOr<CheckpointDigests> ComputeDigests(const State& state,
     const int64_t item_size = ItemSize(spec.dtype);
     ContentDigest digest(spec.layout.whole().num_elements() * item_size);
     local = ReadPiece(
-        *state.tensors, piece,
+        *state.tensors, piece, deadline,
         [&](int64_t begin, int64_t end, absl::Span<const std::byte> bytes) {
           digest.AddBox(spec.shape(), item_size, piece.box.lo, piece.box.hi,
                         begin, end, bytes);

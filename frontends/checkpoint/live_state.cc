@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <utility>
 
@@ -17,6 +18,8 @@
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/plan/plan.h"
+#include "dsd/core/transfer/device_stream.h"
+#include "dsd/core/transfer/staging.h"
 #include "dsd/core/value/flatten.h"
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
@@ -211,10 +214,52 @@ absl::StatusOr<std::vector<size_t>> ShareObjects(
   return owned;
 }
 
+namespace {
+
+absl::Status ReadPieceFromDevice(
+    Endpoint& tensors, const Piece& piece, const Deadline& deadline,
+    absl::FunctionRef<absl::Status(int64_t, int64_t,
+                                   absl::Span<const std::byte>)>
+        visit) {
+  const DType dtype = tensors.catalog()[piece.tensor].dtype;
+  const int64_t elements = piece.box.num_elements();
+  const int64_t step = kPieceBytes / ItemSize(dtype);
+  DSD_ASSIGN_OR_RETURN(std::unique_ptr<DeviceStream> stream,
+                       tensors.OpenDeviceStream());
+  Staging staging(kPieceBytes, std::move(stream), deadline.env(),
+                  deadline.end());
+  MessagePiece part = {&tensors, piece.tensor, &piece.box, 0, 0, dtype, 0};
+  const auto pack = [&](int64_t begin) {
+    part.begin = begin;
+    part.end = std::min(begin + step, elements);
+    return staging.Pack(static_cast<int>(begin / step % 2),
+                        /*on_device=*/false, {part});
+  };
+  if (elements > 0) DSD_RETURN_IF_ERROR(pack(0));
+  for (int64_t begin = 0; begin < elements; begin += step) {
+    const int buffer = static_cast<int>(begin / step % 2);
+    const int64_t end = part.end;
+    DSD_RETURN_IF_ERROR(staging.WaitPacked(buffer));
+    if (end < elements) DSD_RETURN_IF_ERROR(pack(end));
+    DSD_ASSIGN_OR_RETURN(const std::byte* const memory,
+                         staging.Memory(buffer, /*on_device=*/false));
+    DSD_RETURN_IF_ERROR(
+        visit(begin, end,
+              absl::MakeConstSpan(memory, (end - begin) * ItemSize(dtype))));
+  }
+  return staging.Finish();
+}
+
+}  // namespace
+
 absl::Status ReadPiece(Endpoint& tensors, const Piece& piece,
+                       const Deadline& deadline,
                        absl::FunctionRef<absl::Status(
                            int64_t, int64_t, absl::Span<const std::byte>)>
                            visit) {
+  if (tensors.IsOnDevice(piece.tensor)) {
+    return ReadPieceFromDevice(tensors, piece, deadline, visit);
+  }
   const TensorSpec& spec = tensors.catalog()[piece.tensor];
   const int64_t item_size = ItemSize(spec.dtype);
   const int64_t elements = piece.box.num_elements();

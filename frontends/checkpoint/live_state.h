@@ -55,14 +55,6 @@ absl::StatusOr<std::vector<size_t>> ShareObjects(
     const State& state, const std::vector<std::string>& pickles,
     Communicator* comm, const CallOptions& options);
 
-// Reads a piece front to back, straight from memory where it lies so. Calls
-// `visit` with elements [begin, end) of the box.
-absl::Status ReadPiece(
-    Endpoint& tensors, const Piece& piece,
-    absl::FunctionRef<absl::Status(int64_t begin, int64_t end,
-                                   absl::Span<const std::byte>)>
-        visit);
-
 // The time that is left of a call, for the calls it makes.
 class Deadline {
  public:
@@ -75,6 +67,8 @@ class Deadline {
     left.timeout = end_ - env_->Now();
     return left;
   }
+  Env* env() const { return env_; }
+  absl::Time end() const { return end_; }
   // Cancelled or DeadlineExceeded.
   absl::Status Check() const;
 
@@ -83,6 +77,14 @@ class Deadline {
   CallOptions options_;
   absl::Time end_;
 };
+
+// Reads a piece front to back, straight from memory where it lies so; from a
+// device one part ahead. Calls `visit` with elements [begin, end) of the box.
+absl::Status ReadPiece(
+    Endpoint& tensors, const Piece& piece, const Deadline& deadline,
+    absl::FunctionRef<absl::Status(int64_t begin, int64_t end,
+                                   absl::Span<const std::byte>)>
+        visit);
 
 // The Env that a call uses.
 inline Env* ChooseEnv(Env* wanted, Communicator* comm) {

@@ -304,7 +304,7 @@ class Saver {
     ContentDigest digest(spec.layout.whole().num_elements() * item_size);
     uint32_t crc = 0;
     DSD_RETURN_IF_ERROR(ReadPiece(
-        *state_.tensors, piece,
+        *state_.tensors, piece, deadline_,
         [&](int64_t begin, int64_t end,
             absl::Span<const std::byte> bytes) -> absl::Status {
           DSD_RETURN_IF_ERROR(deadline_.Check());

@@ -1,4 +1,4 @@
-"""@libtorch: an installed LibTorch where there is one, else out of the wheel of the same version."""
+"""@libtorch, @libtorch_cuda: an installed LibTorch where there is one, else out of the wheel of the same version."""
 
 load("//third_party/bazel:elf.bzl", "elf_entries")
 load("//third_party/bazel:pypi.bzl", "PYPI_ATTRS", "find_torch", "pypi_parts")
@@ -88,6 +88,39 @@ libtorch = repository_rule(
     attrs = dict(
         PYPI_ATTRS,
         _build_file = attr.label(default = Label("//third_party/libtorch:libtorch.BUILD")),
+    ),
+    environ = ["DSD_PYTHON", "LIBTORCH_ROOT"],
+)
+
+_CUDA_LIBRARIES = ["libtorch_cuda.so", "libc10_cuda.so"]
+
+def _cuda_impl(ctx):
+    root = ctx.os.environ.get("LIBTORCH_ROOT")
+    if not root:
+        root = find_torch(ctx)[1]
+    if root:
+        for name in _CUDA_LIBRARIES:
+            library = ctx.path(root).get_child("lib").get_child(name)
+            if not library.exists:
+                fail("@%s: there is no %s: this LibTorch was built without CUDA" % (ctx.name, library))
+            ctx.symlink(library, "lib/" + name)
+    else:
+        pypi_parts(
+            ctx,
+            name = "libtorch-cuda-" + TORCH_VERSION,
+            requirements = [TORCH],
+            kind = "wheel",
+            take = {"torch/lib/" + name: "lib/" + name for name in _CUDA_LIBRARIES},
+            instead = "Without a package index: set LIBTORCH_ROOT or DSD_PYTHON, see //third_party/libtorch.",
+        )
+    ctx.file("WORKSPACE", "workspace(name = \"libtorch_cuda\")\n")
+    ctx.template("BUILD.bazel", ctx.attr._build_file)
+
+libtorch_cuda = repository_rule(
+    implementation = _cuda_impl,
+    attrs = dict(
+        PYPI_ATTRS,
+        _build_file = attr.label(default = Label("//third_party/libtorch:libtorch_cuda.BUILD")),
     ),
     environ = ["DSD_PYTHON", "LIBTORCH_ROOT"],
 )

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/core/transfer/staging.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+
+namespace dsd {
+namespace {
+
+// Calls fn(offset, bytes) for each stretch of a message whose pieces are all on
+// the device, or all in host memory.
+template <class Fn>
+absl::Status ForEachStretch(absl::Span<const MessagePiece> pieces,
+                            bool on_device, Fn fn) {
+  for (size_t i = 0; i < pieces.size();) {
+    if (pieces[i].is_on_device() != on_device) {
+      ++i;
+      continue;
+    }
+    const int64_t offset = pieces[i].offset;
+    int64_t bytes = 0;
+    for (; i < pieces.size() && pieces[i].is_on_device() == on_device &&
+           pieces[i].offset == offset + bytes;
+         ++i) {
+      bytes += pieces[i].bytes();
+    }
+    DSD_RETURN_IF_ERROR(fn(offset, bytes));
+  }
+  return absl::OkStatus();
+}
+
+bool HasPieces(absl::Span<const MessagePiece> pieces, bool on_device) {
+  return std::any_of(pieces.begin(), pieces.end(),
+                     [&](const MessagePiece& piece) {
+                       return piece.is_on_device() == on_device;
+                     });
+}
+
+}  // namespace
+
+absl::Status Staging::Annotated(const absl::Status& status,
+                                const MessagePiece& piece) const {
+  if (status.ok()) return status;
+  return Annotate(
+      status, absl::StrCat("\"", piece.endpoint->catalog()[piece.tensor].fqn,
+                           "\"", where_));
+}
+
+absl::StatusOr<std::byte*> Staging::HostMemory(Buffer& buffer) {
+  if (buffer.host != nullptr) {
+    DSD_RETURN_IF_ERROR(WaitUntil(buffer.used_until));
+    return buffer.host;
+  }
+  if (stream_ != nullptr) {
+    DSD_ASSIGN_OR_RETURN(buffer.host, stream_->AllocateHost(buffer_bytes_));
+  } else {
+    buffer.owned.reset(new std::byte[buffer_bytes_]);
+    buffer.host = buffer.owned.get();
+  }
+  bytes_allocated_ += buffer_bytes_;
+  return buffer.host;
+}
+
+absl::StatusOr<std::byte*> Staging::DeviceMemory(Buffer& buffer) {
+  if (buffer.device == nullptr) {
+    DSD_ASSIGN_OR_RETURN(buffer.device, stream_->AllocateDevice(buffer_bytes_));
+    bytes_allocated_ += buffer_bytes_;
+  }
+  return buffer.device;
+}
+
+absl::Status Staging::WaitUntil(DeviceStream::Position position) {
+  if (position == 0) return absl::OkStatus();
+  DSD_RETURN_IF_ERROR(WaitUntilReached(*stream_, position, env_, deadline_))
+      << absl::StrCat("staging", where_);
+  return absl::OkStatus();
+}
+
+absl::Status Staging::MarkUse(Buffer& buffer) {
+  DSD_ASSIGN_OR_RETURN(buffer.used_until, stream_->Mark());
+  host_is_used_ = true;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::byte*> Staging::Memory(int index, bool on_device) {
+  return on_device ? DeviceMemory(buffers_[index])
+                   : HostMemory(buffers_[index]);
+}
+
+absl::Status Staging::Pack(int index, bool on_device,
+                           absl::Span<const MessagePiece> pieces) {
+  Buffer& buffer = buffers_[index];
+  std::byte* host = nullptr;
+  std::byte* device = nullptr;
+  const bool has_host = HasPieces(pieces, false);
+  const bool has_device = HasPieces(pieces, true);
+  if (!on_device || has_host) {
+    DSD_ASSIGN_OR_RETURN(host, HostMemory(buffer));
+  }
+  if (on_device || has_device) {
+    DSD_ASSIGN_OR_RETURN(device, DeviceMemory(on_device ? buffer : pass_));
+  }
+  for (const MessagePiece& p : pieces) {
+    const size_t bytes = p.bytes();
+    DSD_RETURN_IF_ERROR(Annotated(
+        p.is_on_device()
+            ? p.endpoint->ReadOnDevice(p.tensor, *p.box, p.begin, p.end,
+                                       p.dtype, *stream_,
+                                       absl::MakeSpan(device + p.offset, bytes))
+            : p.endpoint->Read(p.tensor, *p.box, p.begin, p.end, p.dtype,
+                               absl::MakeSpan(host + p.offset, bytes)),
+        p));
+  }
+  if (on_device ? !has_host : !has_device) return absl::OkStatus();
+  DSD_RETURN_IF_ERROR(
+      ForEachStretch(pieces, !on_device, [&](int64_t offset, int64_t bytes) {
+        return on_device
+                   ? stream_->CopyToDevice(host + offset, device + offset,
+                                           bytes)
+                   : stream_->CopyToHost(device + offset, host + offset, bytes);
+      }));
+  return MarkUse(buffer);
+}
+
+absl::Status Staging::WaitPacked(int index) {
+  return WaitUntil(buffers_[index].used_until);
+}
+
+absl::Status Staging::Unpack(int index, bool on_device,
+                             absl::Span<const MessagePiece> pieces) {
+  Buffer& buffer = buffers_[index];
+  std::byte* host = buffer.host;
+  std::byte* device = buffer.device;
+  const bool has_host = HasPieces(pieces, false);
+  const bool has_device = HasPieces(pieces, true);
+  if (on_device && has_host) {
+    DSD_ASSIGN_OR_RETURN(host, HostMemory(buffer));
+  }
+  if (!on_device && has_device) {
+    DSD_ASSIGN_OR_RETURN(device, DeviceMemory(pass_));
+  }
+  if (on_device ? has_host : has_device) {
+    DSD_RETURN_IF_ERROR(
+        ForEachStretch(pieces, !on_device, [&](int64_t offset, int64_t bytes) {
+          return on_device ? stream_->CopyToHost(device + offset, host + offset,
+                                                 bytes)
+                           : stream_->CopyToDevice(host + offset,
+                                                   device + offset, bytes);
+        }));
+    DSD_RETURN_IF_ERROR(MarkUse(buffer));
+  }
+  for (const MessagePiece& p : pieces) {
+    if (!p.is_on_device()) continue;
+    DSD_RETURN_IF_ERROR(
+        Annotated(p.endpoint->WriteOnDevice(
+                      p.tensor, *p.box, p.begin, p.end, p.dtype, *stream_,
+                      absl::MakeConstSpan(device + p.offset, p.bytes())),
+                  p));
+  }
+  if (!has_host) return absl::OkStatus();
+  if (on_device) DSD_RETURN_IF_ERROR(WaitUntil(buffer.used_until));
+  for (const MessagePiece& p : pieces) {
+    if (p.is_on_device()) continue;
+    DSD_RETURN_IF_ERROR(Annotated(
+        p.endpoint->Write(p.tensor, *p.box, p.begin, p.end, p.dtype,
+                          absl::MakeConstSpan(host + p.offset, p.bytes())),
+        p));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Staging::ReadTo(const MessagePiece& piece, std::byte* host) {
+  DSD_ASSIGN_OR_RETURN(std::byte* const device, DeviceMemory(pass_));
+  DSD_RETURN_IF_ERROR(Annotated(
+      piece.endpoint->ReadOnDevice(piece.tensor, *piece.box, piece.begin,
+                                   piece.end, piece.dtype, *stream_,
+                                   absl::MakeSpan(device, piece.bytes())),
+      piece));
+  host_is_used_ = true;
+  return stream_->CopyToHost(device, host, piece.bytes());
+}
+
+absl::Status Staging::WriteFrom(const MessagePiece& piece,
+                                const std::byte* host) {
+  DSD_ASSIGN_OR_RETURN(std::byte* const device, DeviceMemory(pass_));
+  host_is_used_ = true;
+  DSD_RETURN_IF_ERROR(stream_->CopyToDevice(host, device, piece.bytes()));
+  return Annotated(
+      piece.endpoint->WriteOnDevice(piece.tensor, *piece.box, piece.begin,
+                                    piece.end, piece.dtype, *stream_,
+                                    absl::MakeConstSpan(device, piece.bytes())),
+      piece);
+}
+
+absl::Status Staging::Finish() {
+  if (stream_ == nullptr) return absl::OkStatus();
+  DSD_RETURN_IF_ERROR(stream_->Join());
+  if (!host_is_used_) return absl::OkStatus();
+  host_is_used_ = false;
+  DSD_ASSIGN_OR_RETURN(const DeviceStream::Position end, stream_->Mark());
+  return WaitUntil(end);
+}
+
+}  // namespace dsd

@@ -1,0 +1,617 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What moves tensors on CUDA gives bit for bit what it gives on the CPU. Needs
+// a GPU: see testing/device/run_cuda_tests.sh.
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <iostream>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "ATen/core/Tensor.h"
+#include "ATen/core/grad_mode.h"
+#include "ATen/ops/empty.h"
+#include "ATen/ops/equal.h"
+#include "ATen/ops/full.h"
+#include "ATen/ops/randint.h"
+#include "ATen/ops/tensor.h"
+#include "ATen/ops/zeros.h"
+#include "ATen/ops/zeros_like.h"
+#include "absl/functional/function_ref.h"
+#include "absl/log/check.h"
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "c10/core/StreamGuard.h"
+#include "c10/core/impl/VirtualGuardImpl.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/layout/element_map.h"
+#include "dsd/core/layout/random_layout.h"
+#include "dsd/core/state_dict/state_dict_ops.h"
+#include "dsd/core/tensor/tensor_endpoint.h"
+#include "dsd/core/tensor/torch_device_stream.h"
+#include "dsd/core/tensor/torch_types.h"
+#include "dsd/core/transfer/transfer.h"
+#include "dsd/frontends/torch/checkpoint.h"
+#include "dsd/frontends/torch/state_dict.h"
+#include "dsd/testing/device/cuda/cuda_job.h"
+#include "dsd/testing/harness/rank_threads.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+// Of libtorch_cuda.so: keeps the current stream busy for so many cycles. Weak,
+// so that the test also links without.
+namespace at::cuda {
+__attribute__((weak)) void sleep(int64_t cycles);
+}  // namespace at::cuda
+
+namespace dsd {
+namespace {
+
+using ::dsd::test::DeviceUnderTest;
+using ::dsd::test::Job;
+using ::dsd::test::KnownValues;
+using ::dsd::test::LayoutSpec;
+using ::dsd::test::Random;
+using ::dsd::test::Uniform;
+
+#define DSD_REQUIRE(condition)                                      \
+  do {                                                              \
+    if (!(condition)) {                                             \
+      return absl::InternalError(                                   \
+          absl::StrCat(__FILE__, ":", __LINE__, ": ", #condition)); \
+    }                                                               \
+  } while (false)
+
+bool OnCuda() { return DeviceUnderTest().is_cuda(); }
+
+constexpr int64_t kHalfASecond = int64_t{1} << 30;  // cycles
+
+// The current stream of the device is busy for about `cycles` from now on.
+void KeepBusy(int64_t cycles = kHalfASecond) {
+  if (OnCuda()) at::cuda::sleep(cycles);
+}
+
+// A stream that is not the default one, current while this lives.
+class OtherStream {
+ public:
+  OtherStream() {
+    if (!OnCuda()) return;
+    const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
+    guard_.emplace(guard.getStreamFromGlobalPool(DeviceUnderTest()));
+  }
+
+ private:
+  std::optional<c10::StreamGuard> guard_;
+};
+
+c10::ScalarType BitsOf(int64_t item_size) {
+  switch (item_size) {
+    case 1:
+      return c10::kByte;
+    case 2:
+      return c10::kShort;
+    case 4:
+      return c10::kInt;
+    case 8:
+      return c10::kLong;
+    default:
+      return c10::kComplexDouble;
+  }
+}
+
+at::Tensor AsBits(const at::Tensor& tensor) {
+  return tensor.view(BitsOf(tensor.element_size()));
+}
+
+bool SameBits(const at::Tensor& a, const at::Tensor& b) {
+  if (a.sizes() != b.sizes() || a.scalar_type() != b.scalar_type()) {
+    return false;
+  }
+  const at::Tensor host_a = AsBits(a).contiguous().cpu();
+  const at::Tensor host_b = AsBits(b).contiguous().cpu();
+  return a.numel() == 0 ||
+         std::memcmp(host_a.const_data_ptr(), host_b.const_data_ptr(),
+                     host_a.nbytes()) == 0;
+}
+
+// Random bits; numbers that any type has where they are to be converted.
+at::Tensor RandomElements(Random& random, int64_t count, c10::ScalarType type,
+                          bool numbers) {
+  if (numbers) {
+    std::vector<double> values(count);
+    for (double& value : values) {
+      value = static_cast<double>(Uniform(random, 0, 12000)) / 100;
+    }
+    return at::tensor(values, c10::kDouble).to(type);
+  }
+  at::Tensor elements = at::empty({count}, type);
+  auto* const bytes = static_cast<uint8_t*>(elements.mutable_data_ptr());
+  for (size_t i = 0; i < elements.nbytes(); ++i) {
+    bytes[i] = static_cast<uint8_t>(random()) & (type == c10::kBool ? 1 : 0xFF);
+  }
+  return elements;
+}
+
+// The same values on `device`, now and then with random strides.
+at::Tensor Placed(Random& random, const at::Tensor& values,
+                  c10::Device device) {
+  const int64_t dims = values.dim();
+  if (Uniform(random, 0, 1) == 0) return values.clone().to(device);
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < dims; ++d) order.push_back(d);
+  std::shuffle(order.begin(), order.end(), random);
+  std::vector<int64_t> padded;
+  std::vector<int64_t> back(dims);
+  for (int64_t i = 0; i < dims; ++i) {
+    padded.push_back(values.size(order[i]) * 2 + 1);
+    back[order[i]] = i;
+  }
+  at::Tensor place =
+      at::zeros(
+          padded,
+          c10::TensorOptions(BitsOf(values.element_size())).device(device))
+          .permute(back);
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t step = Uniform(random, 1, 2);
+    place = place.slice(d, 1, 1 + values.size(d) * step, step);
+  }
+  place.copy_(AsBits(values).to(device));
+  return place.view(values.scalar_type());
+}
+
+struct RandomTensor {
+  std::string fqn;
+  DType from_type;
+  DType to_type;
+  LayoutSpec from;
+  LayoutSpec to;
+  at::Tensor whole;  // flat
+};
+
+std::vector<RandomTensor> RandomTensors(Random& random, int ranks) {
+  std::vector<RandomTensor> tensors(Uniform(random, 1, 6));
+  test::RandomLayoutOptions options;
+  for (int rank = 0; rank < ranks; ++rank) options.holders.push_back(rank);
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    RandomTensor& tensor = tensors[t];
+    tensor.fqn = absl::StrCat("t", t);
+    const bool converts = Uniform(random, 0, 3) == 0;
+    const DType numbers[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16,
+                             DType::kBFloat16, DType::kInt32};
+    if (converts) {
+      tensor.from_type = numbers[Uniform(random, 0, 4)];
+      tensor.to_type = numbers[Uniform(random, 0, 4)];
+    } else {
+      tensor.from_type = static_cast<DType>(Uniform(random, 0, kNumDTypes - 1));
+      tensor.to_type = tensor.from_type;
+    }
+    const auto shape = test::RandomShape(random, 400);
+    tensor.from = test::RandomLayoutSpec(random, shape, options);
+    tensor.to = test::RandomLayoutSpec(random, shape, options);
+    int64_t count = 1;
+    for (const int64_t extent : shape) count *= extent;
+    tensor.whole =
+        RandomElements(random, count, ToScalarType(tensor.from_type), converts);
+  }
+  return tensors;
+}
+
+// This rank's part of all tensors, each on the CPU or, if `mixed`, on either
+// device.
+absl::StatusOr<std::vector<at::Tensor>> Fill(
+    Random& random, const std::vector<RandomTensor>& tensors, Holder rank,
+    bool is_source, bool mixed, TensorEndpoint& endpoint) {
+  std::vector<at::Tensor> all;
+  for (const RandomTensor& tensor : tensors) {
+    const LayoutSpec& spec = is_source ? tensor.from : tensor.to;
+    const DType dtype = is_source ? tensor.from_type : tensor.to_type;
+    DSD_ASSIGN_OR_RETURN(const Layout layout, test::BuildLayout(spec));
+    std::vector<at::Tensor> locals;
+    const std::vector<int64_t> holders = test::HoldersOf(spec);
+    if (std::count(holders.begin(), holders.end(), rank) > 0) {
+      const std::vector<int64_t> elements = test::LocalElements(spec, rank);
+      at::Tensor values = at::zeros({static_cast<int64_t>(elements.size())},
+                                    BitsOf(ItemSize(dtype)))
+                              .view(ToScalarType(dtype));
+      if (is_source && !elements.empty()) {
+        values = AsBits(tensor.whole)
+                     .index({at::tensor(elements, c10::kLong)})
+                     .view(ToScalarType(dtype));
+      }
+      std::vector<Dims> shapes;
+      if (layout.kind() == Layout::Kind::kBoxes) {
+        for (const LocalBox& box : layout.BoxesOf(rank)) {
+          shapes.push_back(box.box.extents());
+        }
+      } else if (const auto shape = layout.LocalShape(rank)) {
+        shapes.push_back(*shape);
+      }
+      const c10::Device device = mixed && Uniform(random, 0, 2) > 0
+                                     ? DeviceUnderTest()
+                                     : c10::Device(c10::kCPU);
+      int64_t begin = 0;
+      for (const Dims& shape : shapes) {
+        int64_t count = 1;
+        for (const int64_t extent : shape) count *= extent;
+        locals.push_back(Placed(
+            random, values.narrow(0, begin, count).view(ToIntArrayRef(shape)),
+            mixed ? device : c10::Device(c10::kCPU)));
+        begin += count;
+      }
+    }
+    all.insert(all.end(), locals.begin(), locals.end());
+    DSD_RETURN_IF_ERROR(
+        endpoint.Add({tensor.fqn, dtype, layout}, rank, std::move(locals)));
+  }
+  return all;
+}
+
+TEST(CudaTransferTest, RandomMixesOfDevicesEqualTheCpu) {
+  Random random(test::TestSeed());
+  const int rounds = 120;
+  for (int ranks = 1; ranks <= 3; ++ranks) {
+    std::vector<std::vector<RandomTensor>> cases;
+    std::vector<int64_t> chunks;
+    for (int round = 0; round < rounds; ++round) {
+      cases.push_back(RandomTensors(random, ranks));
+      const int64_t sizes[] = {16, 100, 1000, int64_t{4} << 20};
+      chunks.push_back(sizes[Uniform(random, 0, 3)]);
+    }
+    const uint64_t seed = random();
+    const std::vector<absl::Status> statuses =
+        RunRankThreads(ranks, [&](Communicator& comm) -> absl::Status {
+          Random mine(seed + comm.rank());
+          const at::NoGradGuard no_grad;
+          for (int round = 0; round < rounds; ++round) {
+            std::vector<at::Tensor> results[2];
+            for (const bool mixed : {false, true}) {
+              TensorEndpoint source(DeviceMesh::Iota({ranks}), comm.rank());
+              TensorEndpoint target(DeviceMesh::Iota({ranks}), comm.rank());
+              DSD_RETURN_IF_ERROR(
+                  Fill(mine, cases[round], comm.rank(), true, mixed, source)
+                      .status());
+              DSD_ASSIGN_OR_RETURN(
+                  results[mixed],
+                  Fill(mine, cases[round], comm.rank(), false, mixed, target));
+              TransferOptions options;
+              options.chunk_bytes = chunks[round];
+              DSD_ASSIGN_OR_RETURN(
+                  const TransferStats stats,
+                  Redistribute(source, target, &comm, options));
+              DSD_REQUIRE(stats.bytes_staged_peak <= 9 * options.chunk_bytes);
+            }
+            for (size_t i = 0; i < results[0].size(); ++i) {
+              if (!SameBits(results[0][i], results[1][i])) {
+                return absl::InternalError(
+                    absl::StrCat("round ", round, " result ", i, " on rank ",
+                                 comm.rank(), " differs, type ",
+                                 c10::toString(results[0][i].scalar_type()),
+                                 " on ", results[1][i].device().str()));
+              }
+            }
+          }
+          return absl::OkStatus();
+        });
+    EXPECT_THAT(statuses, AllOk());
+  }
+}
+
+absl::Status Move(const at::Tensor& from, const at::Tensor& to) {
+  const DeviceMesh one = DeviceMesh::Iota({1});
+  TensorEndpoint source(one, 0);
+  TensorEndpoint target(one, 0);
+  DSD_RETURN_IF_ERROR(source.Add("t", from));
+  DSD_RETURN_IF_ERROR(target.Add("t", to));
+  return Redistribute(source, target, nullptr).status();
+}
+
+TEST(CudaTransferTest, FollowsAProducerAndPrecedesTheNextOnAnyStream) {
+  const c10::TensorOptions on_device =
+      c10::TensorOptions(c10::kFloat).device(DeviceUnderTest());
+  for (const bool other : {false, true}) {
+    std::optional<OtherStream> stream;
+    if (other) stream.emplace();
+    at::Tensor from = at::zeros({3000, 1001}, on_device);
+    // To the host: what is still being made.
+    at::Tensor host = at::zeros({3000, 1001});
+    test::Synchronize();
+    KeepBusy();
+    from.fill_(7);
+    ASSERT_TRUE(Move(from, host).ok());
+    from.fill_(8);
+    EXPECT_TRUE(at::equal(host, at::full({3000, 1001}, 7.f)));
+    // To the device: after what still reads or writes it, before what follows.
+    at::Tensor to = at::zeros({3000, 1001}, on_device);
+    test::Synchronize();
+    KeepBusy();
+    to.fill_(1);
+    ASSERT_TRUE(Move(host, to).ok());
+    const at::Tensor read = to.clone();
+    to.fill_(2);
+    EXPECT_TRUE(at::equal(read.cpu(), host));
+    // Within the device nobody waits.
+    test::Synchronize();
+    KeepBusy();
+    from.fill_(9);
+    const absl::Time start = absl::Now();
+    ASSERT_TRUE(Move(from.t(), to.t()).ok());
+    const absl::Duration took = absl::Now() - start;
+    from.fill_(10);
+    const at::Tensor second = to.clone();
+    to.fill_(3);
+    EXPECT_TRUE(at::equal(second.cpu(), at::full({3000, 1001}, 9.f)));
+    std::cout << "device to device with a busy stream: returned after " << took
+              << "\n";
+  }
+}
+
+TEST(CudaTransferTest, ADeadlineHoldsWhileAKernelRuns) {
+  if (!OnCuda()) GTEST_SKIP() << "kernels of the CPU are done at once";
+  const at::Tensor from =
+      at::zeros({1 << 20}, c10::TensorOptions(c10::kFloat).device(c10::kCUDA));
+  at::Tensor to = at::zeros({1 << 20});
+  test::Synchronize();
+  const DeviceMesh one = DeviceMesh::Iota({1});
+  TensorEndpoint source(one, 0);
+  TensorEndpoint target(one, 0);
+  ASSERT_TRUE(source.Add("t", from).ok());
+  ASSERT_TRUE(target.Add("t", to).ok());
+  TransferOptions options;
+  options.call.timeout = absl::Milliseconds(100);
+  KeepBusy(6 * kHalfASecond);
+  const absl::Time start = absl::Now();
+  const auto moved = Redistribute(source, target, nullptr, options);
+  EXPECT_THAT(moved.status(),
+              IsStatus(absl::StatusCode::kDeadlineExceeded, "on rank 0"));
+  EXPECT_LT(absl::Now() - start, absl::Seconds(1));
+  test::Synchronize();
+  EXPECT_TRUE(Move(from, to).ok());
+}
+
+TEST(CudaTransferTest, MisalignedPiecesOfMessages) {
+  // A byte before each wider item.
+  const DeviceMesh one = DeviceMesh::Iota({1});
+  TensorEndpoint source(one, 0);
+  TensorEndpoint target(one, 0);
+  std::vector<std::pair<at::Tensor, at::Tensor>> pairs;
+  for (const c10::ScalarType type :
+       {c10::kByte, c10::kComplexDouble, c10::kByte, c10::kDouble, c10::kByte,
+        c10::kFloat, c10::kByte, c10::kHalf}) {
+    const at::Tensor values = at::randint(0, 100, {33}).to(type);
+    const size_t i = pairs.size();
+    pairs.emplace_back(values.to(DeviceUnderTest()), at::zeros({33}, type));
+    ASSERT_TRUE(source.Add(absl::StrCat(i), pairs[i].first).ok());
+    ASSERT_TRUE(target.Add(absl::StrCat(i), pairs[i].second).ok());
+  }
+  ASSERT_TRUE(Redistribute(source, target, nullptr).ok());
+  for (const auto& [from, to] : pairs) EXPECT_TRUE(SameBits(from, to));
+  // And back.
+  TensorEndpoint back(one, 0);
+  std::vector<at::Tensor> results;
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    results.push_back(at::zeros_like(pairs[i].first));
+    ASSERT_TRUE(back.Add(absl::StrCat(i), results[i]).ok());
+  }
+  ASSERT_TRUE(Redistribute(target, back, nullptr).ok());
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    EXPECT_TRUE(SameBits(pairs[i].first, results[i]));
+  }
+}
+
+std::string NewDirectory(int rank_count) {
+  static int count = 0;
+  return absl::StrCat(testing::TempDir(), "/dsd_cuda_test_", ::getpid(), "_",
+                      count++, "_", rank_count);
+}
+
+absl::Status EachTensor(StateDict& dict,
+                        absl::FunctionRef<bool(const at::Tensor& tensor)> holds,
+                        const char* what) {
+  std::string wrong;
+  ForEachTensor(dict, "", [&](const std::string& name, TensorValue& value) {
+    for (const at::Tensor& local : value.locals()) {
+      // The optimizer's counts are in host memory.
+      if (name.size() > 5 && name.substr(name.size() - 5) == ".step") continue;
+      if (!holds(local)) absl::StrAppend(&wrong, " ", name);
+    }
+  });
+  if (wrong.empty()) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("not ", what, ":", wrong));
+}
+
+absl::Status Same(const StateDict& a, const StateDict& b, const char* what) {
+  DSD_ASSIGN_OR_RETURN(const auto differences, DiffStateDicts(a, b));
+  if (differences.empty()) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat(what, ": ", differences[0]));
+}
+
+// Everything a job does with its state. What it got, in host memory, by rank 0.
+absl::StatusOr<std::vector<StateDict>> DoAll(c10::Device device,
+                                             Communicator& comm,
+                                             const std::string& own_directory,
+                                             int64_t in, int64_t hidden) {
+  const bool is_cuda = device.is_cuda();
+  const auto on_device = [&](const at::Tensor& t) {
+    return t.device() == device;
+  };
+  const auto in_host = [](const at::Tensor& t) { return t.device().is_cpu(); };
+  Job job(device, &comm, in, hidden, 0);
+  DSD_RETURN_IF_ERROR(job.Check());
+  std::vector<StateDict> results;
+  const auto keep = [&](const StateDict& dict) -> absl::Status {
+    DSD_ASSIGN_OR_RETURN(StateDict copy, CopyToHost(dict));
+    results.push_back(std::move(copy));
+    return absl::OkStatus();
+  };
+
+  DSD_ASSIGN_OR_RETURN(StateDict shards, job.State(&comm));
+  DSD_RETURN_IF_ERROR(EachTensor(shards, on_device, "on the device"));
+  DSD_RETURN_IF_ERROR(keep(shards));
+
+  StateDictOptions offload;
+  offload.cpu_offload = true;
+  DSD_ASSIGN_OR_RETURN(StateDict host_shards, job.State(&comm, offload));
+  DSD_RETURN_IF_ERROR(EachTensor(host_shards, in_host, "in host memory"));
+  DSD_RETURN_IF_ERROR(Same(host_shards, results[0], "cpu_offload"));
+  offload.pin_memory = true;
+  DSD_ASSIGN_OR_RETURN(StateDict pinned, job.State(&comm, offload));
+  if (is_cuda) {
+    DSD_RETURN_IF_ERROR(EachTensor(
+        pinned,
+        [](const at::Tensor& t) { return t.numel() == 0 || t.is_pinned(); },
+        "page-locked"));
+  }
+  DSD_RETURN_IF_ERROR(Same(pinned, results[0], "cpu_offload, pinned"));
+
+  if (!is_cuda) {
+    // They are aliases.
+    DSD_ASSIGN_OR_RETURN(host_shards, CloneStateDict(host_shards));
+    pinned = host_shards;
+  }
+
+  StateDictOptions full;
+  full.full_state_dict = true;
+  DSD_ASSIGN_OR_RETURN(StateDict whole, job.State(&comm, full));
+  DSD_RETURN_IF_ERROR(EachTensor(whole, on_device, "on the device"));
+  DSD_RETURN_IF_ERROR(keep(whole));
+  StateDictOptions full_offload = full;
+  full_offload.cpu_offload = true;
+  full_offload.pin_memory = comm.size() % 2 == 0;
+  DSD_ASSIGN_OR_RETURN(StateDict host_whole, job.State(&comm, full_offload));
+  DSD_RETURN_IF_ERROR(EachTensor(host_whole, in_host, "in host memory"));
+  if (comm.rank() == 0) {
+    DSD_RETURN_IF_ERROR(Same(host_whole, results[1], "full cpu_offload"));
+  }
+
+  DSD_ASSIGN_OR_RETURN(const checkpoint::CheckpointDigests digests,
+                       ComputeDigests(shards, &comm));
+  StateDict digest;
+  digest.Set("digest", Value(absl::StrCat(digests.whole)));
+  results.push_back(std::move(digest));
+  DSD_RETURN_IF_ERROR(SaveCheckpoint(own_directory, shards, &comm).status());
+  job.Spoil();
+  DSD_RETURN_IF_ERROR(LoadCheckpoint(own_directory, &shards, &comm).status());
+  DSD_RETURN_IF_ERROR(job.Set(shards, &comm));
+  DSD_RETURN_IF_ERROR(job.Check()) << "after load";
+
+  // Rank 0's dict in host memory for everybody.
+  job.Spoil();
+  StateDictOptions broadcast = full;
+  broadcast.broadcast_from_rank0 = true;
+  DSD_RETURN_IF_ERROR(
+      job.Set(comm.rank() == 0 ? host_whole : StateDict(), &comm, broadcast));
+  DSD_RETURN_IF_ERROR(job.Check()) << "after a broadcast from host memory";
+  // Rank 0's dict on the device for everybody.
+  job.Spoil();
+  DSD_RETURN_IF_ERROR(
+      job.Set(comm.rank() == 0 ? whole : StateDict(), &comm, broadcast));
+  DSD_RETURN_IF_ERROR(job.Check()) << "after a broadcast from the device";
+  // Each from its own, whole and sharded.
+  job.Spoil();
+  DSD_RETURN_IF_ERROR(job.Set(whole, &comm, full));
+  DSD_RETURN_IF_ERROR(job.Check()) << "after a set from the device";
+  job.Spoil();
+  DSD_RETURN_IF_ERROR(job.Set(results[1], &comm, full));
+  DSD_RETURN_IF_ERROR(job.Check()) << "after a set from host memory";
+  job.Spoil();
+  DSD_RETURN_IF_ERROR(job.Set(pinned, &comm));
+  DSD_RETURN_IF_ERROR(job.Check()) << "after a set from page-locked shards";
+  job.Spoil();
+  StateDictOptions assign;
+  assign.assign = true;
+  DSD_RETURN_IF_ERROR(job.Set(host_shards, &comm, assign));
+  DSD_RETURN_IF_ERROR(job.Check()) << "after an assigning set";
+
+  StateDict streamed;
+  StreamOptions batches;
+  batches.batch_bytes = 10000;
+  DSD_RETURN_IF_ERROR(StreamStateDict(
+      *job.net, *job.optimizer,
+      [&](StreamedValue& value) {
+        streamed.Set(absl::StrCat(value.key, "@", value.begin),
+                     std::move(value.value));
+        return absl::OkStatus();
+      },
+      &comm, full, batches));
+  DSD_RETURN_IF_ERROR(keep(streamed));
+
+  DSD_ASSIGN_OR_RETURN(const StateDict clone, CloneStateDict(whole));
+  DSD_RETURN_IF_ERROR(Same(clone, whole, "clone"));
+  DSD_REQUIRE(!StateDictText(whole).empty());
+  return results;
+}
+
+class CudaStateDictTest : public testing::TestWithParam<std::tuple<int, bool>> {
+};
+
+TEST_P(CudaStateDictTest, EqualsTheCpu) {
+  const auto [ranks, other_stream] = GetParam();
+  const bool uses_other_stream = other_stream;
+  const std::string cpu_directory = NewDirectory(ranks);
+  const std::string device_directory = NewDirectory(ranks);
+  // The weight of `columns` has over 8 MiB.
+  const std::vector<absl::Status> statuses =
+      RunRankThreads(ranks, [&](Communicator& comm) -> absl::Status {
+        std::optional<OtherStream> stream;
+        if (uses_other_stream) stream.emplace();
+        DSD_ASSIGN_OR_RETURN(const auto cpu,
+                             DoAll(c10::kCPU, comm, cpu_directory, 1501, 1400));
+        DSD_ASSIGN_OR_RETURN(
+            const auto device,
+            DoAll(DeviceUnderTest(), comm, device_directory, 1501, 1400));
+        DSD_REQUIRE(cpu.size() == device.size());
+        for (size_t i = 0; i < cpu.size(); ++i) {
+          DSD_RETURN_IF_ERROR(Same(cpu[i], device[i], "cpu and device"));
+        }
+        // Each loads what the other has saved.
+        for (const bool swap : {false, true}) {
+          Job job(swap ? DeviceUnderTest() : c10::Device(c10::kCPU), &comm,
+                  1501, 1400, 0);
+          job.Spoil();
+          DSD_ASSIGN_OR_RETURN(StateDict state, job.State(&comm));
+          DSD_RETURN_IF_ERROR(
+              LoadCheckpoint(swap ? cpu_directory : device_directory, &state,
+                             &comm)
+                  .status());
+          DSD_RETURN_IF_ERROR(job.Set(state, &comm));
+          DSD_RETURN_IF_ERROR(job.Check()) << "after a load of the other's";
+        }
+        return absl::OkStatus();
+      });
+  EXPECT_THAT(statuses, AllOk());
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, CudaStateDictTest,
+                         testing::Combine(testing::Values(1, 2, 3),
+                                          testing::Bool()));
+
+TEST(CudaStateDictTest, AGetFollowsAnOptimizerStepThatStillRuns) {
+  OtherStream stream;
+  Job job(DeviceUnderTest(), nullptr, 100, 200, 0);
+  test::Synchronize();
+  KeepBusy();
+  {
+    const at::NoGradGuard no_grad;
+    job.net->columns->weight.fill_(3);
+  }
+  StateDictOptions offload;
+  offload.cpu_offload = true;
+  offload.full_state_dict = true;
+  const auto got = GetModelStateDict(*job.net, nullptr, offload);
+  ASSERT_TRUE(got.ok()) << got.status();
+  const auto* weight = got->Find("columns.weight")->get_if<TensorValue>();
+  EXPECT_TRUE(at::equal(weight->locals()[0], at::full({200, 100}, 3.f)));
+}
+
+}  // namespace
+}  // namespace dsd
