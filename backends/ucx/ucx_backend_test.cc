@@ -16,6 +16,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -255,6 +256,23 @@ TEST_F(EnginesTest, CancelEndsEverythingAndIsFinal) {
   EXPECT_EQ(send->Wait(Soon()).code(), absl::StatusCode::kAborted);
   EXPECT_EQ(engines_[0]->Start({{1, 3, out}}, {}).status().code(),
             absl::StatusCode::kAborted);
+}
+
+absl::Duration CpuTime() {
+  timespec time = {};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return absl::DurationFromTimespec(time);
+}
+
+TEST_F(EnginesTest, EnginesSleepWhileNothingMoves) {
+  std::vector<std::byte> in(10);
+  const auto receive = Receive(1, in);
+  const absl::Duration before = CpuTime();
+  EXPECT_EQ(receive->Wait(Env::Real()->Now() + absl::Seconds(2)).code(),
+            absl::StatusCode::kDeadlineExceeded);
+  const absl::Duration used = CpuTime() - before;
+  std::cout << "idle for 2s: " << used << " of the processor" << std::endl;
+  EXPECT_LT(used, absl::Milliseconds(200));  // two that spin take seconds
 }
 
 // The memory is the caller's again when a batch is gone, also one that was
