@@ -145,11 +145,11 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
                      " is not in [0, ", size(), ")"));
   }
   const int64_t bytes = static_cast<int64_t>(data.size());
-  DSD_ASSIGN_OR_RETURN(
-      const auto active,
-      lane_->Begin(
-          Call(absl::StrCat("Broadcast of ", bytes, " bytes from rank ", root)),
-          options, true));
+  DSD_ASSIGN_OR_RETURN(const auto active,
+                       lane_->Begin(Call(absl::StrCat("Broadcast of ", bytes,
+                                                      " bytes from rank ",
+                                                      lane_->GroupRank(root))),
+                                    options, true));
   const int world = size();
   const int place = (rank() + world - root) % world;  // the root is 0
   const auto rank_at = [&](int p) { return (p + root) % world; };
@@ -277,10 +277,10 @@ absl::Status Communicator::Scatter(
         absl::StrCat(where, "the part of the root has ", parts[root].size(),
                      " bytes, expected ", mine.size(), ", as it takes"));
   }
-  DSD_ASSIGN_OR_RETURN(
-      const auto active,
-      lane_->Begin(Call(absl::StrCat("Scatter from rank ", root)), options,
-                   true));
+  DSD_ASSIGN_OR_RETURN(const auto active,
+                       lane_->Begin(Call(absl::StrCat("Scatter from rank ",
+                                                      lane_->GroupRank(root))),
+                                    options, true));
   if (rank() != root) return lane_->Run({}, {{root, mine}}, *active);
   if (!mine.empty() && mine.data() != parts[root].data()) {
     std::memcpy(mine.data(), parts[root].data(), mine.size());
@@ -357,7 +357,7 @@ absl::StatusOr<std::vector<std::string>> Communicator::AllGatherBlobs(
     }
   }
   if (!sends.empty() || !recvs.empty()) {
-    DSD_RETURN_IF_ERROR(lane_->Run(sends, recvs, *active));
+    DSD_RETURN_IF_ERROR(lane_->RunInChunks(sends, recvs, *active, options));
   }
   return blobs;
 }

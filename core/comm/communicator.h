@@ -283,7 +283,8 @@ struct WorldOptions {
 // publishes through the agent's. Collective over launch.world_size; a process
 // may call it again after Shutdown. Errors: those of Communicator::Create;
 // FailedPrecondition naming MASTER_PORT if the port is in use, MASTER_ADDR if
-// it is not this host's.
+// it is not this host's, or the versions if they differ; PermissionDenied if
+// this rank and rank 0 do not have the same token (LaunchInfo).
 absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(
     const LaunchInfo& launch, const WorldOptions& options = {});
 

@@ -12,6 +12,7 @@
 #ifndef DSD_CORE_COMM_STORE_PROTOCOL_H_
 #define DSD_CORE_COMM_STORE_PROTOCOL_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -68,10 +69,11 @@ inline constexpr int kBeatsPerBound = 6;
 // What one end of a connection thinks of the other. Thread-compatible.
 class BeatWatch {
  public:
-  // `bound`: zero or infinite if nobody is given up.
+  // `bound`: zero or infinite if nobody is given up; cut to a sane minimum.
   explicit BeatWatch(absl::Duration bound)
-      : bound_(bound > absl::ZeroDuration() ? bound
-                                            : absl::InfiniteDuration()) {}
+      : bound_(bound <= absl::ZeroDuration()
+                   ? absl::InfiniteDuration()
+                   : std::max(bound, absl::Milliseconds(200))) {}
 
   bool on() const { return bound_ != absl::InfiniteDuration(); }
   absl::Duration bound() const { return bound_; }

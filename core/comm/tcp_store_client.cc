@@ -177,7 +177,8 @@ class TcpStore final : public Store,
   // The server is gone. `verdict`: in the words of all members of all groups.
   void Lose(const absl::Status& verdict);
   void LoseConnection(absl::string_view why);
-  void GiveUp(absl::Duration silence);
+  // `out`: what is left of what was being sent.
+  void GiveUp(absl::Duration silence, std::string out);
   std::shared_ptr<Member> FindMember(uint64_t id) {
     absl::MutexLock lock(&mu_);
     const auto it = members_.find(id);
@@ -254,7 +255,9 @@ void TcpStore::Run() {
     if (!open.ok()) return LoseConnection(open.status().message());
     if (!*open) return LoseConnection("");
     if (beats_.on() && !beats_.Ran(now)) heard = now;
-    if (now - heard >= beats_.bound()) return GiveUp(now - heard);
+    if (now - heard >= beats_.bound()) {
+      return GiveUp(now - heard, std::move(out));
+    }
   }
 }
 
@@ -309,11 +312,10 @@ void TcpStore::LoseConnection(absl::string_view why) {
                    " closed", why.empty() ? "" : ": ", why, ")")));
 }
 
-void TcpStore::GiveUp(absl::Duration silence) {
+void TcpStore::GiveUp(absl::Duration silence, std::string out) {
   const absl::Status verdict = absl::UnavailableError(
       absl::StrCat("rank 0 ", BeatWatch::HowLong(silence)));
   // For rank 0 to find, should it go on: else it would blame those who left.
-  std::string out;
   {
     absl::MutexLock lock(&mu_);
     for (const auto& [id, member] : members_) {

@@ -325,9 +325,11 @@ absl::Status ReduceOnce(Communicator& comm, size_t count, ReduceOp op) {
   int64_t begin = 0;
   int64_t given = 0;
   for (int r = 0; r < world; ++r) {
-    counts[r] = r == world - 1
-                    ? static_cast<int64_t>(count) - given
-                    : (r % 2 == 0 ? static_cast<int64_t>(count) / 3 : 0);
+    counts[r] =
+        r == world - 1
+            ? static_cast<int64_t>(count) - given
+            : (r % 2 == 0 ? static_cast<int64_t>(count) / std::max(3, world)
+                          : 0);
     if (r < comm.rank()) begin += counts[r];
     given += counts[r];
   }

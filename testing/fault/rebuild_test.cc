@@ -206,6 +206,62 @@ TEST(RebuildTest, WhoIsLateIsLeftOutAndHarmsNothing) {
   }
 }
 
+// --- One that is stopped, and goes on when the others have done so ---
+
+DSD_RANK_PROGRAM(GoOnWithoutTheStopped) {
+  DSD_ASSIGN_OR_RETURN(const auto comm,
+                       ConnectWorld(rank.launch(), Rebuildable()));
+  DSD_RETURN_IF_ERROR(rank.Pause("connected"));
+  // Its bytes are on the wire, and come when nobody wants them any more.
+  const int next = (comm->rank() + 1) % comm->size();
+  const int previous = (comm->rank() + comm->size() - 1) % comm->size();
+  const std::vector<std::byte> out(size_t{32} << 20);
+  std::vector<std::byte> in(out.size());
+  absl::StatusOr<PendingExchange> pending = comm->StartExchange(
+      {{next, out}}, {{previous, absl::MakeSpan(in)}}, "ring");
+  if (rank.argument() == absl::StrCat(rank.rank())) raise(SIGSTOP);
+  if (pending.ok()) pending->Wait().IgnoreError();
+  BarrierUntilFailure(*comm);
+  RebuildOptions options;
+  options.patience = absl::Seconds(3);
+  DSD_ASSIGN_OR_RETURN(const auto rebuilt, comm->Rebuild(options));
+  DSD_RETURN_IF_ERROR(Work(rank, *rebuilt));
+  DSD_RETURN_IF_ERROR(rank.Pause("rebuilt"));
+  DSD_RETURN_IF_ERROR(Work(rank, *rebuilt));
+  return rebuilt->Shutdown();
+}
+
+TEST(RebuildTest, WhoWasStoppedIsLeftOutAndHarmsNothing) {
+  for (const int stopped : {0, 2}) {
+    RankRunOptions options;
+    options.argument = absl::StrCat(stopped);
+    options.environment = {{"DSD_HEARTBEAT_SECONDS", "4"}};
+    RankProcesses processes(3, "GoOnWithoutTheStopped", options);
+    for (int rank = 0; rank < 3; ++rank) {
+      EXPECT_TRUE(processes.WaitFor(rank, "connected"));
+    }
+    for (int rank = 0; rank < 3; ++rank) processes.Release(rank);
+    for (int rank = 0; rank < 3; ++rank) {
+      if (rank == stopped) continue;
+      EXPECT_TRUE(processes.WaitFor(rank, "rebuilt"));
+    }
+    processes.Signal(stopped, SIGCONT);
+    processes.WaitFor(stopped, "never");
+    for (int rank = 0; rank < 3; ++rank) processes.Release(rank);
+    const auto results = processes.Wait();
+    for (int rank = 0; rank < 3; ++rank) {
+      SCOPED_TRACE(absl::StrCat("rank ", rank, ", stopped is ", stopped));
+      if (rank != stopped) {
+        EXPECT_EQ(results[rank].status, absl::OkStatus());
+        continue;
+      }
+      EXPECT_THAT(std::string(results[rank].status.message()),
+                  AnyOf(HasSubstr("came too late"),
+                        HasSubstr("1 of 3 ranks are left")));
+    }
+  }
+}
+
 // --- One that takes the place of the dead ---
 
 // Rank 3 of the launch is spare: it becomes the rank that its argument names.
