@@ -238,6 +238,7 @@ absl::Status NcclEngine::OpenLane(uint64_t id, absl::Time deadline) {
   return absl::OkStatus();
 }
 
+// Communicator's first lane has a number, but no OpenLane.
 absl::StatusOr<NcclLane*> NcclEngine::FindLane(uint64_t id) {
   absl::MutexLock lock(&mu_);
   if (cancelled_) return CancelledStatus();

@@ -66,13 +66,15 @@ void ExpectAll(const std::vector<RankResult>& results, absl::StatusCode code,
 // A ring of device messages, over and over; ends as the group ends.
 absl::Status RingFor(Communicator& comm, int rounds, size_t size,
                      absl::Duration timeout) {
+  // Outlives the buffers, whose end is the end of copies from it.
+  std::vector<std::byte> mine;
   DSD_ASSIGN_OR_RETURN(const auto stream, DeviceStream::Create());
   DSD_ASSIGN_OR_RETURN(DeviceBuffer out, DeviceBuffer::Create(*stream, size));
   DSD_ASSIGN_OR_RETURN(DeviceBuffer in, DeviceBuffer::Create(*stream, size));
   CallOptions options;
   options.timeout = timeout;
   for (int round = 0; round < rounds; ++round) {
-    const std::vector<std::byte> mine = Pattern(round + comm.rank(), size);
+    mine = Pattern(round + comm.rank(), size);
     DSD_RETURN_IF_ERROR(out.CopyFrom(mine));
     const int previous = (comm.rank() + comm.size() - 1) % comm.size();
     DSD_RETURN_IF_ERROR(comm.Exchange(

@@ -63,6 +63,9 @@ class NcclTransfer {
 // the wire, and a rank that is late or gone leaves none behind. Its launch: one
 // group of ncclSend and ncclRecv.
 //
+// A message of a rank to itself, which no Communicator sends, has both ends in
+// one transfer and needs no handshake: so tests go the whole way on one device.
+//
 // Transfers of a lane are launched in the order of their Starts. All calls of
 // NCCL but one are made by the lane's thread, so none that takes long, although
 // it should not, can break a deadline; the exception is the look for errors of

@@ -346,10 +346,10 @@ DSD_DEVICE_CONFORMANCE_CASE(ADeviceMessageThatDoesNotCome) {
 
 // The stream of the sender does not get there.
 DSD_DEVICE_CONFORMANCE_CASE(ADeviceMessageWhoseStreamIsLate) {
+  std::atomic<bool> go{false};  // outlives the stream
   DSD_ASSIGN_OR_RETURN(const auto stream, DeviceStream::Create());
   DSD_ASSIGN_OR_RETURN(DeviceBuffer memory,
                        DeviceBuffer::Create(*stream, kMiB));
-  std::atomic<bool> go{false};
   CallOptions options;
   options.timeout = kTimeout;
   absl::Status status;

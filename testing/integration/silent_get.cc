@@ -11,7 +11,9 @@
 
 #include "ATen/Functions.h"
 #include "absl/status/status.h"
+#include "absl/time/time.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/communicator.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/core/tensor/sharding_table.h"
 #include "dsd/frontends/torch/state_dict.h"
@@ -28,7 +30,10 @@ namespace {
 void Mark(const char* name) { prctl(PR_SET_NAME, name); }
 
 DSD_RANK_PROGRAM(MarkedGets) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("gloo"));
+  WorldOptions options;
+  options.backend = "gloo";
+  options.heartbeat_bound = absl::Hours(1);  // no beat while a rank gets
+  DSD_ASSIGN_OR_RETURN(const auto comm, ConnectWorld(rank.launch(), options));
   torch::nn::Module model;
   const at::Tensor weight =
       model.register_parameter("weight", at::ones({3, 4}));
