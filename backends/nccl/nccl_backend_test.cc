@@ -35,8 +35,9 @@ namespace {
 using ::testing::HasSubstr;
 
 constexpr size_t kMiB = size_t{1} << 20;
-// By when all survivors know of a death.
-constexpr absl::Duration kBound = absl::Seconds(2);
+// By when all survivors know of a death, on a machine that is busy with other
+// tests; testing/fault holds backends to less.
+constexpr absl::Duration kBound = absl::Seconds(20);
 
 using Environment = std::vector<std::pair<std::string, std::string>>;
 
@@ -88,14 +89,23 @@ absl::Status RingFor(Communicator& comm, int rounds, size_t size,
 }
 
 DSD_RANK_PROGRAM(Connect) {
-  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("nccl", absl::Seconds(2)));
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("nccl"));
   return comm->Shutdown();
+}
+
+DSD_RANK_PROGRAM(ConnectInTime) {
+  return rank.Connect("nccl", absl::Seconds(2)).status();
 }
 
 DSD_RANK_PROGRAM(Ring) {
   DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("nccl"));
-  DSD_RETURN_IF_ERROR(RingFor(*comm, 5, 3 * kMiB, absl::Seconds(2)));
+  DSD_RETURN_IF_ERROR(RingFor(*comm, 5, 3 * kMiB, absl::Seconds(40)));
   return comm->Shutdown();
+}
+
+DSD_RANK_PROGRAM(RingInTime) {
+  DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("nccl"));
+  return RingFor(*comm, 1000, 3 * kMiB, absl::Seconds(2));
 }
 
 DSD_RANK_PROGRAM(LongRing) {
@@ -218,7 +228,7 @@ TEST(NcclCompanionTest, AnUnknownOneIsNamed) {
 
 TEST(NcclConnectTest, EndsAtItsDeadlineIfNcclDoesNotComeToAnything) {
   const absl::Time start = Env::Real()->Now();
-  ExpectAll(RunIn(3, "Connect", {{"DSD_FAKE_NCCL", "init_hangs@1=1"}}),
+  ExpectAll(RunIn(3, "ConnectInTime", {{"DSD_FAKE_NCCL", "init_hangs@1=1"}}),
             absl::StatusCode::kDeadlineExceeded, {"connect"});
   EXPECT_LT(Env::Real()->Now() - start, absl::Seconds(20));
 }
@@ -231,7 +241,7 @@ TEST(NcclConnectTest, WhatNcclRefusesIsToldToAll) {
 }
 
 TEST(NcclConnectTest, ADeviceThatDoesNotComeToTheFirstMessage) {
-  ExpectAll(RunIn(2, "Connect", {{"DSD_FAKE_NCCL", "hangs@0=1,after=0"}}),
+  ExpectAll(RunIn(2, "ConnectInTime", {{"DSD_FAKE_NCCL", "hangs@0=1,after=0"}}),
             absl::StatusCode::kDeadlineExceeded, {"connect"});
 }
 
@@ -252,7 +262,7 @@ TEST(NcclMessageTest, AnErrorOfOneRankIsToldToAll) {
 }
 
 TEST(NcclMessageTest, AKernelThatSpinsEndsAtTheDeadline) {
-  ExpectAll(RunIn(3, "Ring", {{"DSD_FAKE_NCCL", "hangs@1=1,after=3"}}),
+  ExpectAll(RunIn(3, "RingInTime", {{"DSD_FAKE_NCCL", "hangs@1=1,after=3"}}),
             absl::StatusCode::kDeadlineExceeded,
             {"exchange \"ring\"", "did not finish within 2s"});
 }
@@ -279,8 +289,8 @@ TEST(NcclMessageTest, TheDeathOfARankIsToldToTheOthers) {
 
 // The device still uses the memory: to go on would let it write anywhere.
 TEST(NcclMessageTest, AnAbortThatDoesNotEndAKernelEndsTheProcess) {
-  const auto results =
-      RunIn(2, "Ring", {{"DSD_FAKE_NCCL", "hangs=1,abort_hangs@0=1,after=2"}});
+  const auto results = RunIn(
+      2, "RingInTime", {{"DSD_FAKE_NCCL", "hangs=1,abort_hangs@0=1,after=2"}});
   EXPECT_EQ(results[0].end, RankResult::End::kKilled);
   EXPECT_EQ(results[0].signal, SIGABRT);
   EXPECT_THAT(results[0].output, HasSubstr("the device still uses its memory"));
