@@ -13,7 +13,10 @@
 #include "ATen/ops/zeros.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "dsd/backends/local/local_backend.h"
+#include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/store.h"
 #include "dsd/core/state_dict/fake_sources.h"
 #include "dsd/core/state_dict/source_session.h"
 #include "dsd/core/state_dict/test_world.h"
@@ -324,6 +327,47 @@ TEST_P(StagedTest, WhatFailsHalfWayChangesNothing) {
     EXPECT_FALSE(status.ok());
     EXPECT_NE(status.code(), absl::StatusCode::kInternal) << status;
   }
+}
+
+// A group that failed in a set, and the one that takes its place.
+TEST(RebindTest, SessionGoesOnOverAnotherCommunicator) {
+  const std::shared_ptr<Store> store = MakeInProcessStore(Env::Real());
+  EXPECT_THAT(
+      RunRankThreads(
+          2,
+          [&](Communicator& comm) -> absl::Status {
+            const auto model = World::Make(2, comm.rank());
+            SourceSession session(model.get(), {}, &comm, Full());
+            const StateDict dict =
+                comm.rank() == 0 ? World::WholeDict(50) : StateDict();
+            DSD_RETURN_IF_ERROR(session.SetModel(dict));
+            const SessionStats before = session.stats();
+            comm.Abort(absl::UnavailableError("the end"));
+            DSD_REQUIRE(session.SetModel(dict).status().code() ==
+                        absl::StatusCode::kAborted);
+
+            CommunicatorOptions options;
+            options.rank = comm.rank();
+            options.world_size = 2;
+            options.descriptor = &LocalBackend();
+            options.store = store;
+            options.generation = 1;
+            DSD_ASSIGN_OR_RETURN(const auto next,
+                                 Communicator::Create(options));
+            DSD_RETURN_IF_ERROR(session.Rebind(next.get()));
+            DSD_RETURN_IF_ERROR(session.SetModel(
+                comm.rank() == 0 ? World::WholeDict(70) : StateDict()));
+            DSD_RETURN_IF_ERROR(World::Check(*model, 2, comm.rank(), 70));
+            DSD_REQUIRE(session.stats().plans_made == before.plans_made);
+            DSD_REQUIRE(session.stats().tables_built == before.tables_built);
+
+            const absl::Status other = session.Rebind(nullptr);
+            DSD_REQUIRE(other.code() == absl::StatusCode::kInvalidArgument);
+            DSD_RETURN_IF_ERROR(session.GetModel());
+            return next->Shutdown();
+          },
+          {absl::Seconds(60), {}, /*shutdown=*/false}),
+      AllOk());
 }
 
 }  // namespace

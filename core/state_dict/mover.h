@@ -55,6 +55,8 @@ class Mover {
   explicit Mover(Communicator* comm);
 
   Communicator* comm() const { return comm_; }
+  // Another communicator of the same rank among as many; plans stay good.
+  void set_comm(Communicator* comm) { comm_ = comm; }
   int rank() const { return comm_ == nullptr ? 0 : comm_->rank(); }
   int world_size() const { return comm_ == nullptr ? 1 : comm_->size(); }
   Env* env() const { return comm_ == nullptr ? Env::Real() : comm_->env(); }

@@ -704,6 +704,21 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
   return keys;
 }
 
+absl::Status SourceSession::Rebind(Communicator* comm) {
+  const auto place = [](const Communicator* c) {
+    return c == nullptr ? std::string("no communicator")
+                        : absl::StrCat("rank ", c->rank(), " of ", c->size());
+  };
+  if (place(comm) != place(mover_.comm())) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "Rebind: this session is of ", place(mover_.comm()),
+        ", the other communicator of ", place(comm),
+        "; make a new session for the model as it is sharded now"));
+  }
+  mover_.set_comm(comm);
+  return absl::OkStatus();
+}
+
 SessionStats SourceSession::stats() const {
   return {live_.tables_built(), mover_.plans_made(), mover_.last_transfer()};
 }

@@ -96,6 +96,13 @@ class SourceSession {
                                        const StateDict& optimizer,
                                        const CallOptions& call = {});
 
+  // Goes on over `comm`, in place of one that has failed. This rank has the
+  // same number among as many ranks (InvalidArgument otherwise: a job that goes
+  // on with others shards its model anew and makes a new session). Names and
+  // plans are kept; after a set that failed half-way gets still wait for one
+  // that succeeds. Sends nothing.
+  absl::Status Rebind(Communicator* comm);
+
   SessionStats stats() const;
 
  private:

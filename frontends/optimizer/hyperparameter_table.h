@@ -88,9 +88,15 @@ inline bool FromHyperparameter(const Object& value, double& out) {
   return true;
 }
 inline bool FromHyperparameter(const Object& value, bool& out) {
-  const auto* v = value.get_if<bool>();
-  if (v != nullptr) out = *v;
-  return v != nullptr;
+  if (const auto* v = value.get_if<bool>()) {
+    out = *v;
+    return true;
+  }
+  // Python's optimizers take any number for a truth.
+  const auto* number = value.get_if<int64_t>();
+  if (number == nullptr || (*number != 0 && *number != 1)) return false;
+  out = *number == 1;
+  return true;
 }
 inline bool FromHyperparameter(const Object& value, int64_t& out) {
   constexpr double kMax = int64_t{1} << 53;

@@ -995,6 +995,19 @@ TEST(PythonOnlyKeysTest, AreKeptByEachClass) {
   EXPECT_THAT(Set(net, both, dict), IsInvalid("RMSprop group 0: \"maximize\""));
 }
 
+TEST(HyperparameterTest, ZeroAndOneAreTruths) {
+  Net net;
+  optim::Adam adam(net.parameters(), optim::AdamOptions(0.1).amsgrad(true));
+  StateDict dict = Get(net, adam);
+  GroupAt(dict, 0).Set("amsgrad", Value(0));
+  ASSERT_TRUE(Set(net, adam, dict).ok());
+  EXPECT_FALSE(
+      static_cast<optim::AdamOptions&>(adam.param_groups()[0].options())
+          .amsgrad());
+  GroupAt(dict, 0).Set("amsgrad", Value(2));
+  EXPECT_THAT(Set(net, adam, dict), IsInvalid("amsgrad"));
+}
+
 TEST(PythonOnlyKeysTest, ParamNamesFollowTheParameters) {
   for (const bool flat : {false, true}) {
     Net a;

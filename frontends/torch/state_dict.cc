@@ -99,6 +99,10 @@ absl::StatusOr<IncompatibleKeys> StateDictSession::Set(
   return impl_->session.Set(model, optimizer, call);
 }
 
+absl::Status StateDictSession::Rebind(Communicator* comm) {
+  return impl_->session.Rebind(comm);
+}
+
 SessionStats StateDictSession::stats() const { return impl_->session.stats(); }
 
 absl::StatusOr<StateDict> GetModelStateDict(torch::nn::Module& model,

@@ -88,6 +88,9 @@ class StateDictSession {
   absl::StatusOr<IncompatibleKeys> Set(const StateDict& model,
                                        const StateDict& optimizer,
                                        const CallOptions& call = {});
+  // Goes on over a communicator that takes the place of a failed one, with the
+  // same rank and number of ranks, see SourceSession::Rebind. It is borrowed.
+  absl::Status Rebind(Communicator* comm);
   SessionStats stats() const;
 
  private:

@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -90,9 +89,12 @@ absl::Status BarrierCall(Communicator& comm, const CallOptions& options) {
   return comm.Barrier(options);
 }
 absl::Status OpenLaneCall(Communicator& comm, const CallOptions& options) {
-  // The ranks may be threads of one process.
-  thread_local int own = 0;
-  return comm.OpenLane(absl::StrCat("lane ", own++), options).status();
+  // A name that was given away is that on all ranks.
+  for (int i = 0;; ++i) {
+    const absl::Status status =
+        comm.OpenLane(absl::StrCat("lane ", i), options).status();
+    if (!absl::IsAlreadyExists(status)) return status;
+  }
 }
 absl::Status SplitCall(Communicator& comm, const CallOptions& options) {
   return comm.Split(comm.rank() % 2, 0, options).status();
@@ -199,17 +201,17 @@ absl::Status Aborted(Communicator& comm, Call call) {
 absl::Status Cancelled(Communicator& comm, Call call) {
   std::atomic<bool> cancel{false};
   CallOptions options;
-  std::thread other;
+  std::unique_ptr<EnvThread> other;
   if (comm.rank() == 0) {
     options.cancel = &cancel;
-    other = std::thread([&] {
+    other = comm.env()->StartThread("cancel", [&] {
       Sleep(comm, kLate);
       cancel = true;
     });
   }
   const absl::Status returned =
       comm.rank() == Last(comm) ? absl::OkStatus() : call(comm, options);
-  if (other.joinable()) other.join();
+  other.reset();
   return Expect(ErrorOf(comm, returned), absl::StatusCode::kCancelled,
                 {"was cancelled on rank 0"});
 }

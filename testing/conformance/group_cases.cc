@@ -5,7 +5,6 @@
 #include <atomic>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -164,9 +163,10 @@ DSD_CONFORMANCE_CASE_FROM(ChildrenInTwoThreads, 2) {
   DSD_ASSIGN_OR_RETURN(const auto all, comm.Split(0, comm.rank()));
   DSD_ASSIGN_OR_RETURN(const auto part, comm.Split(comm.rank() % 2, 0));
   absl::Status other;
-  std::thread thread([&] { other = UseAll(*part, 3); });
+  auto thread =
+      comm.env()->StartThread("part", [&] { other = UseAll(*part, 3); });
   const absl::Status mine = UseAll(*all, 4);
-  thread.join();
+  thread.reset();
   DSD_RETURN_IF_ERROR(mine);
   return other;
 }
@@ -246,7 +246,7 @@ DSD_CONFORMANCE_CASE_FROM(MessagesBesideCollectives, 2) {
   DSD_ASSIGN_OR_RETURN(const auto lane, comm.OpenLane("messages"));
   constexpr int kCount = 30;
   absl::Status sent;
-  std::thread thread([&] {
+  auto thread = comm.env()->StartThread("messages", [&] {
     sent = [&]() -> absl::Status {
       for (int i = 0; i < kCount; ++i) {
         std::vector<std::byte> data = Pattern(i, 5000 * (i % 7));
@@ -266,7 +266,7 @@ DSD_CONFORMANCE_CASE_FROM(MessagesBesideCollectives, 2) {
   for (int i = 0; i < kCount && collective.ok(); ++i) {
     collective = comm.Barrier();
   }
-  thread.join();
+  thread.reset();
   DSD_RETURN_IF_ERROR(collective);
   return sent;
 }
