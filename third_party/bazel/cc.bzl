@@ -16,8 +16,8 @@ _WARNINGS = [
     "-Wno-missing-field-initializers",
 ]
 
-# Relative to the package of a target in this repository, whichever workspace embeds it.
-_WERROR = "//third_party/bazel:warnings_are_errors"
+# Of this repository, whichever workspace embeds it and calls the rules.
+_WERROR = str(Label("//third_party/bazel:warnings_are_errors"))
 
 def _copts(copts):
     return _WARNINGS + select({
