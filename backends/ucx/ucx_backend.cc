@@ -72,6 +72,8 @@ constexpr int kSpins = 8;
 constexpr int kYields = 2000;
 constexpr absl::Duration kBusySleep = absl::Microseconds(200);
 constexpr absl::Duration kAbortPatience = absl::Milliseconds(300);
+constexpr absl::Duration kWireUpPatience = absl::Milliseconds(50);
+constexpr int kIdleRounds = 20;
 constexpr absl::Duration kClosePatience = absl::Seconds(1);
 constexpr size_t kMaxRanksNamed = 8;
 // Of a worker and UCX's own thread; a rank more takes two.
@@ -229,6 +231,7 @@ class UcxEngine final : public Engine {
   void UpdateConnected();
   void Sleep(absl::Time until);
   void Yield();
+  void LetWireUpEnd();
   void Close(bool orderly);
   ucs_status_t Receive(const Header& header, void* data, size_t size,
                        bool is_rendezvous);
@@ -1033,10 +1036,26 @@ void UcxEngine::OnEndpointClosed(void* request, ucs_status_t /*status*/,
   engine->ucx_->ucp_request_free(request);
 }
 
+// UCX 1.13 ends the process when an endpoint is closed by force before its last
+// message of connecting has left, which may be long after the first of ours has
+// come.
+void UcxEngine::LetWireUpEnd() {
+  const absl::Time end = options_.env->Now() + kWireUpPatience;
+  for (int idle = 0; idle < kIdleRounds && options_.env->Now() < end;) {
+    if (ucx_->ucp_worker_progress(worker_) != 0) {
+      idle = 0;
+      continue;
+    }
+    ++idle;
+    options_.env->SleepUntil(options_.env->Now() + absl::Microseconds(50));
+  }
+}
+
 void UcxEngine::Close(bool orderly) {
   closed_ = true;
   posted_.clear();
   if (worker_ != nullptr) {
+    if (!orderly) LetWireUpEnd();
     for (Peer& peer : peers_) {
       if (peer.endpoint == nullptr) continue;
       ucp_request_param_t param = {};
