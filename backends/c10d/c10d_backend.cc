@@ -11,10 +11,12 @@
 
 #include "ATen/core/Tensor.h"
 #include "ATen/ops/zeros.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/tcp_store.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "torch/csrc/distributed/c10d/Backend.hpp"
@@ -98,12 +100,14 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(
     server_options.host = !options.store_host.empty() ? options.store_host
                           : master != nullptr && *master != '\0' ? master
                                                                  : kLoopback;
-    server_options.job_id = absl::StrCat(absl::Hex(options.env->RandomSeed()));
+    // The group is a channel of its own to tell it.
+    server_options.token = absl::BytesToHexString(NewNonce(options.env));
+    server_options.heartbeat_bound = options.heartbeat_bound;
     absl::StatusOr<std::unique_ptr<TcpStoreServer>> started =
         TcpStoreServer::Start(options.env, server_options, deadline);
     if (started.ok()) {
       server = *std::move(started);
-      address = absl::StrCat(server->port(), " ", server_options.job_id, " ",
+      address = absl::StrCat(server->port(), " ", server_options.token, " ",
                              server_options.host);
     } else {
       address = Annotate(
@@ -119,7 +123,7 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(
   if (parts.size() != 3 || !absl::SimpleAtoi(parts[0], &client.port)) {
     return absl::InternalError("rank 0 sent no address");
   }
-  client.job_id = parts[1];
+  client.token = parts[1];
   client.host = parts[2];
   client.rank = group.getRank();
   absl::StatusOr<std::shared_ptr<Store>> store =
@@ -130,15 +134,7 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(
                     "name of rank 0's host that all ranks reach");
   }
   if (server == nullptr) return store;
-  // The client goes first and says what it has left to say.
-  Store* const raw = store->get();
-  return std::shared_ptr<Store>(
-      raw, [client_of_ours = *std::move(store),
-            server_of_ours = std::shared_ptr<TcpStoreServer>(
-                std::move(server))](Store*) mutable {
-        client_of_ours.reset();
-        server_of_ours.reset();
-      });
+  return MakeServedStore(std::move(server), *std::move(store));
 }
 
 }  // namespace

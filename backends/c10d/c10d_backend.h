@@ -30,13 +30,16 @@ struct ProcessGroupOptions {
   // A name or number of rank 0's host that all ranks reach. Empty: MASTER_ADDR
   // of the environment, else 127.0.0.1.
   std::string store_host;
+  // See WorldOptions.
+  absl::Duration heartbeat_bound = absl::Seconds(30);
   absl::Duration connect_timeout = absl::Minutes(2);
 };
 
 // Messages travel as sends and receives of tensors in host memory through the
 // group's own connections. Beside them there is one control connection from
 // each rank to rank 0, which serves them at `store_host` at a free port: a
-// process group does not tell who died.
+// process group does not tell who died. Only who knows a token gets in there,
+// which rank 0 tells through the group.
 //
 // Collective over the ranks of the group, which call it in the same order if
 // they call it more than once. The group must be able to send, receive and

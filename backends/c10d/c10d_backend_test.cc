@@ -4,9 +4,12 @@
 
 #include "dsd/backends/c10d/c10d_backend.h"
 
+#include <netinet/in.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -17,6 +20,7 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/backends/c10d/own_group.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/tcp_store.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/testing/harness/rank_processes.h"
 #include "gmock/gmock.h"
@@ -127,6 +131,57 @@ TEST(C10dBackendTest, DeathIsNamed) {
                   HasSubstr(absl::StrCat("rank ", dead)));
     }
   }
+}
+
+// The ports at which this process listens.
+std::vector<int> ListeningPorts() {
+  std::vector<int> ports;
+  for (int fd = 3; fd < 1024; ++fd) {
+    int listens = 0;
+    socklen_t size = sizeof(listens);
+    if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size) != 0 ||
+        listens == 0) {
+      continue;
+    }
+    sockaddr_in name = {};
+    socklen_t length = sizeof(name);
+    if (getsockname(fd, reinterpret_cast<sockaddr*>(&name), &length) == 0 &&
+        name.sin_family == AF_INET) {
+      ports.push_back(ntohs(name.sin_port));
+    }
+  }
+  return ports;
+}
+
+DSD_RANK_PROGRAM(StrangerAtTheStore) {
+  DSD_ASSIGN_OR_RETURN(Group group, MakeGroup(rank));
+  const std::vector<int> before = ListeningPorts();  // Gloo's
+  DSD_ASSIGN_OR_RETURN(const auto comm, ConnectOverProcessGroup(group));
+  if (rank.rank() == 0) {
+    int stores = 0;
+    for (const int port : ListeningPorts()) {
+      if (std::count(before.begin(), before.end(), port) > 0) continue;
+      ++stores;
+      TcpStoreOptions stranger;
+      stranger.port = port;
+      stranger.rank = 1;
+      const absl::Status status =
+          ConnectTcpStore(comm->env(), stranger,
+                          comm->env()->Now() + absl::Seconds(20))
+              .status();
+      if (!absl::IsPermissionDenied(status)) {
+        return absl::InternalError(absl::StrCat("let in: ", status.ToString()));
+      }
+    }
+    if (stores != 1)
+      return absl::InternalError(absl::StrCat(stores, " stores"));
+  }
+  DSD_RETURN_IF_ERROR(AllToAll(*comm, 100));
+  return comm->Shutdown();
+}
+
+TEST(C10dBackendTest, StrangersAreKeptOut) {
+  EXPECT_THAT(RunWithFile(2, "StrangerAtTheStore"), AllRanksOk());
 }
 
 DSD_RANK_PROGRAM(WrongHost) {

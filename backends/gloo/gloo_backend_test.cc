@@ -5,7 +5,6 @@
 
 #include "dsd/backends/gloo/gloo_backend.h"
 
-#include <dirent.h>
 #include <netinet/in.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -14,17 +13,16 @@
 
 #include <cstring>
 #include <memory>
-#include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
-#include "absl/strings/numbers.h"
-#include "absl/strings/str_cat.h"
 #include "dsd/backends/gloo/sigpipe_block.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/testing/harness/abort_storm.h"
+#include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -33,96 +31,21 @@ namespace {
 
 using ::testing::HasSubstr;
 
-int CountEntries(const char* folder) {
-  DIR* dir = opendir(folder);
-  int count = 0;
-  while (readdir(dir) != nullptr) ++count;
-  closedir(dir);
-  return count;
-}
-
-// A thread that has been joined is listed for a moment longer.
-int CountThreads(int expected) {
-  const absl::Time end = Env::Real()->Now() + absl::Seconds(20);
-  while (true) {
-    const int count = CountEntries("/proc/self/task");
-    if (count <= expected || Env::Real()->Now() >= end) return count;
-    Env::Real()->SleepUntil(Env::Real()->Now() + absl::Milliseconds(1));
-  }
-}
-
 std::vector<absl::Status> RunThreads(
-    int ranks, absl::FunctionRef<absl::Status(Communicator&)> body,
+    absl::FunctionRef<absl::Status(Communicator&)> body,
     const std::string& bind_address = "") {
-  const std::shared_ptr<Store> store = MakeInProcessStore(Env::Real());
-  std::vector<absl::Status> results(ranks);
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      CommunicatorOptions options;
-      options.rank = rank;
-      options.world_size = ranks;
-      options.descriptor = &GlooBackend();
-      options.store = store;
-      options.bind_address = bind_address;
-      options.connect_timeout = absl::Seconds(30);
-      absl::StatusOr<std::unique_ptr<Communicator>> comm =
-          Communicator::Create(options);
-      results[rank] = comm.ok() ? body(**comm) : comm.status();
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return results;
+  RankThreadsOptions options;
+  options.descriptor = &GlooBackend();
+  options.bind_address = bind_address;
+  options.shutdown = false;
+  return RunRankThreads(2, body, options);
 }
 
-// One rank aborts at a random moment of an exchange of many chunks. Afterwards
-// the memory is the caller's again: it is freed at once, which a sanitizer
-// watches.
 TEST(GlooBackendTest, AbortsAtRandomTimesLeaveNothingBehind) {
-  const char* const text = getenv("DSD_TEST_SEED");
-  uint64_t seed = 0;
-  if (text == nullptr || !absl::SimpleAtoi(text, &seed)) {
-    seed = Env::Real()->RandomSeed();
-  }
-  std::cout << "DSD_TEST_SEED=" << seed << std::endl;
-  std::mt19937_64 random(seed);
-  int descriptors = 0;
-  int threads = 0;
-  for (int round = 0; round < 60; ++round) {
-    const absl::Duration delay = absl::Microseconds(random() % 20000);
-    const std::vector<absl::Status> results =
-        RunThreads(3, [&](Communicator& comm) {
-          std::thread aborter;
-          if (comm.rank() == 1) {
-            aborter = std::thread([&] {
-              comm.env()->SleepUntil(comm.env()->Now() + delay);
-              comm.Abort(absl::UnknownError("on purpose"));
-            });
-          }
-          absl::Status status;
-          while (status.ok()) {
-            const std::vector<std::byte> out(700000, std::byte{1});
-            std::vector<std::byte> in(700000);
-            status = comm.Exchange(
-                {{(comm.rank() + 1) % 3, out}},
-                {{(comm.rank() + 2) % 3, absl::MakeSpan(in)}}, "storm");
-          }
-          if (aborter.joinable()) aborter.join();
-          return status;
-        });
-    for (const absl::Status& status : results) {
-      ASSERT_EQ(status.code(), absl::StatusCode::kAborted) << status;
-      EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1 aborted"));
-    }
-    const int now = CountEntries("/proc/self/fd");
-    if (round == 0) {
-      threads = CountEntries("/proc/self/task");
-    } else {
-      ASSERT_EQ(now, descriptors) << "round " << round;
-      ASSERT_LE(CountThreads(threads), threads) << "round " << round;
-    }
-    descriptors = now;
-  }
+  test::AbortStormOptions options;
+  options.threads.descriptor = &GlooBackend();
+  options.rounds = 60;
+  test::AbortStorm(options);
 }
 
 // A rank that dies right after it has connected: its connection is gone before
@@ -159,9 +82,9 @@ TEST(GlooBackendTest, APeerThatVanishesWhileItConnectsIsAnError) {
 }
 
 TEST(GlooBackendTest, AnAddressThatIsNotHereIsNamed) {
-  const std::vector<absl::Status> results = RunThreads(
-      2, [](Communicator& comm) { return comm.Barrier(); },
-      "192.0.2.1");  // for documentation; nobody's
+  const std::vector<absl::Status> results =
+      RunThreads([](Communicator& comm) { return comm.Barrier(); },
+                 "192.0.2.1");  // for documentation; nobody's
   for (const absl::Status& status : results) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
     EXPECT_THAT(std::string(status.message()), HasSubstr("192.0.2.1"));
@@ -171,10 +94,10 @@ TEST(GlooBackendTest, AnAddressThatIsNotHereIsNamed) {
 TEST(GlooBackendTest, AnInterfaceThatIsNotHereIsNamed) {
   setenv("GLOO_SOCKET_IFNAME", "nosuch0", 1);
   const std::vector<absl::Status> results =
-      RunThreads(2, [](Communicator& comm) { return comm.Barrier(); });
+      RunThreads([](Communicator& comm) { return comm.Barrier(); });
   setenv("GLOO_SOCKET_IFNAME", "lo", 1);
   const std::vector<absl::Status> loopback =
-      RunThreads(2, [](Communicator& comm) { return comm.Shutdown(); });
+      RunThreads([](Communicator& comm) { return comm.Shutdown(); });
   unsetenv("GLOO_SOCKET_IFNAME");
   for (const absl::Status& status : results) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;

@@ -5,18 +5,14 @@
 
 #include "dsd/backends/nccl/nccl_backend.h"
 
-#include <dirent.h>
 #include <signal.h>
 #include <stdlib.h>
 
 #include <memory>
-#include <random>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
-#include "absl/functional/function_ref.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/backends/gloo/gloo_backend.h"
 #include "dsd/backends/local/local_backend.h"
@@ -25,7 +21,9 @@
 #include "dsd/core/comm/communicator.h"
 #include "dsd/testing/conformance/conformance.h"
 #include "dsd/testing/conformance/device_memory.h"
+#include "dsd/testing/harness/abort_storm.h"
 #include "dsd/testing/harness/rank_processes.h"
+#include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -299,27 +297,6 @@ TEST(NcclMessageTest, AnAbortThatDoesNotEndAKernelEndsTheProcess) {
 
 // --- Ranks as threads, so that leaks can be counted ---
 
-std::vector<absl::Status> RunThreads(
-    int ranks, const BackendDescriptor& descriptor,
-    absl::FunctionRef<absl::Status(Communicator&)> body) {
-  const std::shared_ptr<Store> store = MakeInProcessStore(Env::Real());
-  std::vector<absl::Status> results(ranks);
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      CommunicatorOptions options;
-      options.rank = rank;
-      options.world_size = ranks;
-      options.store = store;
-      options.descriptor = &descriptor;
-      const auto comm = Communicator::Create(options);
-      results[rank] = comm.ok() ? body(**comm) : comm.status();
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return results;
-}
-
 BackendDescriptor Over(
     absl::StatusOr<std::unique_ptr<Engine>> (*create)(const EngineOptions&)) {
   return {"nccl over another", kEngineApiVersion, true, true, true, create};
@@ -329,72 +306,31 @@ TEST(NcclThreadsTest, AnyBackendOfHostMemoryCanBeTheCompanion) {
   const BackendDescriptor over_local = Over([](const EngineOptions& options) {
     return CreateNcclEngine(options, LocalBackend());
   });
-  for (const absl::Status& status :
-       RunThreads(3, over_local, [](Communicator& comm) -> absl::Status {
-         DSD_RETURN_IF_ERROR(RingFor(comm, 5, 100000, absl::Minutes(1)));
-         return comm.Shutdown();
-       })) {
-    EXPECT_EQ(status, absl::OkStatus());
-  }
+  RankThreadsOptions options;
+  options.descriptor = &over_local;
+  EXPECT_THAT(RunRankThreads(
+                  3,
+                  [](Communicator& comm) {
+                    return RingFor(comm, 5, 100000, absl::Minutes(1));
+                  },
+                  options),
+              AllOk());
 }
 
-int CountEntries(const char* folder) {
-  DIR* dir = opendir(folder);
-  int count = 0;
-  while (readdir(dir) != nullptr) ++count;
-  closedir(dir);
-  return count;
-}
-
-// Some end a moment later than who joined them.
-int CountThreads(int expected) {
-  const absl::Time end = Env::Real()->Now() + absl::Seconds(20);
-  while (true) {
-    const int count = CountEntries("/proc/self/task");
-    if (count <= expected || Env::Real()->Now() >= end) return count;
-    Env::Real()->SleepUntil(Env::Real()->Now() + absl::Milliseconds(1));
-  }
-}
-
-// Aborted at random times, from connecting on: everybody knows who and why, and
-// nothing is left behind. The fake NCCL ends the process if its communicators
-// are used or ended wrongly.
+// The fake NCCL ends the process if its communicators are used or ended
+// wrongly.
 TEST(NcclThreadsTest, AbortsAtAnyTimeLeaveNothingBehind) {
-  std::mt19937 random(17);
-  int descriptors = 0;
-  int threads = 0;
   const BackendDescriptor over_gloo = Over([](const EngineOptions& options) {
     return CreateNcclEngine(options, GlooBackend());
   });
-  for (int round = 0; round < 60; ++round) {
-    const absl::Duration delay = absl::Microseconds(random() % 30000);
-    const std::vector<absl::Status> results =
-        RunThreads(3, over_gloo, [&](Communicator& comm) {
-          std::thread aborter;
-          if (comm.rank() == 1) {
-            aborter = std::thread([&] {
-              comm.env()->SleepUntil(comm.env()->Now() + delay);
-              comm.Abort(absl::UnknownError("on purpose"));
-            });
-          }
-          const absl::Status status =
-              RingFor(comm, 100000, 700000, absl::Minutes(1));
-          if (aborter.joinable()) aborter.join();
-          return status;
-        });
-    for (const absl::Status& status : results) {
-      ASSERT_EQ(status.code(), absl::StatusCode::kAborted) << status;
-      EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1 aborted"));
-    }
-    const int now = CountEntries("/proc/self/fd");
-    if (round == 0) {
-      threads = CountEntries("/proc/self/task");
-    } else {
-      ASSERT_EQ(now, descriptors) << "round " << round;
-      ASSERT_LE(CountThreads(threads), threads) << "round " << round;
-    }
-    descriptors = now;
-  }
+  test::AbortStormOptions options;
+  options.threads.descriptor = &over_gloo;
+  options.rounds = 60;
+  options.max_delay = absl::Milliseconds(30);
+  options.talk = [](Communicator& comm) {
+    return RingFor(comm, 100000, 700000, absl::Minutes(1));
+  };
+  test::AbortStorm(options);
 }
 
 }  // namespace

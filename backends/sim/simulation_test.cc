@@ -208,6 +208,33 @@ TEST(SimulationTest, ARankThatIsAheadIsNotTakenForOneThatDisagrees) {
   EXPECT_TRUE(found);
 }
 
+// Whoever gives up first answers the others' questions all the same.
+TEST(SimulationTest, DifferentRootsAreADisagreementWhoeverGivesUpFirst) {
+  for (const int ranks : {2, 3, 4}) {
+    for (uint64_t seed = 1; seed <= 200; ++seed) {
+      Simulation simulation(SimulationOptions::FromSeed(seed));
+      const Outcome outcome =
+          simulation.Run(ranks, [](Communicator& comm) -> absl::Status {
+            std::vector<std::byte> data(100);
+            CallOptions options;
+            options.timeout = absl::Seconds(1);
+            return comm.Broadcast(absl::MakeSpan(data),
+                                  comm.rank() == 0 ? 1 : 0, options);
+          });
+      // One that got the bytes of its root may be through.
+      int failed = 0;
+      for (const absl::Status& status : outcome.Survivors()) {
+        if (status.ok()) continue;
+        ++failed;
+        EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                     "ranks disagree"))
+            << ranks << " ranks, seed " << seed;
+      }
+      EXPECT_GE(failed, 2) << ranks << " ranks, seed " << seed;
+    }
+  }
+}
+
 TEST(SimulationTest, ALostLinkIsNamed) {
   for (const FaultKind kind :
        {FaultKind::kDisconnect, FaultKind::kShortTransfer}) {

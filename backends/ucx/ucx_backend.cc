@@ -42,7 +42,6 @@
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
@@ -50,6 +49,7 @@
 #include "dsd/backends/ucx/ucx_settings.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/rank_list.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/store.h"
 
@@ -75,7 +75,6 @@ constexpr absl::Duration kAbortPatience = absl::Milliseconds(300);
 constexpr absl::Duration kWireUpPatience = absl::Milliseconds(50);
 constexpr int kIdleRounds = 20;
 constexpr absl::Duration kClosePatience = absl::Seconds(1);
-constexpr size_t kMaxRanksNamed = 8;
 // Of a worker and UCX's own thread; a rank more takes two.
 constexpr int kDescriptors = 32;
 
@@ -453,19 +452,15 @@ absl::Status UcxEngine::Connect(absl::Time deadline) {
   const absl::Status status =
       AwaitOwner(absl::Condition(&connected), deadline, "");
   if (!absl::IsDeadlineExceeded(status)) return status;
-  std::vector<std::string> silent;
+  std::vector<int> silent;
   absl::MutexLock lock(&mu_);
   for (int rank = 0; rank < static_cast<int>(connected_.size()); ++rank) {
-    if (!connected_[rank]) silent.push_back(absl::StrCat(rank));
+    if (!connected_[rank]) silent.push_back(rank);
   }
-  const size_t all = silent.size();
-  silent.resize(std::min(all, kMaxRanksNamed));
-  return absl::DeadlineExceededError(absl::StrCat(
-      "no answer over UCX from rank ", absl::StrJoin(silent, ", "),
-      all > silent.size() ? absl::StrCat(" and ", all - silent.size(), " more")
-                          : "",
-      " (this rank uses interface ", host_.interface,
-      " unless UCX_NET_DEVICES says another)"));
+  return absl::DeadlineExceededError(
+      absl::StrCat("no answer over UCX from ", RankList(silent),
+                   " (this rank uses interface ", host_.interface,
+                   " unless UCX_NET_DEVICES says another)"));
 }
 
 absl::StatusOr<std::unique_ptr<EngineBatch>> UcxEngine::Start(

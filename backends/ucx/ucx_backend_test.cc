@@ -4,7 +4,6 @@
 
 #include "dsd/backends/ucx/ucx_backend.h"
 
-#include <dirent.h>
 #include <dlfcn.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -24,7 +23,6 @@
 #include <fstream>
 #include <iostream>
 #include <memory>
-#include <random>
 #include <set>
 #include <string>
 #include <thread>
@@ -38,7 +36,10 @@
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/testing/harness/abort_storm.h"
+#include "dsd/testing/harness/process_counts.h"
 #include "dsd/testing/harness/rank_processes.h"
+#include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -49,58 +50,16 @@ using ::testing::AnyOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-int CountEntries(const char* folder) {
-  DIR* dir = opendir(folder);
-  int count = 0;
-  while (readdir(dir) != nullptr) ++count;
-  closedir(dir);
-  return count;
-}
-
-// A thread that has been joined is listed for a moment longer.
-int CountThreads(int expected) {
-  const absl::Time end = Env::Real()->Now() + absl::Seconds(20);
-  while (true) {
-    const int count = CountEntries("/proc/self/task");
-    if (count <= expected || Env::Real()->Now() >= end) return count;
-    Env::Real()->SleepUntil(Env::Real()->Now() + absl::Milliseconds(1));
-  }
-}
-
-uint64_t Seed() {
-  const char* const text = getenv("DSD_TEST_SEED");
-  uint64_t seed = 0;
-  if (text == nullptr || !absl::SimpleAtoi(text, &seed)) {
-    seed = Env::Real()->RandomSeed();
-  }
-  std::cout << "DSD_TEST_SEED=" << seed << std::endl;
-  return seed;
-}
-
 absl::Time Soon() { return Env::Real()->Now() + absl::Seconds(30); }
 
 std::vector<absl::Status> RunThreads(
-    int ranks, absl::FunctionRef<absl::Status(Communicator&)> body,
+    absl::FunctionRef<absl::Status(Communicator&)> body,
     const std::string& bind_address = "") {
-  const std::shared_ptr<Store> store = MakeInProcessStore(Env::Real());
-  std::vector<absl::Status> results(ranks);
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      CommunicatorOptions options;
-      options.rank = rank;
-      options.world_size = ranks;
-      options.descriptor = &UcxBackend();
-      options.store = store;
-      options.bind_address = bind_address;
-      options.connect_timeout = absl::Seconds(30);
-      absl::StatusOr<std::unique_ptr<Communicator>> comm =
-          Communicator::Create(options);
-      results[rank] = comm.ok() ? body(**comm) : comm.status();
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return results;
+  RankThreadsOptions options;
+  options.descriptor = &UcxBackend();
+  options.bind_address = bind_address;
+  options.shutdown = false;
+  return RunRankThreads(2, body, options);
 }
 
 // Two engines that are connected to each other.
@@ -338,54 +297,16 @@ TEST(UcxConnectTest, AnotherVersionIsRefused) {
               HasSubstr("rank 1 has UCX 0.7, but rank 0 has UCX 1."));
 }
 
-// One rank aborts at a random moment of an exchange of many chunks. Afterwards
-// the memory is the caller's again: it is freed at once, which a sanitizer
-// watches.
 TEST(UcxBackendTest, AbortsAtRandomTimesLeaveNothingBehind) {
-  std::mt19937_64 random(Seed());
-  int descriptors = 0;
-  int threads = 0;
-  for (int round = 0; round < 30; ++round) {
-    const absl::Duration delay = absl::Microseconds(random() % 20000);
-    const std::vector<absl::Status> results =
-        RunThreads(3, [&](Communicator& comm) {
-          std::thread aborter;
-          if (comm.rank() == 1) {
-            aborter = std::thread([&] {
-              comm.env()->SleepUntil(comm.env()->Now() + delay);
-              comm.Abort(absl::UnknownError("on purpose"));
-            });
-          }
-          absl::Status status;
-          while (status.ok()) {
-            const std::vector<std::byte> out(700000, std::byte{1});
-            std::vector<std::byte> in(700000);
-            status = comm.Exchange(
-                {{(comm.rank() + 1) % 3, out}},
-                {{(comm.rank() + 2) % 3, absl::MakeSpan(in)}}, "storm");
-          }
-          if (aborter.joinable()) aborter.join();
-          return status;
-        });
-    for (const absl::Status& status : results) {
-      ASSERT_EQ(status.code(), absl::StatusCode::kAborted) << status;
-      EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1 aborted"));
-    }
-    const int now = CountEntries("/proc/self/fd");
-    if (round == 0) {
-      threads = CountEntries("/proc/self/task");
-    } else {
-      ASSERT_EQ(now, descriptors) << "round " << round;
-      ASSERT_LE(CountThreads(threads), threads) << "round " << round;
-    }
-    descriptors = now;
-  }
+  test::AbortStormOptions options;
+  options.threads.descriptor = &UcxBackend();
+  test::AbortStorm(options);
 }
 
 TEST(UcxBackendTest, AnAddressThatIsNotHereIsNamed) {
-  const std::vector<absl::Status> results = RunThreads(
-      2, [](Communicator& comm) { return comm.Barrier(); },
-      "192.0.2.1");  // for documentation; nobody's
+  const std::vector<absl::Status> results =
+      RunThreads([](Communicator& comm) { return comm.Barrier(); },
+                 "192.0.2.1");  // for documentation; nobody's
   for (const absl::Status& status : results) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
     EXPECT_THAT(std::string(status.message()), HasSubstr("192.0.2.1"));
@@ -398,7 +319,7 @@ TEST(UcxBackendTest, SignalHandlersAreLeftAlone) {
     sigaction(signal, nullptr, &before[signal]);
   }
   for (const absl::Status& status :
-       RunThreads(2, [](Communicator& comm) { return comm.Shutdown(); })) {
+       RunThreads([](Communicator& comm) { return comm.Shutdown(); })) {
     EXPECT_EQ(status, absl::OkStatus());
   }
   for (int signal = 1; signal < 65; ++signal) {
@@ -546,7 +467,7 @@ DSD_RANK_PROGRAM(ConnectWithFewDescriptors) {
     std::vector<int> fillers;
     rlimit limit = {};
     getrlimit(RLIMIT_NOFILE, &limit);
-    limit.rlim_cur = CountEntries("/proc/self/fd") - 3 + left;
+    limit.rlim_cur = test::OpenDescriptors() + left;
     setrlimit(RLIMIT_NOFILE, &limit);
     return UcxBackend().create(options);
   };

@@ -18,8 +18,8 @@
 #include "dsd/core/comm/communicator_internal.h"
 #include "dsd/core/comm/duration_text.h"
 #include "dsd/core/comm/envelope.h"
-#include "dsd/core/comm/rebuild.h"
 #include "dsd/core/comm/rank_list.h"
+#include "dsd/core/comm/rebuild.h"
 #include "dsd/core/comm/registry.h"
 #include "xxhash.h"
 
@@ -201,10 +201,10 @@ std::string Communicator::Core::Answer(absl::string_view question) {
   if (!absl::SimpleHexAtoi(question, &lane)) return "";
   absl::MutexLock lock(&mu);
   const auto it = positions.find(lane);
-  if (it == positions.end()) return "0 0 ";
+  if (it == positions.end()) return "0 0 \n";
   const Position& position = it->second;
-  const int doing = position.active == 0 ? 0 : position.is_collective ? 1 : 2;
-  return absl::StrCat(position.collectives, " ", doing, " ", position.call);
+  return absl::StrCat(position.collectives, " ", position.active, " ",
+                      position.call, "\n", position.collective);
 }
 
 absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active, int peer,
@@ -239,18 +239,24 @@ absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active, int peer,
     std::vector<std::string> fields =
         absl::StrSplit(*answers[other], absl::MaxSplits(' ', 2));
     fields.resize(3);
+    const std::pair<std::string, std::string> calls =
+        absl::StrSplit(fields[2], absl::MaxSplits('\n', 1));
     int64_t collectives = 0;
     if (!absl::SimpleAtoi(fields[0], &collectives)) collectives = 0;
     const bool idle = fields[1] == "0";
     const std::string does =
-        idle ? "is in no call" : absl::StrCat("is in ", fields[2]);
+        idle ? "is in no call" : absl::StrCat("is in ", calls.first);
     if (other == peer) peer_does = does;
     if (collectives < mine) {
       absent.push_back(absl::StrCat("rank ", other, " (", does, ")"));
-    } else if (collectives == mine && active.collective && fields[1] == "1" &&
-               fields[2] != active.call.text) {
-      // Not one that is in an exchange: it has this call behind it.
-      differing.push_back(absl::StrCat("rank ", other, " ", does));
+    } else if (collectives == mine && active.collective &&
+               calls.second != active.call.text) {
+      // Perhaps it has given up already.
+      differing.push_back(
+          absl::StrCat("rank ", other,
+                       idle || calls.first != calls.second
+                           ? absl::StrCat(" has called ", calls.second)
+                           : absl::StrCat(" ", does)));
     }
   }
   const auto list = [](std::vector<std::string> entries) {
@@ -343,8 +349,10 @@ Communicator::ActiveCall::ActiveCall(const Lane& l, Call what,
   absl::MutexLock lock(&core->mu);
   Core::Position& position = core->positions[lane];
   position.call = call.text;
-  position.is_collective = collective;
-  position.collectives += collective ? 1 : 0;
+  if (collective) {
+    position.collective = call.text;
+    ++position.collectives;
+  }
   ++position.active;
 }
 
@@ -370,12 +378,9 @@ struct PendingExchange::Impl {
   static constexpr size_t kNone = ~size_t{0};
 
   // That of the message alone, or that of the exchange.
-  const Call& CallOf(absl::string_view label) {
-    if (label.empty()) return active->call;
-    if (labelled.empty() || labelled.back().text != ExchangeText(label)) {
-      labelled.emplace_back(ExchangeText(label));
-    }
-    return labelled.back();
+  const Call* MakeCall(absl::string_view label) {
+    return label.empty() ? &active->call
+                         : &labelled.emplace_back(ExchangeText(label));
   }
 
   ~Impl() {
@@ -398,7 +403,7 @@ struct PendingExchange::Impl {
   std::unique_ptr<ActiveCall> own;  // if it is a call by itself
   const ActiveCall* active = nullptr;
   bool finished = false;
-  std::deque<Call> labelled;  // for CallOf
+  std::deque<Call> labelled;  // of MakeCall
   std::unique_ptr<std::byte[]> envelopes;
   std::vector<Incoming> incoming;
   std::vector<int> receivers;  // of what this rank sends
@@ -612,8 +617,11 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
   impl->finished = true;  // until something is posted
   // A receive must have room for what another call of its peer might send.
   size_t room = recvs.size() * kMaxEnvelopeBytes;
+  std::vector<const Call*> calls;  // of the sends
+  calls.reserve(sends.size());
   for (const SendOp& op : sends) {
-    room += EnvelopeBytes(impl->CallOf(op.label), op);
+    calls.push_back(impl->MakeCall(op.label));
+    room += EnvelopeBytes(*calls.back(), op);
   }
   impl->envelopes.reset(new std::byte[room]);
   std::byte* envelope = impl->envelopes.get();
@@ -624,15 +632,15 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
   std::vector<EngineRecv> engine_recvs;
   engine_recvs.reserve(2 * recvs.size());
   for (const RecvOp& op : recvs) {
-    const Call& call = impl->CallOf(op.label);
+    const Call* const call = impl->MakeCall(op.label);
     if (op.peer == core->rank) {
-      self_recvs.push_back({call, nullptr, op.data.data(), op.data.size()});
+      self_recvs.push_back({*call, nullptr, op.data.data(), op.data.size()});
       impl->self_done.push_back(self_recvs.back().done);
       continue;
     }
     const uint64_t sequence = next_recv[op.peer]++;
     PendingExchange::Impl::Incoming in{op,
-                                       &call,
+                                       call,
                                        sequence,
                                        envelope,
                                        engine_recvs.size(),
@@ -653,8 +661,9 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
   std::vector<EngineSend> engine_sends;
   engine_sends.reserve(2 * sends.size());
   impl->receivers.reserve(sends.size());
-  for (const SendOp& op : sends) {
-    const Call& call = impl->CallOf(op.label);
+  for (size_t i = 0; i < sends.size(); ++i) {
+    const SendOp& op = sends[i];
+    const Call& call = *calls[i];
     if (op.peer == core->rank) {
       self_sends.push_back({call, op.data.data(), nullptr, op.data.size()});
       impl->self_done.push_back(self_sends.back().done);

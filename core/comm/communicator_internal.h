@@ -78,8 +78,8 @@ struct Communicator::Core {
 
   // What this rank does on a lane, for the others' error texts.
   struct Position {
-    std::string call;  // the last one started
-    bool is_collective = false;
+    std::string call;         // the last one started
+    std::string collective;   // the last of those
     int64_t collectives = 0;  // started
     int active = 0;           // calls not finished
   };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Ranks in error texts. Private to this package.
+// Ranks in error texts.
 
 #ifndef DSD_CORE_COMM_RANK_LIST_H_
 #define DSD_CORE_COMM_RANK_LIST_H_

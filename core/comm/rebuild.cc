@@ -26,18 +26,6 @@ constexpr char kRollKey[] = "roll";
 
 std::string KeyOf(int rank) { return absl::StrCat(kRollKey, "/", rank); }
 
-class ServedStore final : public ForwardingStore {
- public:
-  ServedStore(std::unique_ptr<TcpStoreServer> server,
-              std::shared_ptr<Store> client)
-      : ForwardingStore(std::move(client)), server_(std::move(server)) {}
-  // The client goes first and says what it has left to say.
-  ~ServedStore() override { to_.reset(); }
-
- private:
-  const std::unique_ptr<TcpStoreServer> server_;
-};
-
 // One attempt to bring together those who are left.
 class RollCall {
  public:
@@ -214,11 +202,6 @@ absl::StatusOr<std::unique_ptr<Standby>> MakeStandby(
     standby->ranks.push_back(std::move(address));
   }
   return standby;
-}
-
-std::shared_ptr<Store> MakeServedStore(std::unique_ptr<TcpStoreServer> server,
-                                       std::shared_ptr<Store> client) {
-  return std::make_shared<ServedStore>(std::move(server), std::move(client));
 }
 
 absl::StatusOr<Roll> CallRoll(const Standby& standby, uint64_t generation,

@@ -50,10 +50,6 @@ absl::StatusOr<std::unique_ptr<Standby>> MakeStandby(
     Communicator& comm, const Store& store, const LaunchInfo& launch,
     const WorldOptions& options, absl::Time deadline);
 
-// Serves a store as long as its client is used.
-std::shared_ptr<Store> MakeServedStore(std::unique_ptr<TcpStoreServer> server,
-                                       std::shared_ptr<Store> client);
-
 // Who is left, and through what they meet.
 struct Roll {
   std::vector<int> ranks;        // by their old numbers, ascending

@@ -88,6 +88,10 @@ struct TcpStoreOptions {
 absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
     Env* env, const TcpStoreOptions& options, absl::Time deadline);
 
+// The client, with a server that serves as long as it is used.
+std::shared_ptr<Store> MakeServedStore(std::unique_ptr<TcpStoreServer> server,
+                                       std::shared_ptr<Store> client);
+
 }  // namespace dsd
 
 #endif  // DSD_CORE_COMM_TCP_STORE_H_

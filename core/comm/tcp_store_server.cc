@@ -677,4 +677,25 @@ absl::StatusOr<std::unique_ptr<TcpStoreServer>> TcpStoreServer::Start(
       env, options, std::move(listener), port, std::move(waker))));
 }
 
+namespace {
+
+class ServedStore final : public ForwardingStore {
+ public:
+  ServedStore(std::unique_ptr<TcpStoreServer> server,
+              std::shared_ptr<Store> client)
+      : ForwardingStore(std::move(client)), server_(std::move(server)) {}
+  // The client goes first and says what it has left to say.
+  ~ServedStore() override { to_.reset(); }
+
+ private:
+  const std::unique_ptr<TcpStoreServer> server_;
+};
+
+}  // namespace
+
+std::shared_ptr<Store> MakeServedStore(std::unique_ptr<TcpStoreServer> server,
+                                       std::shared_ptr<Store> client) {
+  return std::make_shared<ServedStore>(std::move(server), std::move(client));
+}
+
 }  // namespace dsd

@@ -3,13 +3,8 @@
 #include "dsd/core/layout/random_layout.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <iostream>
 #include <string>
 #include <utility>
-
-#include "absl/strings/numbers.h"
-#include "dsd/core/base/env.h"
 
 namespace dsd::test {
 namespace {
@@ -167,17 +162,6 @@ void ChooseBoxes(Random& random, const RandomLayoutOptions& options,
 Dims ToDims(const Ints& values) { return Dims(values.begin(), values.end()); }
 
 }  // namespace
-
-uint64_t TestSeed() {
-  uint64_t seed = 0;
-  const char* text = std::getenv("DSD_TEST_SEED");
-  if (text == nullptr || !absl::SimpleAtoi(text, &seed)) {
-    seed = Env::Real()->RandomSeed();
-  }
-  std::cout << "seed " << seed << " (again: --test_env=DSD_TEST_SEED=" << seed
-            << ")" << std::endl;
-  return seed;
-}
 
 int64_t Uniform(Random& random, int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random);

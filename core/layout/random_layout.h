@@ -12,14 +12,11 @@
 #include "absl/status/statusor.h"
 #include "dsd/core/layout/element_map.h"
 #include "dsd/core/layout/layout.h"
+#include "dsd/testing/harness/test_seed.h"  // for who includes this
 
 namespace dsd::test {
 
 using Random = std::mt19937_64;
-
-// The number in the environment variable DSD_TEST_SEED, else a fresh one;
-// prints it with the way to set it.
-uint64_t TestSeed();
 
 // Uniform in [low, high].
 int64_t Uniform(Random& random, int64_t low, int64_t high);

@@ -13,7 +13,6 @@
 #include "ATen/ops/zeros.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "dsd/backends/local/local_backend.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/store.h"
@@ -346,11 +345,8 @@ TEST(RebindTest, SessionGoesOnOverAnotherCommunicator) {
             DSD_REQUIRE(session.SetModel(dict).status().code() ==
                         absl::StatusCode::kAborted);
 
-            CommunicatorOptions options;
-            options.rank = comm.rank();
-            options.world_size = 2;
-            options.descriptor = &LocalBackend();
-            options.store = store;
+            CommunicatorOptions options =
+                RankThreadCommunicator(comm.rank(), 2, store);
             options.generation = 1;
             DSD_ASSIGN_OR_RETURN(const auto next,
                                  Communicator::Create(options));

@@ -18,6 +18,7 @@
 #include "absl/strings/str_split.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/rank_list.h"
 #include "dsd/core/transfer/transfer.h"
 
 namespace dsd {
@@ -75,11 +76,6 @@ std::string EntriesOf(const Catalog& catalog, const std::vector<bool>& wanted) {
   return bytes;
 }
 
-std::string Ranks(const std::vector<int>& ranks) {
-  return absl::StrCat(ranks.size() == 1 ? "rank " : "ranks ",
-                      absl::StrJoin(ranks, ", "));
-}
-
 // What ranks say, as "... on rank 2 and ... on ranks 0, 1": those of fewer
 // ranks first.
 std::string ByRank(
@@ -90,7 +86,7 @@ std::string ByRank(
                      return a.second.size() < b.second.size();
                    });
   return absl::StrJoin(sorted, " and ", [](std::string* out, const auto& one) {
-    absl::StrAppend(out, one.first, " on ", Ranks(one.second));
+    absl::StrAppend(out, one.first, " on ", RankList(one.second));
   });
 }
 
@@ -142,8 +138,8 @@ void CompareEntries(const std::vector<std::string>& all,
         (has[rank] ? with : tensor.lacking).push_back(static_cast<int>(rank));
       }
       lines.push_back(absl::StrCat("\"", fqn, "\" is missing on ",
-                                   Ranks(tensor.lacking), " and is on ",
-                                   Ranks(with)));
+                                   RankList(tensor.lacking), " and is on ",
+                                   RankList(with)));
     }
     if (tensor.variants.size() == 1) continue;
     // Without the digest, unless it is all that differs.

@@ -10,8 +10,8 @@
 
 #include "absl/log/check.h"
 #include "absl/strings/str_cat.h"
-#include "dsd/backends/local/local_backend.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/registry.h"
 
 namespace dsd::test {
 namespace {
@@ -373,8 +373,10 @@ const BackendDescriptor& FakeCudaBackend() {
       /*in_process=*/true,
       [](const EngineOptions& options)
           -> absl::StatusOr<std::unique_ptr<Engine>> {
+        DSD_ASSIGN_OR_RETURN(const BackendDescriptor* const under,
+                             FindBackend("local"));
         DSD_ASSIGN_OR_RETURN(std::unique_ptr<Engine> local,
-                             LocalBackend().create(options));
+                             under->create(options));
         return std::make_unique<FakeCudaEngine>(std::move(local));
       }};
   return kDescriptor;

@@ -113,9 +113,9 @@ class FakeDeviceEndpoint : public MemoryEndpoint {
   std::vector<bool> on_device_;
 };
 
-// Backend "local" that also moves memory of FakeDevices. Messages of one rank
-// in device memory are carried out one exchange after the other, so that an
-// order that could block does.
+// The linked backend "local", which also moves memory of FakeDevices. Messages
+// of one rank in device memory are carried out one exchange after the other, so
+// that an order that could block does.
 const BackendDescriptor& FakeCudaBackend();
 
 }  // namespace dsd::test

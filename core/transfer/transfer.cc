@@ -135,10 +135,7 @@ class Executor {
     }
     DSD_RETURN_IF_ERROR(AbortOthers(CopyLocally(on_device, true)));
     DSD_RETURN_IF_ERROR(AbortOthers(CopyLocally(to_or_from_device, false)));
-    DSD_RETURN_IF_ERROR(ExchangeAll(/*relayed=*/false));
-    // What is relayed has come when that is done.
-    DSD_RETURN_IF_ERROR(AbortOthers(staging_->Finish()));
-    DSD_RETURN_IF_ERROR(ExchangeAll(/*relayed=*/true));
+    DSD_RETURN_IF_ERROR(ExchangeAll());
     DSD_RETURN_IF_ERROR(AbortOthers(staging_->Finish()));
     DSD_RETURN_IF_ERROR(AbortOthers(target_.Finish()));
     stats_.bytes_staged_peak = staging_->bytes_allocated();
@@ -308,41 +305,56 @@ class Executor {
     return true;
   }
 
-  absl::Status ExchangeAll(bool relayed) {
-    // Streams are made per step, so that memory does not grow with the world.
-    std::vector<std::vector<size_t>> to(comm_ == nullptr ? 1 : comm_->size());
-    std::vector<std::vector<size_t>> from(to.size());
+  // The moves between ranks; those that are relayed when the others are done.
+  absl::Status ExchangeAll() {
     bool any = false;
+    bool any_relayed = false;
     int64_t sent_from_device = 0;  // bytes; less those from elsewhere
     int64_t received_to_device = 0;
-    for (size_t i = 0; i < plan_.moves.size(); ++i) {
-      const Move& move = plan_.moves[i];
-      if (move.relayed != relayed) continue;
-      if (move.provider == plan_.rank) {
-        for (int reader : move.readers) {
-          any = true;
-          if (comm_ != nullptr) to[reader].push_back(i);
-          sent_from_device +=
-              ReadsFromDevice(move) ? move.wire_bytes() : -move.wire_bytes();
-        }
+    for (const Move& move : plan_.moves) {
+      const bool sends = move.provider == plan_.rank;
+      const int64_t messages = sends ? move.readers.size() : 1;
+      if (messages == 0) continue;
+      any = true;
+      any_relayed |= move.relayed;
+      const int64_t bytes = messages * move.wire_bytes();
+      if (sends) {
+        sent_from_device += ReadsFromDevice(move) ? bytes : -bytes;
       } else {
-        any = true;
-        if (comm_ != nullptr) from[move.provider].push_back(i);
-        received_to_device += target_.IsOnDevice(move.target_tensor)
-                                  ? move.wire_bytes()
-                                  : -move.wire_bytes();
+        received_to_device +=
+            target_.IsOnDevice(move.target_tensor) ? bytes : -bytes;
       }
     }
-    if (comm_ != nullptr && comm_->has_cuda_memory() && comm_->size() > 1) {
+    if (comm_ == nullptr) {
+      if (!any) return absl::OkStatus();
+      return absl::InvalidArgumentError(
+          "the plan has other ranks, but there is no communicator");
+    }
+    if (comm_->has_cuda_memory() && comm_->size() > 1) {
       DSD_RETURN_IF_ERROR(
           ShareDevices(sent_from_device > 0, received_to_device > 0));
     }
     if (!any) return absl::OkStatus();
-    if (comm_ == nullptr) {
-      return absl::InvalidArgumentError(
-          "the plan has other ranks, but there is no communicator");
-    }
+    DSD_RETURN_IF_ERROR(ExchangeMoves(/*relayed=*/false));
+    if (!any_relayed) return absl::OkStatus();
+    DSD_RETURN_IF_ERROR(AbortOthers(staging_->Finish()));
+    return ExchangeMoves(/*relayed=*/true);
+  }
+
+  absl::Status ExchangeMoves(bool relayed) {
     const int size = comm_->size();
+    // Streams are made per step, so that memory does not grow with the world.
+    std::vector<std::vector<size_t>> to(size);
+    std::vector<std::vector<size_t>> from(size);
+    for (size_t i = 0; i < plan_.moves.size(); ++i) {
+      const Move& move = plan_.moves[i];
+      if (move.relayed != relayed) continue;
+      if (move.provider == plan_.rank) {
+        for (int reader : move.readers) to[reader].push_back(i);
+      } else {
+        from[move.provider].push_back(i);
+      }
+    }
     for (int step = 1; step < size; ++step) {
       const int next = (plan_.rank + step) % size;
       const int previous = (plan_.rank + size - step) % size;

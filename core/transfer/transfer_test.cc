@@ -26,13 +26,14 @@ namespace dsd {
 namespace {
 
 using ::dsd::test::CheckSide;
-using ::dsd::test::FillElement;
 using ::dsd::test::FillSide;
-using ::dsd::test::LayoutSpec;
 using ::dsd::test::MissingBytes;
+using ::dsd::test::OneToAll;
 using ::dsd::test::Random;
 using ::dsd::test::RandomTensors;
+using ::dsd::test::RowsToColumns;
 using ::dsd::test::Side;
+using ::dsd::test::StorageEndpoint;
 using ::dsd::test::TensorCase;
 using ::dsd::test::Uniform;
 using ::testing::HasSubstr;
@@ -116,47 +117,6 @@ TEST(TransferTest, RandomPairsMoveTheLowerBoundAndArriveRight) {
   }
 }
 
-// Storage that every rank can read; counts what is read.
-class StorageEndpoint : public Endpoint {
- public:
-  StorageEndpoint(const std::vector<TensorCase>& tensors,
-                  std::atomic<int64_t>* bytes_read)
-      : bytes_read_(bytes_read) {
-    for (const TensorCase& tensor : tensors) {
-      const Dims shape(tensor.to.shape.begin(), tensor.to.shape.end());
-      EXPECT_TRUE(
-          catalog_.Add({tensor.fqn, tensor.dtype, Layout::Anywhere(shape)})
-              .ok());
-    }
-  }
-  const Catalog& catalog() const override { return catalog_; }
-  absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
-                    DType dtype, absl::Span<std::byte> out) override {
-    const int64_t item_size = ItemSize(dtype);
-    const Dims extents = box.extents();
-    for (int64_t i = begin; i < end; ++i) {
-      Dims at(box.ndim());
-      int64_t rest = i;
-      for (int d = box.ndim() - 1; d >= 0; --d) {
-        at[d] = box.lo[d] + rest % extents[d];
-        rest /= extents[d];
-      }
-      FillElement(tensor, FlatIndex(catalog_[tensor].shape(), at), item_size,
-                  out.data() + (i - begin) * item_size);
-    }
-    *bytes_read_ += (end - begin) * item_size;
-    return absl::OkStatus();
-  }
-  absl::Status Write(size_t, const Box&, int64_t, int64_t, DType,
-                     absl::Span<const std::byte>) override {
-    return absl::UnimplementedError("storage is read only");
-  }
-
- private:
-  Catalog catalog_;
-  std::atomic<int64_t>* bytes_read_;
-};
-
 TEST(TransferTest, StorageIsReadOnceOverAllRanks) {
   Random random(test::TestSeed());
   Ranks ranks(4);
@@ -186,21 +146,33 @@ TEST(TransferTest, StorageIsReadOnceOverAllRanks) {
   }
 }
 
-// Rows over `size` ranks to columns, big enough for several chunks.
-std::vector<TensorCase> RowsToColumns(int size) {
-  TensorCase tensor;
-  tensor.fqn = "encoder.weight";
-  tensor.dtype = DType::kFloat32;
-  tensor.from.kind = LayoutSpec::Kind::kPlacements;
-  tensor.from.shape = {64, 64};
-  tensor.from.mesh_shape = {size};
-  for (int rank = 0; rank < size; ++rank) {
-    tensor.from.mesh_holders.push_back(rank);
+// What many need and one has: each sends on a part of it.
+TEST(TransferTest, LargeTensorsAreRelayed) {
+  constexpr int64_t kElements = 300001;
+  for (const int size : {2, 3, 4}) {
+    Ranks ranks(size);
+    const std::vector<TensorCase> tensors = {OneToAll(size, kElements)};
+    std::vector<TransferStats> stats(size);
+    TransferOptions options;
+    options.chunk_bytes = 10000;
+    const auto statuses =
+        ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+          Side source;
+          Side target;
+          DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+          DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+          DSD_ASSIGN_OR_RETURN(
+              stats[rank],
+              Redistribute(source.endpoint, target.endpoint, &comm, options));
+          return CheckSide(tensors, rank, target);
+        });
+    for (int rank = 0; rank < size; ++rank) {
+      ASSERT_TRUE(statuses[rank].ok()) << statuses[rank];
+      EXPECT_EQ(stats[rank].bytes_received, rank == 0 ? 0 : 4 * kElements);
+      EXPECT_LE(stats[rank].bytes_sent, 4 * kElements) << "rank " << rank;
+      EXPECT_LE(stats[rank].bytes_staged_peak, 4 * options.chunk_bytes);
+    }
   }
-  tensor.from.placements = {{'S', 0, 1}};
-  tensor.to = tensor.from;
-  tensor.to.placements = {{'S', 1, 1}};
-  return {tensor};
 }
 
 class FailingEndpoint : public MemoryEndpoint {
@@ -216,7 +188,7 @@ class FailingEndpoint : public MemoryEndpoint {
 
 TEST(TransferTest, AnErrorOfOneEndpointEndsTheTransferOnAllRanks) {
   Ranks ranks(3);
-  const std::vector<TensorCase> tensors = RowsToColumns(3);
+  const std::vector<TensorCase> tensors = {RowsToColumns(3)};
   TransferOptions options;
   options.chunk_bytes = 256;
   const auto statuses =
@@ -246,7 +218,7 @@ TEST(TransferTest, AnErrorOfOneEndpointEndsTheTransferOnAllRanks) {
 
 TEST(TransferTest, ACancelOnOneRankEndsItOnAll) {
   Ranks ranks(2);
-  const std::vector<TensorCase> tensors = RowsToColumns(2);
+  const std::vector<TensorCase> tensors = {RowsToColumns(2)};
   std::atomic<bool> cancel = true;
   const auto statuses =
       ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
@@ -265,7 +237,7 @@ TEST(TransferTest, ACancelOnOneRankEndsItOnAll) {
 }
 
 TEST(TransferTest, APlanWithOthersNeedsACommunicator) {
-  const std::vector<TensorCase> tensors = RowsToColumns(2);
+  const std::vector<TensorCase> tensors = {RowsToColumns(2)};
   Side source;
   Side target;
   ASSERT_TRUE(FillSide(tensors, 0, true, source).ok());

@@ -18,6 +18,7 @@
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/checkpoint/test_state.h"
 #include "dsd/testing/harness/rank_threads.h"
+#include "dsd/testing/harness/test_seed.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -30,17 +31,6 @@ constexpr char kDir[] = "/job/checkpoint";
 constexpr uint64_t kSeed = 7;
 int rounds = 1000;  // NOLINT: the test's argument, set once by main
 constexpr int64_t kMaxMemoryBytes = int64_t{1} << 30;
-
-uint64_t TestSeed() {
-  uint64_t seed = std::random_device()();
-  if (const char* text = std::getenv("DSD_TEST_SEED")) {
-    seed = std::strtoull(text, nullptr, 10);
-  }
-  std::printf("seed %llu (again: --test_env=DSD_TEST_SEED=%llu)\n",
-              static_cast<unsigned long long>(seed),
-              static_cast<unsigned long long>(seed));
-  return seed;
-}
 
 std::vector<TestTensor> Tensors(int ranks) {
   const DeviceMesh mesh = DeviceMesh::Iota({ranks});
@@ -178,7 +168,7 @@ class DamageTest : public testing::Test {
 };
 
 TEST_F(DamageTest, ATypedErrorOrTheRightResult) {
-  std::mt19937_64 random(TestSeed());
+  std::mt19937_64 random(test::TestSeed());
   const auto any = [&] {
     return std::next(files_.begin(),
                      static_cast<int64_t>(random() % files_.size()));

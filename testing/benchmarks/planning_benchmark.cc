@@ -6,9 +6,6 @@
 //
 // usage: planning_benchmark PYTHON PEER [--quick]
 
-#include <sys/resource.h>
-#include <time.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -21,11 +18,10 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/time/clock.h"
-#include "absl/time/time.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/core/plan/plan.h"
 #include "dsd/core/plan/random_plan_case.h"
+#include "dsd/testing/benchmarks/measure.h"
 #include "nlohmann/json.hpp"
 
 namespace dsd {
@@ -35,56 +31,6 @@ using Json = nlohmann::json;
 
 constexpr int64_t kRows = 4;  // of a chunk; as in planning_peer.py
 constexpr int64_t kColumns = 64;
-
-template <class T>
-T Must(absl::StatusOr<T> result) {
-  if (result.ok()) return *std::move(result);
-  std::cerr << result.status() << std::endl;
-  std::exit(1);
-}
-
-double CpuSeconds() {
-  timespec time;
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) +
-         1e-9 * static_cast<double>(time.tv_nsec);
-}
-
-double PeakMiB() {
-  rusage usage;
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) / 1024;
-}
-
-struct Seconds {
-  double wall = 0;
-  double cpu = 0;
-};
-
-template <class Fn>
-Seconds Measure(Fn&& fn) {
-  const double cpu = CpuSeconds();
-  const absl::Time start = absl::Now();
-  fn();
-  return {absl::ToDoubleSeconds(absl::Now() - start), CpuSeconds() - cpu};
-}
-
-Json RunPeer(const std::string& command) {
-  std::cerr << "# " << command << std::endl;
-  FILE* const pipe = popen(command.c_str(), "r");
-  std::string text;
-  char buffer[4096];
-  size_t size = 0;
-  while (pipe != nullptr &&
-         (size = fread(buffer, 1, sizeof(buffer), pipe)) > 0) {
-    text.append(buffer, size);
-  }
-  if (pipe == nullptr || pclose(pipe) != 0) {
-    std::cerr << "the peer failed" << std::endl;
-    std::exit(1);
-  }
-  return Json::parse(text);
-}
 
 bool same = true;  // whether all results are as they must be
 

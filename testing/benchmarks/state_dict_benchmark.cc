@@ -6,8 +6,6 @@
 //
 // usage: state_dict_benchmark PYTHON PEER [--quick] [--no-peer-set]
 
-#include <sys/resource.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -28,12 +26,12 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
-#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/core/tensor/sharding_table.h"
 #include "dsd/frontends/torch/state_dict.h"
+#include "dsd/testing/benchmarks/measure.h"
 #include "dsd/testing/harness/rank_processes.h"
 #include "libdeflate.h"
 #include "nlohmann/json.hpp"
@@ -55,29 +53,6 @@ struct Size {
 
   int params() const { return layers * experts * 3; }
 };
-
-struct Seconds {
-  double wall = 0;
-  double cpu = 0;
-};
-
-double CpuSeconds() {
-  rusage usage;
-  getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& t) {
-    return static_cast<double>(t.tv_sec) +
-           1e-6 * static_cast<double>(t.tv_usec);
-  };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
-}
-
-template <class Fn>
-Seconds Measure(Fn&& fn) {
-  const double cpu = CpuSeconds();
-  const absl::Time start = absl::Now();
-  fn();
-  return {absl::ToDoubleSeconds(absl::Now() - start), CpuSeconds() - cpu};
-}
 
 Seconds Least(const Seconds& a, const Seconds& b) {
   return a.wall < b.wall ? a : b;
@@ -174,13 +149,6 @@ uint32_t DigestOf(const ModelAndOptimizerStateDict& dicts) {
     }
   }
   return crc.value();
-}
-
-template <class T>
-T Must(absl::StatusOr<T> result) {
-  if (result.ok()) return *std::move(result);
-  std::cerr << result.status() << std::endl;
-  std::exit(1);
 }
 
 struct Local {
@@ -307,23 +275,6 @@ Gathered RunGather(int world_size, Size size) {
     out.digest = digest;
   }
   return out;
-}
-
-Json RunPeer(const std::string& command) {
-  std::cerr << "# " << command << std::endl;
-  FILE* const pipe = popen(command.c_str(), "r");
-  std::string text;
-  char buffer[4096];
-  size_t size = 0;
-  while (pipe != nullptr &&
-         (size = fread(buffer, 1, sizeof(buffer), pipe)) > 0) {
-    text.append(buffer, size);
-  }
-  if (pipe == nullptr || pclose(pipe) != 0) {
-    std::cerr << "the peer failed" << std::endl;
-    std::exit(1);
-  }
-  return Json::parse(text);
 }
 
 class Table {

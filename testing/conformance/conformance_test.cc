@@ -6,11 +6,13 @@
 #include "dsd/testing/conformance/conformance.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <ostream>
 #include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/registry.h"
@@ -66,12 +68,25 @@ void PrintTo(const Parameter& parameter, std::ostream* os) {
   *os << parameter.one.name << " on " << parameter.ranks << " ranks";
 }
 
+// Set to 0, each case runs in one of its world sizes, in turn.
+bool EveryWorldSize() {
+  const char* value = std::getenv("DSD_EVERY_WORLD_SIZE");
+  return value == nullptr || absl::string_view(value) != "0";
+}
+
 std::vector<Parameter> Parameters() {
+  const bool every_world_size = EveryWorldSize();
+  int turn = 0;
   std::vector<Parameter> parameters;
   for (const ConformanceCase& one : ConformanceCases()) {
     if (one.needs_device_memory && !HasDeviceMemory()) continue;
     const int most =
         std::max(one.min_ranks, std::min(kMaxRanks, one.max_ranks));
+    if (!every_world_size) {
+      parameters.push_back(
+          {one, one.min_ranks + turn++ % (most - one.min_ranks + 1)});
+      continue;
+    }
     for (int ranks = one.min_ranks; ranks <= most; ++ranks) {
       parameters.push_back({one, ranks});
     }

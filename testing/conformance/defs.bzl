@@ -2,7 +2,7 @@
 
 load("//third_party/bazel:cc.bzl", "dsd_cc_test")
 
-def conformance_test(name, backend, target, deps = [], data = [], env = {}):
+def conformance_test(name, backend, target, deps = [], data = [], env = {}, every_world_size = True):
     """Declares a test that runs all cases on one backend.
 
     Args:
@@ -12,16 +12,23 @@ def conformance_test(name, backend, target, deps = [], data = [], env = {}):
       deps: what else is linked.
       data: what `env` names.
       env: added to the environment of the ranks.
+      every_world_size: whether each case runs in all its world sizes; else in one of them, in turn, and
+        `<name>_every_world_size`, tagged t3, runs it in all.
     """
+    _conformance_test(name, backend, target, deps, data, env, every_world_size, [])
+    if not every_world_size:
+        _conformance_test(name + "_every_world_size", backend, target, deps, data, env, True, ["t3"])
+
+def _conformance_test(name, backend, target, deps, data, env, every_world_size, tags):
     dsd_cc_test(
         name = name,
         size = "large",
         srcs = [Label("//testing/conformance:conformance_test.cc")],
         data = data,
-        env = env,
+        env = dict(env, DSD_EVERY_WORLD_SIZE = "1" if every_world_size else "0"),
         local_defines = ["DSD_BACKEND=\\\"%s\\\"" % backend],
         main = Label("//testing/harness:rank_main"),
-        tags = ["cpu:2"],
+        tags = ["cpu:2"] + tags,
         deps = deps + [
             target,
             Label("//core/base"),

@@ -2,7 +2,6 @@
 //
 // What calls leave behind, and what they do with much or strange memory.
 
-#include <dirent.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 
@@ -16,6 +15,7 @@
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/testing/conformance/conformance.h"
+#include "dsd/testing/harness/process_counts.h"
 
 namespace dsd {
 namespace {
@@ -41,14 +41,6 @@ class Pages {
   const size_t bytes_;
   void* const data_;
 };
-
-int OpenDescriptors() {
-  DIR* const folder = opendir("/proc/self/fd");
-  int count = 0;
-  while (readdir(folder) != nullptr) ++count;
-  closedir(folder);
-  return count;
-}
 
 void Sleep(Communicator& comm, absl::Duration duration) {
   comm.env()->SleepUntil(comm.env()->Now() + duration);
@@ -110,10 +102,10 @@ DSD_CONFORMANCE_CASE_FROM(DescriptorsStayAsMany, 2) {
     return comm.Barrier();
   };
   DSD_RETURN_IF_ERROR(use());
-  const int before = OpenDescriptors();
+  const int before = test::OpenDescriptors();
   for (int i = 0; i < 5; ++i) DSD_RETURN_IF_ERROR(use());
   // Where ranks are threads others are looking, too, each with one open.
-  const int after = OpenDescriptors();
+  const int after = test::OpenDescriptors();
   return Check(std::abs(after - before) <= comm.size(),
                absl::StrCat(before, " descriptors, later ", after));
 }

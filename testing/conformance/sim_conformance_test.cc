@@ -69,7 +69,7 @@ class SimConformanceTest : public ::testing::TestWithParam<Parameter> {};
 
 TEST_P(SimConformanceTest, Passes) {
   const auto& [one, ranks] = GetParam();
-  const int seeds = IsHeavy(one.name) || ranks > 8 ? 1 : 10;
+  const int seeds = IsHeavy(one.name) || ranks > 8 ? 1 : DSD_SEEDS;
   for (int seed = 1; seed <= seeds; ++seed) {
     sim::SimulationOptions options;
     if (seed > 1) options = sim::SimulationOptions::FromSeed(seed);

@@ -15,12 +15,12 @@
 #include <string>
 #include <vector>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/registry.h"
 #include "dsd/testing/harness/rank_processes.h"
+#include "dsd/testing/harness/test_seed.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -35,17 +35,8 @@ constexpr size_t kChunkBytes = size_t{4} << 20;
 constexpr int kChunks = 24;  // 96 MiB from each rank to the next
 constexpr absl::Duration kBound = absl::Seconds(2);
 
-// DSD_TEST_SEED, else another one in each run.
 uint64_t Seed() {
-  static const uint64_t seed = [] {
-    const char* const text = getenv("DSD_TEST_SEED");
-    uint64_t value = 0;
-    if (text == nullptr || !absl::SimpleAtoi(text, &value)) {
-      value = Env::Real()->RandomSeed();
-    }
-    std::cout << "DSD_TEST_SEED=" << value << std::endl;
-    return value;
-  }();
+  static const uint64_t seed = test::TestSeed();
   return seed;
 }
 

@@ -12,6 +12,20 @@
 
 namespace dsd {
 
+CommunicatorOptions RankThreadCommunicator(int rank, int world_size,
+                                           std::shared_ptr<Store> store,
+                                           const RankThreadsOptions& options) {
+  CommunicatorOptions comm;
+  comm.rank = rank;
+  comm.world_size = world_size;
+  comm.descriptor =
+      options.descriptor != nullptr ? options.descriptor : &LocalBackend();
+  comm.store = std::move(store);
+  comm.bind_address = options.bind_address;
+  comm.connect_timeout = options.connect_timeout;
+  return comm;
+}
+
 std::vector<absl::Status> RunRankThreads(
     int world_size, absl::FunctionRef<absl::Status(Communicator& comm)> body,
     const RankThreadsOptions& options) {
@@ -23,14 +37,8 @@ std::vector<absl::Status> RunRankThreads(
       continue;
     }
     threads.emplace_back([&, rank] {
-      CommunicatorOptions comm_options;
-      comm_options.rank = rank;
-      comm_options.world_size = world_size;
-      comm_options.descriptor = &LocalBackend();
-      comm_options.store = store;
-      comm_options.connect_timeout = options.connect_timeout;
-      absl::StatusOr<std::unique_ptr<Communicator>> comm =
-          Communicator::Create(comm_options);
+      absl::StatusOr<std::unique_ptr<Communicator>> comm = Communicator::Create(
+          RankThreadCommunicator(rank, world_size, store, options));
       if (!comm.ok()) {
         results[rank] = comm.status();
         return;

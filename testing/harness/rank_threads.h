@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Ranks as threads of the test, over backends/local:
+// Ranks as threads of the test, over backends/local if nothing else is said:
 //
 //   EXPECT_THAT(RunRankThreads(4, [](dsd::Communicator& comm) {
 //                 return comm.Barrier();
@@ -10,6 +10,7 @@
 #ifndef DSD_TESTING_HARNESS_RANK_THREADS_H_
 #define DSD_TESTING_HARNESS_RANK_THREADS_H_
 
+#include <memory>
 #include <ostream>
 #include <string>
 #include <vector>
@@ -19,6 +20,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/core/comm/store.h"
 #include "gmock/gmock.h"
 
 namespace dsd {
@@ -30,6 +32,8 @@ struct RankThreadsOptions {
   // Calls Shutdown for a body that returns OK. Otherwise the communicator is
   // destroyed as the body leaves it, as it always is after an error.
   bool shutdown = true;
+  const BackendDescriptor* descriptor = nullptr;  // null: local's
+  std::string bind_address;                       // see EngineOptions
 };
 
 // Runs `body` once per rank, each in a thread with a communicator of its own,
@@ -38,6 +42,12 @@ struct RankThreadsOptions {
 // threads at once and must return: calls on `comm` have deadlines.
 std::vector<absl::Status> RunRankThreads(
     int world_size, absl::FunctionRef<absl::Status(Communicator& comm)> body,
+    const RankThreadsOptions& options = {});
+
+// What RunRankThreads connects with, for ranks that connect once more: `store`
+// is one of theirs alone, and `generation` is theirs to choose.
+CommunicatorOptions RankThreadCommunicator(
+    int rank, int world_size, std::shared_ptr<Store> store,
     const RankThreadsOptions& options = {});
 
 // Matches a list of statuses if all are OK; prints the others with their ranks.

@@ -147,9 +147,15 @@ def main(argv):
       outcome: [(name, text) for name, o, text in cases if o == outcome]
       for outcome in (PASSED, FAILED, SKIPPED)
   }
-  for outcome in (SKIPPED, FAILED):
-    for name, text in by_outcome[outcome]:
-      print("%s: %s%s" % (outcome.upper(), name, ": " + text if text else ""))
+  skipped = {}  # (target, reason) -> cases: a suite may lack one thing
+  for name, text in by_outcome[SKIPPED]:
+    skipped.setdefault((name.split(" ")[0], text), []).append(name)
+  for (_, text), names in skipped.items():
+    print("SKIPPED: %s%s%s" % (names[0],
+                               " and %d more" % (len(names) - 1) if len(names) > 1 else "",
+                               ": " + text if text else ""))
+  for name, text in by_outcome[FAILED]:
+    print("FAILED: %s%s" % (name, ": " + text if text else ""))
   for problem in dict.fromkeys(problems):
     print("PROBLEM: " + problem)
   if not by_outcome[PASSED] and not by_outcome[FAILED]:

@@ -78,6 +78,19 @@ class TestSummaryTest(unittest.TestCase):
     ])
     self.assertEqual(code, 1)
 
+  def test_cases_skipped_for_one_reason_are_one_line(self):
+    xml = ("<testsuites><testsuite name='Box'>" + "".join(
+        "<testcase name='Gpu%d' classname='Box' status='run' result='skipped'>"
+        "<skipped message='no GPU'/></testcase>" % i for i in range(3)) +
+        "<testcase name='Works' classname='Box' status='run' result='completed'/>"
+        "</testsuite></testsuites>")
+    _, lines = self.run_on([self.result("//core:box_test", "PASSED", xml)])
+    self.assertEqual(lines, [
+        "SKIPPED: //core:box_test Box.Gpu0 and 2 more: no GPU",
+        "3 skipped",
+        "1 passed, 0 failed",
+    ])
+
   def test_all_passed(self):
     code, lines = self.run_on([self.result("//tools:shell_test", "PASSED",
                                            SHELL_XML)])

@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
+#include "dsd/testing/harness/test_seed.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -482,14 +483,7 @@ TEST(MetadataTest, EveryTruncationAndFlip) {
 }
 
 TEST(MetadataTest, RandomDamage) {
-  uint64_t seed = std::random_device()();
-  if (const char* text = std::getenv("DSD_TEST_SEED")) {
-    seed = std::strtoull(text, nullptr, 10);
-  }
-  std::printf("seed %llu (again: --test_env=DSD_TEST_SEED=%llu)\n",
-              static_cast<unsigned long long>(seed),
-              static_cast<unsigned long long>(seed));
-  std::mt19937_64 random(seed);
+  std::mt19937_64 random(test::TestSeed());
   const std::string good = Encode(Sample());
   for (int round = 0; round < 50000; ++round) {
     std::string bad = good;

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Builds what run_device_tests.sh runs, for a machine that has neither Bazel nor
+# Builds what run_nccl_tests.sh runs, for a machine that has neither Bazel nor
 # this repository: programs that need the C and C++ libraries only, without symbols.
 #
-#   usage: build_device_tests.sh FOLDER
+#   usage: build_nccl_tests.sh FOLDER
 set -euo pipefail
 
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../.." && pwd)
@@ -20,5 +20,5 @@ for target in "${targets[@]}"; do
   program=${target#//}
   strip -o "$folder/${program#*:}" "bazel-bin/${program/://}"
 done
-cp testing/device/run_device_tests.sh "$folder"
+cp testing/device/run_nccl_tests.sh "$folder"
 ls -l "$folder"

@@ -6,10 +6,10 @@
 # NCCL where one is given: from 2.30 several ranks may share the device, so that
 # the whole conformance suite runs on one.
 #
-#   usage: run_device_tests.sh FOLDER [NCCL]
+#   usage: run_nccl_tests.sh FOLDER [NCCL]
 #
 # FOLDER: holds the programs conformance_test_nccl and nccl_device_test, built
-# elsewhere (build_device_tests.sh). NCCL: a libnccl.so.2, or one as .xz.
+# elsewhere (build_nccl_tests.sh). NCCL: a libnccl.so.2, or one as .xz.
 # Ends with a line per part, and with 1 if one failed.
 set -uo pipefail
 
