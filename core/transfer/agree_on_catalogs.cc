@@ -35,8 +35,9 @@ constexpr char kBetweenEntries = '\x1e';
 
 Digest DigestOf(const TensorSpec& spec) {
   DigestBuilder digest;
-  digest.Add(spec.fqn).Add(static_cast<int64_t>(spec.dtype));
-  spec.layout.AddTo(digest);
+  digest.Add(spec.fqn)
+      .Add(static_cast<int64_t>(spec.dtype))
+      .Add(spec.layout.symbols());
   return digest.Finish();
 }
 

@@ -44,7 +44,7 @@ struct MessagePiece {
 // annotated with the FQN and `where` (" on rank 1"). Thread-compatible.
 class Staging {
  public:
-  static constexpr int kBuffers = 4;
+  static constexpr int kBuffers = 5;
 
   // `stream`: null if no piece and no message is on a device; otherwise host
   // memory is page-locked.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,6 +19,8 @@
 
 namespace dsd {
 namespace {
+
+constexpr int64_t kOwnPieceBytes = int64_t{256} << 10;
 
 // Reads a stream of moves, box after box, in pieces of any size.
 class Stream {
@@ -56,6 +59,7 @@ class Stream {
   }
 
   // Bytes of the next piece: at most `limit`, whole items, and 0 at the end.
+  // Much of one box is a piece of its own, which may need no staging.
   int64_t NextPieceBytes(int64_t limit) const {
     int64_t bytes = 0;
     int64_t element = element_;
@@ -63,6 +67,10 @@ class Stream {
       const Move& move = plan_.moves[moves_[at]];
       const int64_t item_size = ItemSize(move.wire_dtype);
       const int64_t box_bytes = (move.box.num_elements() - element) * item_size;
+      if (box_bytes >= kOwnPieceBytes) {
+        return bytes > 0 ? bytes
+                         : std::min(box_bytes, limit / item_size * item_size);
+      }
       if (bytes + box_bytes > limit) {
         return bytes + (limit - bytes) / item_size * item_size;
       }
@@ -97,6 +105,8 @@ bool IsContiguous(const StridedView& view, absl::Span<const int64_t> extents,
 class Executor {
   static constexpr uint8_t kSends = 1;  // from a device, mostly
   static constexpr uint8_t kReceives = 2;
+  // Two buffers are for what is sent, two for what is received.
+  static constexpr int kLocalBuffer = 4;
 
  public:
   Executor(const Plan& plan, Endpoint& source, Endpoint& target,
@@ -126,16 +136,23 @@ class Executor {
       (from_device && to_device ? on_device : to_or_from_device).Add(i);
     }
     DSD_RETURN_IF_ERROR(AbortOthers(MakeStaging(with_device)));
-    for (const Move& move : plan_.moves) {
+    for (size_t i = 0; i < plan_.moves.size(); ++i) {
+      const Move& move = plan_.moves[i];
       if (!IsLocal(move) || source_.IsOnDevice(move.source_tensor) ||
           target_.IsOnDevice(move.target_tensor)) {
         continue;
       }
-      DSD_RETURN_IF_ERROR(Fail(CopyLocally(move), move));
+      // What nobody waits for is copied while messages travel.
+      if (move.readers.empty()) {
+        local_moves_.push_back(i);
+      } else {
+        DSD_RETURN_IF_ERROR(Fail(CopyLocally(move), move));
+      }
     }
     DSD_RETURN_IF_ERROR(AbortOthers(CopyLocally(on_device, true)));
     DSD_RETURN_IF_ERROR(AbortOthers(CopyLocally(to_or_from_device, false)));
     DSD_RETURN_IF_ERROR(ExchangeAll());
+    DSD_RETURN_IF_ERROR(CopySomeLocally(std::numeric_limits<int64_t>::max()));
     DSD_RETURN_IF_ERROR(AbortOthers(staging_->Finish()));
     DSD_RETURN_IF_ERROR(AbortOthers(target_.Finish()));
     stats_.bytes_staged_peak = staging_->bytes_allocated();
@@ -192,6 +209,16 @@ class Executor {
                         "\" on rank ", plan_.rank);
   }
 
+  // The next of local_moves_, until this many bytes are copied.
+  absl::Status CopySomeLocally(int64_t bytes) {
+    for (; bytes > 0 && next_local_ < local_moves_.size(); ++next_local_) {
+      const Move& move = plan_.moves[local_moves_[next_local_]];
+      DSD_RETURN_IF_ERROR(Fail(CopyLocally(move), move));
+      bytes -= move.wire_bytes();
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status CopyLocally(const Move& move) {
     const DType from_type = source_.catalog()[move.source_tensor].dtype;
     const DType to_type = target_.catalog()[move.target_tensor].dtype;
@@ -225,7 +252,8 @@ class Executor {
       if (direct_to != nullptr) {
         buffer = direct_to + begin * item_size;
       } else if (direct_from == nullptr) {
-        DSD_ASSIGN_OR_RETURN(buffer, staging_->Memory(0, /*on_device=*/false));
+        DSD_ASSIGN_OR_RETURN(
+            buffer, staging_->Memory(kLocalBuffer, /*on_device=*/false));
       }
       if (direct_from == nullptr || direct_to != nullptr) {
         DSD_RETURN_IF_ERROR(source_.Read(move.source_tensor, move.box, begin,
@@ -288,18 +316,10 @@ class Executor {
   absl::StatusOr<bool> CopyDirectly(const MessagePiece& from,
                                     const MessagePiece& to) {
     const MessagePiece& in_host = from.is_on_device() ? to : from;
-    if (in_host.is_on_device() ||
-        in_host.endpoint->catalog()[in_host.tensor].dtype != in_host.dtype) {
+    std::byte* const memory = MemoryOf(in_host);
+    if (memory == nullptr || !staging_->stream()->IsPageLocked(memory)) {
       return false;
     }
-    const auto view = in_host.endpoint->View(in_host.tensor, *in_host.box);
-    const int64_t item_size = ItemSize(in_host.dtype);
-    if (!view.has_value() ||
-        !IsContiguous(*view, in_host.box->extents(), item_size) ||
-        !staging_->stream()->IsPageLocked(view->base)) {
-      return false;
-    }
-    std::byte* const memory = view->base + in_host.begin * item_size;
     DSD_RETURN_IF_ERROR(from.is_on_device() ? staging_->ReadTo(from, memory)
                                             : staging_->WriteFrom(to, memory));
     return true;
@@ -407,6 +427,7 @@ class Executor {
       std::optional<PendingExchange> recv;  // or both directions
       std::optional<PendingExchange> send;
       int64_t recv_bytes = 0;
+      bool recv_is_staged = true;
     };
     Chunk chunks[2];
     Stream arriving = in;  // runs one chunk behind `in`
@@ -418,10 +439,14 @@ class Executor {
       std::optional<RecvOp> recv;
       std::string recv_label;
       if (in_bytes > 0) {
-        DSD_ASSIGN_OR_RETURN(
-            std::byte* const memory,
-            AbortOthers(staging_->Memory(2 + k % 2, in_on_device)));
         recv_label = Label(in);
+        TakePieces(in, in_bytes, /*incoming=*/true);
+        std::byte* memory = MemoryOfOne(in_on_device);
+        now.recv_is_staged = memory == nullptr;
+        if (now.recv_is_staged) {
+          DSD_ASSIGN_OR_RETURN(
+              memory, AbortOthers(staging_->Memory(2 + k % 2, in_on_device)));
+        }
         recv = RecvOp{previous, absl::MakeSpan(memory, in_bytes),
                       space(in_on_device), recv_label};
         if (!together) {
@@ -429,10 +454,6 @@ class Executor {
               now.recv,
               comm_->StartExchange({}, {*recv}, recv_label, TimeLeft()));
         }
-        DSD_RETURN_IF_ERROR(
-            in.Next(in_bytes, [](const Move&, int64_t, int64_t, int64_t) {
-              return absl::OkStatus();
-            }));
       }
       std::optional<SendOp> send;
       std::string send_label;
@@ -459,6 +480,7 @@ class Executor {
                 absl::MakeConstSpan(recv ? &*recv : nullptr, recv ? 1 : 0),
                 send ? send_label : recv_label, TimeLeft()));
       }
+      DSD_RETURN_IF_ERROR(CopySomeLocally(options_.chunk_bytes));
       Chunk& before = chunks[(k + 1) % 2];
       if (before.send.has_value()) {
         DSD_RETURN_IF_ERROR(before.send->Wait());
@@ -468,44 +490,65 @@ class Executor {
         DSD_RETURN_IF_ERROR(before.recv->Wait());
         before.recv.reset();
         if (before.recv_bytes > 0) {
-          DSD_RETURN_IF_ERROR(Unpack(arriving, before.recv_bytes,
-                                     2 + (k + 1) % 2, in_on_device));
+          stats_.bytes_received += before.recv_bytes;
+          TakePieces(arriving, before.recv_bytes, /*incoming=*/true);
+          if (before.recv_is_staged) {
+            DSD_RETURN_IF_ERROR(AbortOthers(
+                staging_->Unpack(2 + (k + 1) % 2, in_on_device, pieces_)));
+          }
+          DSD_RETURN_IF_ERROR(Report(before.recv_bytes));
         }
       }
       if (in_bytes == 0 && out_bytes == 0) return absl::OkStatus();
     }
   }
 
-  // Fills a buffer with the next bytes of a stream out.
-  absl::StatusOr<std::byte*> Pack(Stream& stream, int64_t bytes, int buffer,
-                                  bool on_device) {
-    pieces_.clear();
-    DSD_RETURN_IF_ERROR(stream.Next(bytes, [&](const Move& move, int64_t begin,
-                                               int64_t end, int64_t offset) {
-      const bool relayed = IsRelayed(move);
-      pieces_.push_back({relayed ? &target_ : &source_,
-                         relayed ? move.target_tensor : move.source_tensor,
-                         &move.box, begin, end, move.wire_dtype, offset});
-      return absl::OkStatus();
-    }));
+  // The next bytes of a stream out: where they are, or in a buffer.
+  absl::StatusOr<const std::byte*> Pack(Stream& stream, int64_t bytes,
+                                        int buffer, bool on_device) {
+    TakePieces(stream, bytes, /*incoming=*/false);
+    if (const std::byte* memory = MemoryOfOne(on_device)) return memory;
     DSD_RETURN_IF_ERROR(staging_->Pack(buffer, on_device, pieces_));
     if (!on_device) DSD_RETURN_IF_ERROR(staging_->WaitPacked(buffer));
     return staging_->Memory(buffer, on_device);
   }
 
-  absl::Status Unpack(Stream& stream, int64_t bytes, int buffer,
-                      bool on_device) {
-    stats_.bytes_received += bytes;
+  // Makes the next bytes of a stream pieces_.
+  void TakePieces(Stream& stream, int64_t bytes, bool incoming) {
     pieces_.clear();
-    DSD_RETURN_IF_ERROR(stream.Next(bytes, [&](const Move& move, int64_t begin,
-                                               int64_t end, int64_t offset) {
-      pieces_.push_back({&target_, move.target_tensor, &move.box, begin, end,
-                         move.wire_dtype, offset});
-      return absl::OkStatus();
-    }));
-    DSD_RETURN_IF_ERROR(
-        AbortOthers(staging_->Unpack(buffer, on_device, pieces_)));
-    return Report(bytes);
+    stream
+        .Next(
+            bytes,
+            [&](const Move& move, int64_t begin, int64_t end, int64_t offset) {
+              const bool in_target = incoming || IsRelayed(move);
+              pieces_.push_back(
+                  {in_target ? &target_ : &source_,
+                   in_target ? move.target_tensor : move.source_tensor,
+                   &move.box, begin, end, move.wire_dtype, offset});
+              return absl::OkStatus();
+            })
+        .IgnoreError();  // there is none
+  }
+
+  // Where a message of pieces_ lies already; null if it needs staging.
+  std::byte* MemoryOfOne(bool on_device) const {
+    return on_device || pieces_.size() != 1 ? nullptr : MemoryOf(pieces_[0]);
+  }
+
+  // Where the elements lie in host memory as they are on the wire; null if they
+  // do not.
+  static std::byte* MemoryOf(const MessagePiece& piece) {
+    if (piece.is_on_device() ||
+        piece.endpoint->catalog()[piece.tensor].dtype != piece.dtype) {
+      return nullptr;
+    }
+    const int64_t item_size = ItemSize(piece.dtype);
+    const auto view = piece.endpoint->View(piece.tensor, *piece.box);
+    if (!view.has_value() ||
+        !IsContiguous(*view, piece.box->extents(), item_size)) {
+      return nullptr;
+    }
+    return view->base + piece.begin * item_size;
   }
 
   static std::string Label(const Stream& stream) {
@@ -540,6 +583,8 @@ class Executor {
   const absl::Time deadline_;
   std::optional<Staging> staging_;
   std::vector<MessagePiece> pieces_;
+  std::vector<size_t> local_moves_;  // to be copied at any time
+  size_t next_local_ = 0;
   std::vector<std::byte> devices_;  // of each rank, if that matters
   TransferStats stats_;
   int64_t bytes_done_ = 0;

@@ -29,8 +29,9 @@ struct TransferStats {
 };
 
 struct TransferOptions {
-  // Staging memory is at most 2 * 2 * chunk_bytes, whatever is transferred;
-  // with tensors on a device twice that and one more, the half of it there.
+  // Staging memory is at most 2 * 2 * chunk_bytes, whatever is transferred, and
+  // one more for local copies that convert; with tensors on a device twice the
+  // former and one more, the half of it there.
   // Must be equal on all ranks.
   int64_t chunk_bytes = int64_t{4} << 20;
   CallOptions call;
@@ -38,10 +39,12 @@ struct TransferOptions {
 
 // Carries out `plan` of this rank. Collective: all ranks of `comm` must call it
 // with plans of the same catalogs, pairs and bindings; `comm` may be null if
-// the plan has no other rank. Local copies come first, then the exchange, peer
-// by peer in rotated order: one byte stream per ordered pair of ranks, in plan
-// order, cut into chunks, and then the same for what is relayed. Boxes of a
-// source kAnyHolder are read once, into the target, and sent on from there.
+// the plan has no other rank. Peer by peer in rotated order: one byte stream
+// per ordered pair of ranks, in plan order, cut into chunks, and then the same
+// for what is relayed; local copies meanwhile. Small boxes share chunks; 256
+// KiB and more of one box do not, and are sent from and received into its
+// memory where that has them in order. Boxes of a source kAnyHolder are read
+// once, into the target, and sent on from there.
 //
 // Work on a device follows what the caller has enqueued there and precedes what
 // it enqueues after the call; host memory is complete on return. Messages are

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -175,14 +176,69 @@ TEST(TransferTest, LargeTensorsAreRelayed) {
   }
 }
 
+// What lies in memory as it does on the wire is neither packed nor unpacked,
+// also next to what is.
+TEST(TransferTest, MuchOfOneBoxNeedsNoStaging) {
+  constexpr int64_t kLarge = 300001;
+  for (const int64_t chunk_bytes : {10000, 1 << 20, 4 << 20}) {
+    for (const bool with_small : {false, true}) {
+      Ranks ranks(2);
+      std::vector<TensorCase> tensors;
+      const auto add = [&](const char* name, int64_t elements) {
+        tensors.push_back(OneToAll(2, elements));
+        tensors.back().fqn = name;
+      };
+      add("a", kLarge);
+      if (with_small) add("b", 3);
+      if (with_small) add("c", 5);
+      add("d", 2 * kLarge);
+      if (with_small) add("e", 7);
+      std::vector<TransferStats> stats(2);
+      TransferOptions options;
+      options.chunk_bytes = chunk_bytes;
+      const auto statuses =
+          ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+            Side source;
+            Side target;
+            DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+            DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+            DSD_ASSIGN_OR_RETURN(
+                stats[rank],
+                Redistribute(source.endpoint, target.endpoint, &comm, options));
+            return CheckSide(tensors, rank, target);
+          });
+      for (int rank = 0; rank < 2; ++rank) {
+        ASSERT_TRUE(statuses[rank].ok()) << statuses[rank];
+        if (with_small) {
+          EXPECT_LE(stats[rank].bytes_staged_peak, 2 * chunk_bytes);
+        } else if (chunk_bytes > kLarge * 4) {
+          EXPECT_EQ(stats[rank].bytes_staged_peak, 0);
+        }
+      }
+    }
+  }
+}
+
 class FailingEndpoint : public MemoryEndpoint {
  public:
+  // Others write through Write only.
+  std::optional<StridedView> View(size_t tensor, const Box& box) override {
+    if (!writes_) return std::nullopt;
+    return MemoryEndpoint::View(tensor, box);
+  }
   absl::Status Write(size_t tensor, const Box& box, int64_t begin, int64_t end,
                      DType dtype, absl::Span<const std::byte> in) override {
     if (--writes_left_ < 0)
       return absl::ResourceExhaustedError("no space left");
-    return MemoryEndpoint::Write(tensor, box, begin, end, dtype, in);
+    writes_ = true;
+    const absl::Status status =
+        MemoryEndpoint::Write(tensor, box, begin, end, dtype, in);
+    writes_ = false;
+    return status;
   }
+
+ private:
+  bool writes_ = false;
   int writes_left_ = 2;
 };
 
