@@ -4,10 +4,7 @@
 // can do: a memcpy, and bytes over a TCP connection of 127.0.0.1, both measured
 // in the same ranks and rounds. Machines differ and are busy: compare ratios.
 
-#include <netinet/in.h>
-#include <sys/socket.h>
 #include <time.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -24,65 +21,15 @@
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/communicator.h"
-#include "dsd/core/comm/socket.h"
+#include "dsd/testing/benchmarks/raw_tcp.h"
 #include "dsd/testing/harness/rank_processes.h"
 
 namespace dsd {
 namespace {
 
 constexpr size_t kBytes = size_t{64} << 20;
-constexpr size_t kCallBytes = size_t{1} << 20;
 constexpr int kRounds = 12;
 constexpr int kBarriers = 200;
-
-// Rank 1 takes what rank 0 sends, with blocking calls.
-class RawTcp {
- public:
-  static absl::StatusOr<RawTcp> Connect(Communicator& comm) {
-    Env* const env = comm.env();
-    const absl::Time deadline = env->Now() + absl::Seconds(30);
-    int64_t port = 0;
-    const absl::Span<std::byte> bytes(reinterpret_cast<std::byte*>(&port),
-                                      sizeof(port));
-    Socket listener;
-    if (comm.rank() == 0) {
-      DSD_ASSIGN_OR_RETURN(listener, ListenAt(env, "127.0.0.1", 0, deadline));
-      DSD_ASSIGN_OR_RETURN(port, listener.LocalPort());
-    }
-    DSD_RETURN_IF_ERROR(comm.Broadcast(bytes, 0));
-    RawTcp raw;
-    if (comm.rank() == 0) {
-      while (!raw.socket_.valid()) {
-        DSD_ASSIGN_OR_RETURN(raw.socket_, AcceptFrom(listener));
-      }
-    } else {
-      DSD_ASSIGN_OR_RETURN(raw.socket_,
-                           ConnectTo(env, "127.0.0.1", port, deadline));
-    }
-    return raw;
-  }
-
-  bool Move(bool send, absl::Span<std::byte> data) {
-    while (!data.empty()) {
-      const size_t size = std::min(data.size(), kCallBytes);
-      const ssize_t n =
-          send ? ::send(socket_.fd(), data.data(), size, MSG_NOSIGNAL)
-               : ::recv(socket_.fd(), data.data(), size, 0);
-      if (n <= 0) {
-        // The socket does not block, as none of this project does.
-        pollfd fd = {socket_.fd(), static_cast<short>(send ? POLLOUT : POLLIN),
-                     0};
-        if (n == 0 || errno != EAGAIN || poll(&fd, 1, 10000) <= 0) return false;
-        continue;
-      }
-      data.remove_prefix(n);
-    }
-    return true;
-  }
-
- private:
-  Socket socket_;
-};
 
 absl::Duration CpuTime() {
   timespec time = {};
@@ -92,7 +39,7 @@ absl::Duration CpuTime() {
 
 DSD_RANK_PROGRAM(Measure) {
   DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(rank.argument()));
-  DSD_ASSIGN_OR_RETURN(RawTcp raw, RawTcp::Connect(*comm));
+  DSD_ASSIGN_OR_RETURN(RawTcp raw, RawTcp::Connect(*comm, 0, 1));
   Env* const env = comm->env();
   // Touched before: the first use of a page costs more than any transport.
   std::vector<std::byte> from(kBytes, std::byte{1});
@@ -107,9 +54,8 @@ DSD_RANK_PROGRAM(Measure) {
        }},
       {"tcp",
        [&] {
-         return raw.Move(sends, absl::MakeSpan(sends ? from : to))
-                    ? absl::OkStatus()
-                    : absl::UnavailableError("the TCP connection failed");
+         return sends ? raw.Exchange(from, {})
+                      : raw.Exchange({}, absl::MakeSpan(to));
        }},
       {"send",
        [&] {

@@ -2,12 +2,26 @@
 
 #include "dsd/testing/benchmarks/measure.h"
 
-#include <sys/resource.h>
 #include <time.h>
 
 #include <cstdio>
+#include <fstream>
+#include <string>
 
 namespace dsd {
+namespace {
+
+double StatusMiB(const std::string& field) {
+  std::ifstream status("/proc/self/status");
+  std::string word;
+  while (status >> word && word != field) {
+  }
+  double kib = 0;
+  status >> kib;
+  return kib / 1024;
+}
+
+}  // namespace
 
 double CpuSeconds() {
   timespec time;
@@ -16,10 +30,11 @@ double CpuSeconds() {
          1e-9 * static_cast<double>(time.tv_nsec);
 }
 
-double PeakMiB() {
-  rusage usage;
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) / 1024;
+double PeakMiB() { return StatusMiB("VmHWM:"); }
+
+double ResetPeakMiB() {
+  std::ofstream("/proc/self/clear_refs") << "5";
+  return StatusMiB("VmRSS:");
 }
 
 nlohmann::json RunPeer(const std::string& command) {

@@ -25,8 +25,11 @@ struct Seconds {
 // Of this process, all threads.
 double CpuSeconds();
 
-// The largest memory that this process has had.
+// The largest memory that this process has had, since the last reset if there
+// was one.
 double PeakMiB();
+// Returns the memory that it has now.
+double ResetPeakMiB();
 
 template <class Fn>
 Seconds Measure(Fn&& fn) {

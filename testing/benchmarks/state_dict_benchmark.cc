@@ -4,7 +4,7 @@
 // run. Prints wall and CPU seconds and the ratio of the walls, and fails if the
 // results differ.
 //
-// usage: state_dict_benchmark PYTHON PEER [--quick] [--no-peer-set]
+// usage: state_dict_benchmark PYTHON PEER [--quick] [--no-peer-set | --no-peer]
 
 #include <algorithm>
 #include <cstdint>
@@ -279,14 +279,14 @@ Gathered RunGather(int world_size, Size size) {
 
 class Table {
  public:
-  Table() {
+  explicit Table(bool with_peer) : with_peer_(with_peer) {
     absl::PrintF("%-46s %18s %18s %8s\n", "work: seconds wall (CPU)", "PyTorch",
                  "dsd", "ratio");
   }
 
   // `peer` null: it was not run.
   void Row(const std::string& work, const Json& peer, const Seconds& dsd) {
-    const bool ran = !peer.is_null();
+    const bool ran = peer.is_object();
     absl::PrintF(
         "%-46s %18s %18s %8s\n", work,
         ran ? Show({peer["wall"].get<double>(), peer["cpu"].get<double>()})
@@ -298,6 +298,7 @@ class Table {
   }
 
   void Compare(const std::string& what, const Json& peer, uint32_t dsd) {
+    if (!with_peer_) return;
     const bool equal = !peer.is_null() && peer.get<uint32_t>() == dsd;
     same_ &= equal;
     absl::PrintF("  results of %s: %s\n", what,
@@ -316,45 +317,57 @@ class Table {
     return absl::StrFormat("%.4f (%.4f)", seconds.wall, seconds.cpu);
   }
 
+  const bool with_peer_;
   bool same_ = true;
 };
 
-int Run(const std::string& peer, bool quick, bool peer_set) {
+// Null if the peer did not run.
+Json Of(const Json& peer, const char* name) {
+  return peer.is_null() ? Json() : peer[name];
+}
+
+int Run(const std::string& peer, bool quick, bool with_peer, bool peer_set) {
   at::set_num_threads(1);
   const Size small = quick ? Size{58, 16} : Size{58, 256};
-  Table table;
+  Table table(with_peer);
   for (const int times : {1, 4}) {
     const Size size{small.layers, small.experts * times};
     const Local dsd = RunLocal(size);
     // Its set is quadratic: at 4x the work it would take 20 minutes.
-    const bool with_set = peer_set && times == 1;
-    const Json other =
-        RunPeer(absl::StrCat(peer, " local ", size.layers, " ", size.experts,
-                             with_set ? " --set" : ""));
+    const bool with_set = with_peer && peer_set && times == 1;
+    Json other;
+    if (with_peer) {
+      other = RunPeer(absl::StrCat(peer, " local ", size.layers, " ",
+                                   size.experts, with_set ? " --set" : ""));
+    }
     const std::string of = absl::StrCat(" of ", size.params(), " parameters");
-    table.Row("1. first sharded get" + of, other["first get"], dsd.first_get);
-    table.Row("2. second get, same session" + of, other["second get"],
+    table.Row("1. first sharded get" + of, Of(other, "first get"),
+              dsd.first_get);
+    table.Row("2. second get, same session" + of, Of(other, "second get"),
               dsd.second_get);
-    table.Row("   get after a step" + of, other["second get"],
+    table.Row("   get after a step" + of, Of(other, "second get"),
               dsd.get_after_step);
-    table.Row("3. set" + of, with_set ? other["set"] : Json(), dsd.set);
-    table.Compare("get", other["digest"], dsd.digest);
-    if (with_set) table.Compare("set", other["set digest"], dsd.set_digest);
+    table.Row("3. set" + of, with_set ? Of(other, "set") : Json(), dsd.set);
+    table.Compare("get", Of(other, "digest"), dsd.digest);
+    if (with_set) table.Compare("set", Of(other, "set digest"), dsd.set_digest);
     table.CompareOwn("set and get", dsd.digest, dsd.set_digest);
   }
   for (const int times : {1, 4}) {
     const Size size{9, (quick ? 8 : 128) * times};
     for (const int ranks : {2, 4}) {
       const Gathered dsd = RunGather(ranks, size);
-      const Json other = RunPeer(absl::StrCat(peer, " gather ", ranks, " ",
-                                              size.layers, " ", size.experts));
+      Json other;
+      if (with_peer) {
+        other = RunPeer(absl::StrCat(peer, " gather ", ranks, " ", size.layers,
+                                     " ", size.experts));
+      }
       const std::string of =
           absl::StrCat(", ", size.params(), " tensors, ", ranks, " ranks");
-      table.Row("4. gather of the model" + of, other["gather of the model"],
+      table.Row("4. gather of the model" + of, Of(other, "gather of the model"),
                 dsd.model);
       table.Row("   and of AdamW's state" + of,
-                other["gather of the optimizer"], dsd.optimizer);
-      table.Compare("gather", other["digest"], dsd.digest);
+                Of(other, "gather of the optimizer"), dsd.optimizer);
+      table.Compare("gather", Of(other, "digest"), dsd.digest);
     }
   }
   return table.same() ? 0 : 1;
@@ -368,12 +381,15 @@ int main(int argc, char** argv) {
   if (!program.empty()) return dsd::RankMain(program);
   dsd::AllowRankProcesses();
   bool quick = false;
+  bool with_peer = true;
   bool peer_set = true;
   std::vector<std::string> words;
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     if (word == "--quick") {
       quick = true;
+    } else if (word == "--no-peer") {
+      with_peer = false;
     } else if (word == "--no-peer-set") {
       peer_set = false;
     } else {
@@ -382,9 +398,9 @@ int main(int argc, char** argv) {
   }
   if (words.size() != 2) {
     std::cerr << "usage: state_dict_benchmark PYTHON PEER [--quick] "
-                 "[--no-peer-set]"
+                 "[--no-peer-set | --no-peer]"
               << std::endl;
     return 2;
   }
-  return dsd::Run(words[0] + " " + words[1], quick, peer_set);
+  return dsd::Run(words[0] + " " + words[1], quick, with_peer, peer_set);
 }
