@@ -4,6 +4,7 @@
 
 #include "dsd/backends/ucx/ucx_backend.h"
 
+#include <dirent.h>
 #include <dlfcn.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>

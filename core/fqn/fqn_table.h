@@ -7,11 +7,13 @@
 #define DSD_CORE_FQN_FQN_TABLE_H_
 
 #include <cstddef>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/inlined_vector.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
@@ -19,12 +21,14 @@
 
 namespace dsd {
 
-// Immutable after Build. Thread-safe.
+// Immutable and cheap to copy. Thread-safe.
 class FqnTable {
  public:
+  // Indices in entries(). Most tensors have one name.
+  using Aliases = absl::InlinedVector<size_t, 1>;
+
   struct Entry {
-    std::string fqn;       // dotted path in the unwrapped model
-    std::string raw_path;  // the same with wrapper segments
+    std::string fqn;  // dotted path in the unwrapped model
     EntryKind kind;
     size_t slot;
     size_t group;  // index in groups()
@@ -35,7 +39,7 @@ class FqnTable {
   };
 
   // An empty table.
-  FqnTable() = default;
+  FqnTable();
 
   // One walk over the tree, linear in its size.
   // Errors: AlreadyExists if two tensors get one FQN (both raw paths named);
@@ -45,28 +49,32 @@ class FqnTable {
 
   // In module order: own parameters, own buffers, own extra state, then the
   // children.
-  absl::Span<const Entry> entries() const { return entries_; }
+  absl::Span<const Entry> entries() const { return rep_->entries; }
 
   // Entries that are the same tensor or extra state, by index in entries(), in
   // module order, but those that are in state dicts first. The first one's FQN
   // is canonical for the group. Groups are ordered by their first entry.
-  absl::Span<const std::vector<size_t>> groups() const { return groups_; }
+  absl::Span<const Aliases> groups() const { return rep_->groups; }
 
   const Entry& canonical(size_t group) const {
-    return entries_[groups_[group][0]];
+    return rep_->entries[rep_->groups[group][0]];
   }
 
   // All modules under every path, in module order.
-  absl::Span<const Module> modules() const { return modules_; }
+  absl::Span<const Module> modules() const { return rep_->modules; }
 
   // Index in entries(); nullopt if there is no such FQN.
   std::optional<size_t> Find(absl::string_view fqn) const;
 
  private:
-  std::vector<Entry> entries_;
-  std::vector<std::vector<size_t>> groups_;
-  std::vector<Module> modules_;
-  absl::flat_hash_map<std::string, size_t> by_fqn_;
+  struct Rep {
+    std::vector<Entry> entries;
+    std::vector<Aliases> groups;
+    std::vector<Module> modules;
+    absl::flat_hash_map<absl::string_view, size_t> by_fqn;  // of `entries`
+  };
+
+  std::shared_ptr<const Rep> rep_;
 };
 
 }  // namespace dsd

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/base/call_once.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/checked_int.h"
@@ -12,12 +13,6 @@
 
 namespace dsd {
 namespace {
-
-Digest SymbolsOf(const Layout& layout) {
-  DigestBuilder digest;
-  layout.AddTo(digest);
-  return digest.Finish();
-}
 
 int64_t NumElementsOf(const std::vector<LocalBox>& boxes) {
   int64_t count = 0;
@@ -90,16 +85,21 @@ void Layout::ForEachHolder(absl::FunctionRef<void(Holder)> visit) const {
   impl_->ForEachHolder(visit);
 }
 
-void Layout::AddTo(DigestBuilder& digest) const {
-  digest.Add(static_cast<int64_t>(kind()));
-  digest.Add(absl::MakeConstSpan(shape()));
-  impl_->AddTo(digest);
+const Digest& Layout::symbols() const {
+  absl::call_once(impl_->symbols_once, [this] {
+    DigestBuilder digest;
+    digest.Add(static_cast<int64_t>(kind()));
+    digest.Add(absl::MakeConstSpan(shape()));
+    impl_->AddTo(digest);
+    impl_->symbols = digest.Finish();
+  });
+  return impl_->symbols;
 }
 
 bool Layout::SameGeometry(const Layout& a, const Layout& b) {
   if (a.impl_ == b.impl_) return true;
   if (a.shape() != b.shape()) return false;
-  if (SymbolsOf(a) == SymbolsOf(b)) return true;
+  if (a.symbols() == b.symbols()) return true;
   absl::flat_hash_set<Holder> holders;
   const auto insert = [&holders](Holder holder) { holders.insert(holder); };
   a.ForEachHolder(insert);

@@ -217,9 +217,10 @@ class Layout {
           visit,
       int64_t* operations = nullptr) const;
 
-  // Covers the symbols: two layouts of the same geometry but other symbols
-  // differ; compare geometry with SameGeometry.
-  void AddTo(DigestBuilder& digest) const;
+  // Covers shape and symbols: two layouts of the same geometry but other symbols
+  // differ; compare geometry with SameGeometry. Computed once for a layout and
+  // its copies.
+  const Digest& symbols() const;
 
   // True if the shapes are equal and every holder has the same elements in
   // both, however they are cut into boxes. Costs O(all boxes), nothing if the

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/base/call_once.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -44,6 +45,8 @@ struct Layout::Impl {
   const Kind kind;
   const Dims shape;
   const Box whole;
+  mutable absl::once_flag symbols_once;
+  mutable Digest symbols;
 };
 
 // InvalidArgument for a negative extent or more than 2^63 - 1 elements.

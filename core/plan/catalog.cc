@@ -36,8 +36,9 @@ Digest Catalog::Fingerprint() const {
   DigestBuilder digest;
   digest.Add(static_cast<int64_t>(tensors_.size()));
   for (const TensorSpec& spec : tensors_) {
-    digest.Add(spec.fqn).Add(static_cast<int64_t>(spec.dtype));
-    spec.layout.AddTo(digest);
+    digest.Add(spec.fqn)
+        .Add(static_cast<int64_t>(spec.dtype))
+        .Add(spec.layout.symbols());
   }
   return digest.Finish();
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -14,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
+#include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/core/plan/rank_set.h"
@@ -88,10 +90,20 @@ class Planner {
     source_ = &from.layout;
     target_ = &to.layout;
     first_move_ = plan_.moves.size();
+    const PairKind kind{source_->symbols(), target_->symbols(), from.dtype,
+                        to.dtype};
+    if (const auto known = known_.find(kind); known != known_.end()) {
+      RepeatMoves(known->second);
+      return absl::OkStatus();
+    }
+    rotated_ = false;
     DSD_RETURN_IF_ERROR(PlanAsReader());
     DSD_RETURN_IF_ERROR(PlanTargetAnyHolder());
     PlanAsProvider();
     MergeMoves();
+    if (!rotated_) {
+      known_.emplace(kind, Range{first_move_, plan_.moves.size()});
+    }
     return absl::OkStatus();
   }
 
@@ -111,6 +123,14 @@ class Planner {
   }
 
  private:
+  // All that the moves of a pair depend on where no cell has several candidates
+  // to rotate, as is so for most: a model has many tensors of few kinds.
+  using PairKind = std::tuple<Digest, Digest, DType, DType>;
+  struct Range {  // of moves
+    size_t begin;
+    size_t end;
+  };
+
   // Box, holders on the own side, holders on the other side.
   using JointVisitor =
       absl::FunctionRef<void(const Box&, const HolderSet&, const HolderSet&)>;
@@ -555,8 +575,9 @@ class Planner {
   }
 
   // Where the rotation of `candidates` starts for this cell.
-  int64_t Turn(const Box& box, int64_t candidates) const {
+  int64_t Turn(const Box& box, int64_t candidates) {
     if (candidates <= 1) return 0;
+    rotated_ = true;
     const uint64_t cell = FlatIndex(target_->shape(), box.lo);
     const uint64_t tensor = target_index_;
     return Mix(Mix(tensor + 1) + cell) % candidates;
@@ -566,6 +587,16 @@ class Planner {
   // in one part, the position of its first reader.
   static int64_t PartOf(int64_t position, int64_t turn, int64_t candidates) {
     return (position + candidates - turn) % candidates;
+  }
+
+  // The moves of another pair of the same kind, for this one.
+  void RepeatMoves(Range range) {
+    for (size_t i = range.begin; i < range.end; ++i) {
+      Move move = plan_.moves[i];
+      move.source_tensor = source_index_;
+      move.target_tensor = target_index_;
+      plan_.moves.push_back(std::move(move));
+    }
   }
 
   Move& AddMove(Box box, int provider) {
@@ -631,6 +662,8 @@ class Planner {
   const Layout* target_ = nullptr;
   size_t first_move_ = 0;
   DType wire_dtype_ = DType::kFloat32;  // of the cell at hand
+  bool rotated_ = false;
+  absl::flat_hash_map<PairKind, Range> known_;
 
   absl::flat_hash_map<std::pair<HolderSet::Key, HolderSet::Key>,
                       std::vector<int>>

@@ -507,13 +507,13 @@ absl::StatusOr<std::vector<TensorPair>> JoinPairs(
     const auto path = path_of.find(pair.source.id());
     if (path == path_of.end()) {
       status.Update(absl::InternalError(
-          absl::StrCat("\"", pair.name, "\" is not from the dict")));
+          absl::StrCat("\"", pair.name.Text(), "\" is not from the dict")));
       continue;
     }
     StateDict entry;
     entry.Set("source", Value(path->second));
     entry.Set("target", Value(pair.target));
-    pairs.Set(pair.name, Value(std::move(entry)));
+    pairs.Set(pair.name.Text(), Value(std::move(entry)));
   }
   DSD_ASSIGN_OR_RETURN(StateDict joint, JoinDicts(what, status, pairs,
                                                   replica_ranks, mover, clock));

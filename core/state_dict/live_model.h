@@ -99,7 +99,8 @@ class LiveModel {
   std::optional<bool> has_overlap_;
   std::vector<size_t> leader_of_;  // by group, if has_overlap_
   absl::flat_hash_map<const c10::TensorImpl*, size_t> group_of_;
-  absl::flat_hash_map<TensorIdentity, size_t> group_of_identity_;
+  // Filled when first asked for.
+  mutable absl::flat_hash_map<TensorIdentity, size_t> group_of_identity_;
   int64_t tables_built_ = 0;
   int64_t version_ = 0;
   // Whether values_ is complete, and as of which generation of ShardingTable.

@@ -5,10 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #include "ATen/core/Tensor.h"
 #include "ATen/core/grad_mode.h"
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/core/tensor/torch_boundary.h"
@@ -50,6 +52,11 @@ void Copy(const at::Tensor& from, const at::Tensor& to) {
 
 }  // namespace
 
+std::string PairName::Text() const {
+  if (prefix_.empty()) return own_;
+  return absl::StrCat(prefix_, ".", fqn_, suffix_.empty() ? "" : ".", suffix_);
+}
+
 bool IsLocalCopy(const TensorPair& pair) {
   const absl::Span<const at::Tensor> from = pair.source.locals();
   const absl::Span<const at::Tensor> to = pair.target.locals();
@@ -90,7 +97,7 @@ absl::StatusOr<TransferStats> CopyLocally(absl::Span<const TensorPair> pairs,
         stats.bytes_local += static_cast<int64_t>(to[i].nbytes());
       }
     });
-    DSD_RETURN_IF_ERROR(copied) << "\"" << pair.name << "\"";
+    DSD_RETURN_IF_ERROR(copied) << "\"" << pair.name.Text() << "\"";
     if (call.progress) call.progress({stats.bytes_local, total});
     if (call.cancel != nullptr && *call.cancel) {
       return absl::CancelledError("set cancelled");

@@ -17,9 +17,28 @@
 
 namespace dsd {
 
+// What a pair is called: up to three texts in a row, which are only put
+// together where somebody asks. Borrows the texts of the second constructor.
+class PairName {
+ public:
+  PairName(std::string name) : own_(std::move(name)) {}  // NOLINT
+  PairName(const char* prefix, const std::string& fqn,
+           absl::string_view suffix = "")
+      : prefix_(prefix), fqn_(fqn), suffix_(suffix) {}
+
+  // "prefix.fqn", or "prefix.fqn.suffix"
+  std::string Text() const;
+
+ private:
+  std::string own_;
+  absl::string_view prefix_;
+  absl::string_view fqn_;
+  absl::string_view suffix_;
+};
+
 // A tensor of a dict and the live one that it is to fill.
 struct TensorPair {
-  std::string name;
+  PairName name;
   TensorValue source;
   TensorValue target;
 };

@@ -377,7 +377,7 @@ absl::Status ModelLoad::Prepare(std::vector<TensorPair>& pairs) {
           }));
       load.source = TensorValue(std::move(scalar));
     }
-    pairs.push_back({absl::StrCat("model.", fqn), load.source, load.target});
+    pairs.push_back({{"model", fqn}, load.source, load.target});
   }
   for (ExtraLoad& load : extras_) {
     DSD_RETURN_IF_ERROR(
@@ -389,9 +389,9 @@ absl::Status ModelLoad::Prepare(std::vector<TensorPair>& pairs) {
 absl::Status ModelLoad::Commit() {
   for (const TensorLoad& load : tensors_) {
     if (!options_.assign) break;
-    std::vector<size_t> indices = model_.table().groups()[load.group];
+    FqnTable::Aliases indices = model_.table().groups()[load.group];
     for (const size_t follower : model_.FollowersOf(load.group)) {
-      const std::vector<size_t>& more = model_.table().groups()[follower];
+      const FqnTable::Aliases& more = model_.table().groups()[follower];
       indices.insert(indices.end(), more.begin(), more.end());
     }
     for (const size_t index : indices) {

@@ -437,9 +437,11 @@ absl::Status OptimizerLoad::Prepare(std::vector<TensorPair>& pairs) {
   if (free_form.empty()) return absl::OkStatus();
   // Keys below free-form state may have dots, and look like something else.
   absl::flat_hash_set<std::string> names;
-  for (const TensorPair& pair : pairs) names.insert(pair.name);
+  for (const TensorPair& pair : pairs) names.insert(pair.name.Text());
   for (TensorPair& pair : free_form) {
-    while (!names.insert(pair.name).second) absl::StrAppend(&pair.name, "'");
+    std::string name = pair.name.Text();
+    while (!names.insert(name).second) absl::StrAppend(&name, "'");
+    pair.name = std::move(name);
     pairs.push_back(std::move(pair));
   }
   return absl::OkStatus();
@@ -473,10 +475,8 @@ absl::Status OptimizerLoad::PrepareParam(const GroupLoad& group,
         continue;
       }
     }
-    const auto name = [&] {
-      return absl::StrCat("optim.state.", model_.fqn(param.model_group), ".",
-                          field.name);
-    };
+    const PairName name("optim.state", model_.fqn(param.model_group),
+                        field.name);
     switch (field.shape) {
       case StateField::Shape::kCount: {
         DSD_ASSIGN_OR_RETURN(const Object number, ToObject(*value));
@@ -508,27 +508,28 @@ absl::Status OptimizerLoad::PrepareParam(const GroupLoad& group,
         }
         DSD_ASSIGN_OR_RETURN(TensorValue to,
                              WithShardingOf(live_param, target));
-        pairs.push_back({name(), source, to});
+        pairs.push_back({name, source, to});
         param.result.Append(field.name, Value(std::move(to)));
         break;
       }
       case StateField::Shape::kAny: {
         Value copy = WithTypedKeys(*value, live_value, dict_->is_flat());
         absl::Status status;
-        ForEachTensor(
-            copy, name(), [&](const std::string& path, TensorValue& tensor) {
-              if (!status.ok()) return;
-              absl::StatusOr<at::Tensor> target = TorchToStatus([&] {
-                return at::empty(ToIntArrayRef(tensor.shape()),
-                                 c10::TensorOptions(tensor.scalar_type())
-                                     .device(live_param.locals()[0].device()));
-              });
-              status.Update(target.status());
-              if (!status.ok()) return;
-              TensorValue to(*std::move(target));
-              free_form.push_back({path, tensor, to});
-              tensor = std::move(to);
-            });
+        ForEachTensor(copy, name.Text(),
+                      [&](const std::string& path, TensorValue& tensor) {
+                        if (!status.ok()) return;
+                        absl::StatusOr<at::Tensor> target = TorchToStatus([&] {
+                          return at::empty(
+                              ToIntArrayRef(tensor.shape()),
+                              c10::TensorOptions(tensor.scalar_type())
+                                  .device(live_param.locals()[0].device()));
+                        });
+                        status.Update(target.status());
+                        if (!status.ok()) return;
+                        TensorValue to(*std::move(target));
+                        free_form.push_back({path, tensor, to});
+                        tensor = std::move(to);
+                      });
         DSD_RETURN_IF_ERROR(status);
         param.result.Append(field.name, std::move(copy));
         break;

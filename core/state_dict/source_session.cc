@@ -91,7 +91,7 @@ absl::Status DetachSources(std::vector<TensorPair>& pairs) {
   for (TensorPair& pair : pairs) {
     if (!SharesMemory(pair.source, targets)) continue;
     absl::StatusOr<TensorValue> from = Detached(pair);
-    DSD_RETURN_IF_ERROR(from) << "\"" << pair.name << "\"";
+    DSD_RETURN_IF_ERROR(from) << "\"" << pair.name.Text() << "\"";
     pair.source = *std::move(from);
   }
   return absl::OkStatus();
@@ -100,8 +100,8 @@ absl::Status DetachSources(std::vector<TensorPair>& pairs) {
 absl::Status AddPairs(const std::vector<TensorPair>& pairs,
                       TensorEndpoint& source, TensorEndpoint& target) {
   for (const TensorPair& pair : pairs) {
-    DSD_RETURN_IF_ERROR(source.Add(pair.name, pair.source));
-    DSD_RETURN_IF_ERROR(target.Add(pair.name, pair.target));
+    DSD_RETURN_IF_ERROR(source.Add(pair.name.Text(), pair.source));
+    DSD_RETURN_IF_ERROR(target.Add(pair.name.Text(), pair.target));
   }
   return absl::OkStatus();
 }
@@ -431,13 +431,15 @@ struct SourceSession::Attempt {
                         std::vector<TensorPair>& pairs) {
     DSD_RETURN_IF_ERROR(DetachSources(pairs));
     for (TensorPair& pair : pairs) {
-      if (options.verify_replicas) sources.Set(pair.name, Value(pair.source));
+      if (options.verify_replicas) {
+        sources.Set(pair.name.Text(), Value(pair.source));
+      }
       if (!options.staged) continue;
       absl::StatusOr<TensorValue> memory =
           MapLocalTensors(pair.target, [](const at::Tensor& local) {
             return TorchToStatus([&] { return at::empty_like(local); });
           });
-      DSD_RETURN_IF_ERROR(memory) << "\"" << pair.name << "\"";
+      DSD_RETURN_IF_ERROR(memory) << "\"" << pair.name.Text() << "\"";
       staged_pairs.push_back({pair.name, *memory, pair.target});
       pair.target = *std::move(memory);
     }

@@ -86,6 +86,14 @@ absl::StatusOr<Object> ScalarToObject(const TensorValue& value) {
       return absl::InvalidArgumentError(
           "expected a real number, found a complex one");
     }
+    // A step of every parameter: without the dispatcher.
+    if (tensor.is_cpu() && !tensor.is_neg()) {
+      if (type == c10::kFloat) {
+        return Object(static_cast<double>(*tensor.const_data_ptr<float>()));
+      }
+      if (type == c10::kDouble) return Object(*tensor.const_data_ptr<double>());
+      if (type == c10::kLong) return Object(*tensor.const_data_ptr<int64_t>());
+    }
     if (type == c10::ScalarType::Bool) return Object(tensor.item().toBool());
     if (c10::isIntegralType(type, /*includeBool=*/false)) {
       return Object(tensor.item().toLong());

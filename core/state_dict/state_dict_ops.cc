@@ -15,7 +15,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "c10/core/GradMode.h"
-#include "dsd/core/base/digest.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/box.h"
@@ -128,14 +127,6 @@ absl::StatusOr<StateDict> CopyTensors(
   return to;
 }
 
-bool SameLayout(const Layout& a, const Layout& b) {
-  DigestBuilder digest_a;
-  DigestBuilder digest_b;
-  a.AddTo(digest_a);
-  b.AddTo(digest_b);
-  return digest_a.Finish() == digest_b.Finish();
-}
-
 // "" or how the tensors differ apart from their elements.
 std::string FormDifference(const TensorValue& a, const TensorValue& b) {
   const auto differ = [](absl::string_view what, absl::string_view in_a,
@@ -153,7 +144,7 @@ std::string FormDifference(const TensorValue& a, const TensorValue& b) {
   if (a.shape() != b.shape())
     return differ("shape", ShapeText(a), ShapeText(b));
   if (a.is_plain() != b.is_plain() ||
-      (!a.is_plain() && !SameLayout(a.layout(), b.layout()))) {
+      (!a.is_plain() && a.layout().symbols() != b.layout().symbols())) {
     return differ("layout", LayoutText(a), LayoutText(b));
   }
   if (!a.is_plain() && a.holder() != b.holder()) {

@@ -84,7 +84,7 @@ absl::Status TensorEndpoint::Add(TensorSpec spec, Holder holder,
                                  std::vector<at::Tensor> locals) {
   for (at::Tensor& local : locals) {
     DSD_RETURN_IF_ERROR(CheckHasElements(local)) << "\"" << spec.fqn << "\"";
-    DSD_ASSIGN_OR_RETURN(local, TorchToStatus([&] { return local.detach(); }));
+    local = local.tensor_data();  // no history, one version counter
   }
   DSD_RETURN_IF_ERROR(catalog_.Add(std::move(spec)));
   entries_.push_back({holder, std::move(locals), std::nullopt});

@@ -41,6 +41,7 @@ constexpr size_t kUnindexed = 8;
 template <class TensorT>
 struct BasicDict<TensorT>::Rep {
   struct Item {
+    Item(PathSegment&& k, Value&& v) : key(std::move(k)), value(std::move(v)) {}
     PathSegment key;
     Value value;
   };
@@ -236,7 +237,7 @@ BasicValue<TensorT>& BasicDict<TensorT>::Set(PathSegment key, Value value) {
 template <class TensorT>
 void BasicDict<TensorT>::Append(PathSegment key, Value value) {
   Rep& rep = Own();
-  rep.items.push_back({std::move(key), std::move(value)});
+  rep.items.emplace_back(std::move(key), std::move(value));
   if (auto* index = rep.index.load(std::memory_order_relaxed)) {
     index->insert(static_cast<uint32_t>(rep.items.size() - 1));
   }

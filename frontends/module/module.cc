@@ -19,26 +19,53 @@
 #include "torch/nn/module.h"
 
 namespace dsd {
-namespace {
+// Names the friend of torch::nn::Module below.
+struct ModuleContents {};
+}  // namespace dsd
 
-// Access to what named_parameters() copies: models have many small modules.
-struct ParametersOf : torch::nn::Module {
-  static const torch::OrderedDict<std::string, at::Tensor>& Get(
-      const torch::nn::Module& module) {
-    return module.*(&ParametersOf::parameters_);
+namespace torch::nn {
+template <typename Derived>
+class Cloneable;
+}  // namespace torch::nn
+
+// Module's accessors copy, with a hash table for every module, and models have
+// many small ones. It lets this template see what there is.
+template <>
+class torch::nn::Cloneable<dsd::ModuleContents> {
+ public:
+  using Tensors = torch::OrderedDict<std::string, at::Tensor>;
+  using Modules =
+      torch::OrderedDict<std::string, std::shared_ptr<torch::nn::Module>>;
+
+  static const Tensors& Parameters(const Module& module) {
+    return module.parameters_;
+  }
+  static const Tensors& Buffers(const Module& module) {
+    return module.buffers_;
+  }
+  static const Modules& Children(const Module& module) {
+    return module.children_;
   }
 };
 
-// dynamic_cast<ExtraState*>, asked once for neighbours of one class.
-class ExtraStateCast {
+namespace dsd {
+namespace {
+
+using Contents = torch::nn::Cloneable<ModuleContents>;
+
+// dynamic_cast<Interface*> of modules, asked once for neighbours of one class:
+// a cast that fails is a search through the class's bases.
+template <class Interface>
+class InterfaceCast {
  public:
-  ExtraState* operator()(torch::nn::Module& module) {
+  template <class Module>
+  Interface* operator()(Module& module) {
     const std::type_info& type = typeid(module);
     if (type_ != nullptr && *type_ == type && !found_) return nullptr;
     type_ = &type;
-    auto* const extra = dynamic_cast<ExtraState*>(&module);
-    found_ = extra != nullptr;
-    return extra;
+    auto* const interface = dynamic_cast<Interface*>(&module);
+    found_ = interface != nullptr;
+    return interface;
   }
 
  private:
@@ -48,64 +75,75 @@ class ExtraStateCast {
 
 void Collect(const torch::nn::Module& module,
              std::vector<at::Tensor>& tensors) {
-  for (const auto& item : ParametersOf::Get(module)) {
+  for (const auto& item : Contents::Parameters(module)) {
     if (item.value().defined()) tensors.push_back(item.value());
   }
-  for (const auto& item : module.named_buffers(/*recurse=*/false)) {
-    tensors.push_back(item.value());
+  for (const auto& item : Contents::Buffers(module)) {
+    if (item.value().defined()) tensors.push_back(item.value());
   }
-  for (const std::shared_ptr<torch::nn::Module>& child : module.children()) {
-    Collect(*child, tensors);
+  for (const auto& child : Contents::Children(module)) {
+    Collect(*child.value(), tensors);
   }
 }
 
-void CollectExtraStates(torch::nn::Module& module, ExtraStateCast& cast,
+void CollectExtraStates(torch::nn::Module& module,
+                        InterfaceCast<ExtraState>& cast,
                         std::vector<ExtraState*>& extra_states) {
   if (ExtraState* const extra = cast(module)) extra_states.push_back(extra);
-  for (const std::shared_ptr<torch::nn::Module>& child : module.children()) {
-    CollectExtraStates(*child, cast, extra_states);
+  for (const auto& child : Contents::Children(module)) {
+    CollectExtraStates(*child.value(), cast, extra_states);
   }
 }
 
 // Slots are counted in the order of the functions above.
-struct Slots {
-  size_t tensor = 0;
-  size_t extra_state = 0;
+struct Description {
+  const std::string& fqn_modifiers;
+  size_t tensor_slots = 0;
+  size_t extra_state_slots = 0;
+  InterfaceCast<const ModuleWrapper> to_wrapper;
+  InterfaceCast<const FqnModifiers> to_modifiers;
+  InterfaceCast<const ExtraState> to_extra_state;
 };
 
 ModuleNode DescribeNode(std::string name, const torch::nn::Module& module,
-                        const std::string& fqn_modifiers, Slots& slots) {
+                        Description& description) {
   ModuleNode node;
   node.name = std::move(name);
   node.object = dynamic_cast<const void*>(&module);
-  if (const auto* wrapper = dynamic_cast<const ModuleWrapper*>(&module)) {
+  if (const auto* wrapper = description.to_wrapper(module)) {
     node.wrapped_child = std::string(wrapper->wrapped_child_name());
   }
-  if (const auto* modifiers = dynamic_cast<const FqnModifiers*>(&module)) {
-    node.modifiers = modifiers->fqn_modifiers(fqn_modifiers);
+  if (const auto* modifiers = description.to_modifiers(module)) {
+    node.modifiers = modifiers->fqn_modifiers(description.fqn_modifiers);
   }
-  for (const auto& item : ParametersOf::Get(module)) {
+  node.tensors.reserve(Contents::Parameters(module).size() +
+                       Contents::Buffers(module).size());
+  node.children.reserve(Contents::Children(module).size());
+  for (const auto& item : Contents::Parameters(module)) {
     if (!item.value().defined()) continue;
     node.tensors.push_back({item.key(), EntryKind::kParameter,
-                            IdentityOf(item.value()), slots.tensor++});
+                            IdentityOf(item.value()),
+                            description.tensor_slots++});
   }
-  for (const auto& item : module.named_buffers(/*recurse=*/false)) {
+  for (const auto& item : Contents::Buffers(module)) {
+    if (!item.value().defined()) continue;
     node.tensors.push_back({item.key(),
                             IsNonPersistent(module, item.key(), item.value())
                                 ? EntryKind::kNonPersistentBuffer
                                 : EntryKind::kBuffer,
-                            IdentityOf(item.value()), slots.tensor++});
+                            IdentityOf(item.value()),
+                            description.tensor_slots++});
   }
-  if (const auto* extra = dynamic_cast<const ExtraState*>(&module)) {
+  if (const auto* extra = description.to_extra_state(module)) {
     TensorIdentity identity;
     identity.storage = extra;
     node.tensors.push_back({std::string(kExtraStateName),
                             EntryKind::kExtraState, std::move(identity),
-                            slots.extra_state++});
+                            description.extra_state_slots++});
   }
-  for (const auto& item : module.named_children()) {
+  for (const auto& item : Contents::Children(module)) {
     node.children.push_back(
-        DescribeNode(item.key(), *item.value(), fqn_modifiers, slots));
+        DescribeNode(item.key(), *item.value(), description));
   }
   return node;
 }
@@ -123,7 +161,7 @@ absl::StatusOr<std::vector<at::Tensor>> TorchModuleSource::Tensors() {
 absl::StatusOr<std::vector<ExtraState*>> TorchModuleSource::ExtraStates() {
   return TorchToStatus([&] {
     std::vector<ExtraState*> extra_states;
-    ExtraStateCast cast;
+    InterfaceCast<ExtraState> cast;
     CollectExtraStates(*module_, cast, extra_states);
     return extra_states;
   });
@@ -133,8 +171,8 @@ int64_t TorchModuleSource::revision() { return NonPersistentRevision(); }
 
 absl::StatusOr<ModuleNode> TorchModuleSource::Describe() {
   return TorchToStatus([&] {
-    Slots slots;
-    return DescribeNode("", *module_, fqn_modifiers_, slots);
+    Description description{fqn_modifiers_};
+    return DescribeNode("", *module_, description);
   });
 }
 
