@@ -217,9 +217,9 @@ class Layout {
           visit,
       int64_t* operations = nullptr) const;
 
-  // Covers shape and symbols: two layouts of the same geometry but other symbols
-  // differ; compare geometry with SameGeometry. Computed once for a layout and
-  // its copies.
+  // Covers shape and symbols: two layouts of the same geometry but other
+  // symbols differ; compare geometry with SameGeometry. Computed once for a
+  // layout and its copies.
   const Digest& symbols() const;
 
   // True if the shapes are equal and every holder has the same elements in
