@@ -83,9 +83,10 @@ constexpr absl::StatusCode kBadSetting = absl::StatusCode::kInvalidArgument;
 
 enum class MessageKind : uint32_t {
   kData,
-  kHello,   // of each rank to each other one, while connecting
-  kAnswer,  // to it
-  kTaken,   // `tag` bytes of eager messages have found their receives
+  kHello,    // of each rank to each other one, while connecting
+  kAnswer,   // to it
+  kTaken,    // `tag` bytes of eager messages have found their receives
+  kFlushed,  // when all that connecting has sent until then has left
 };
 
 struct Header {
@@ -172,8 +173,12 @@ class UcxEngine final : public Engine {
     uint64_t nonce = 0;
     ucp_ep_h endpoint = nullptr;
     absl::Status error;
+    // How far connecting has come, see UpdateConnected.
     bool said_hello = false;
     bool answered = false;
+    bool said_flushed = false;
+    int flushes_started = 0;
+    int flushes = 0;
     size_t eager_under_way = 0;  // to it
     size_t eager_taken = 0;      // from it, which it has not been told
   };
@@ -228,6 +233,7 @@ class UcxEngine final : public Engine {
   void Fail(const absl::Status& status);
   void ReportBrokenPeers();
   void UpdateConnected();
+  void Flush(Peer& peer);
   void Sleep(absl::Time until);
   void Yield();
   void LetWireUpEnd();
@@ -248,6 +254,7 @@ class UcxEngine final : public Engine {
   static void OnReceived(void* request, ucs_status_t status, size_t size,
                          void* op);
   static void OnControlSent(void* request, ucs_status_t status, void* control);
+  static void OnFlushed(void* request, ucs_status_t status, void* peer);
   static void OnEndpointClosed(void* request, ucs_status_t status,
                                void* engine);
   static void OnEndpointError(void* peer, ucp_ep_h endpoint,
@@ -753,14 +760,53 @@ void UcxEngine::ConnectPeers() {
   }
 }
 
+// Messages of ours may come and go while UCX's own of connecting still wait,
+// and UCX 1.13 ends the process when an endpoint is closed by force before
+// those have left. So each side lets its requests leave, says so, and when the
+// other has said it too, lets leave what it has replied to those of the other.
 void UcxEngine::UpdateConnected() {
-  absl::MutexLock lock(&mu_);
+  std::vector<bool> connected(peers_.size(), true);
   connecting_ = false;
-  for (const Peer& peer : peers_) {
+  for (Peer& peer : peers_) {
     if (peer.rank == options_.rank) continue;
-    connected_[peer.rank] = peer.said_hello && peer.answered;
-    connecting_ |= !connected_[peer.rank];
+    if (peer.said_hello && peer.answered) {
+      if (peer.flushes_started == 0) Flush(peer);
+      if (peer.flushes_started == 1 && peer.flushes == 1 && peer.said_flushed) {
+        Flush(peer);
+      }
+    }
+    connected[peer.rank] = peer.flushes == 2;
+    connecting_ |= !connected[peer.rank];
   }
+  absl::MutexLock lock(&mu_);
+  connected_ = std::move(connected);
+}
+
+void UcxEngine::Flush(Peer& peer) {
+  ++peer.flushes_started;
+  if (!peer.error.ok()) return;
+  ucp_request_param_t param = {};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.cb.send = &OnFlushed;
+  param.user_data = &peer;
+  ++under_way_;
+  const ucs_status_ptr_t request =
+      ucx_->ucp_ep_flush_nbx(peer.endpoint, &param);
+  if (UCS_PTR_IS_ERR(request)) {
+    --under_way_;
+    OnEndpointError(&peer, peer.endpoint, UCS_PTR_STATUS(request));
+  } else if (request == nullptr) {
+    OnFlushed(nullptr, UCS_OK, &peer);
+  }
+}
+
+void UcxEngine::OnFlushed(void* request, ucs_status_t status, void* data) {
+  Peer& peer = *static_cast<Peer*>(data);
+  UcxEngine& engine = *peer.engine;
+  --engine.under_way_;
+  if (request != nullptr) engine.ucx_->ucp_request_free(request);
+  if (status != UCS_OK || engine.closed_) return;
+  if (++peer.flushes == 1) engine.SendControl(peer, MessageKind::kFlushed, 0);
 }
 
 void UcxEngine::Complete(Op* op, absl::Status status) {
@@ -968,6 +1014,9 @@ ucs_status_t UcxEngine::Receive(const Header& header, void* data, size_t size,
     case MessageKind::kAnswer:
       peer.answered = true;
       return UCS_OK;
+    case MessageKind::kFlushed:
+      peer.said_flushed = true;
+      return UCS_OK;
     case MessageKind::kTaken:
       peer.eager_under_way -=
           std::min<size_t>(peer.eager_under_way, header.tag);
@@ -1031,9 +1080,7 @@ void UcxEngine::OnEndpointClosed(void* request, ucs_status_t /*status*/,
   engine->ucx_->ucp_request_free(request);
 }
 
-// UCX 1.13 ends the process when an endpoint is closed by force before its last
-// message of connecting has left, which may be long after the first of ours has
-// come.
+// For endpoints that are not connected, see UpdateConnected.
 void UcxEngine::LetWireUpEnd() {
   const absl::Time end = options_.env->Now() + kWireUpPatience;
   for (int idle = 0; idle < kIdleRounds && options_.env->Now() < end;) {

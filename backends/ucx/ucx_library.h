@@ -29,6 +29,7 @@ namespace dsd {
   _(ucp_config_release)             \
   _(ucp_ep_close_nbx)               \
   _(ucp_ep_create)                  \
+  _(ucp_ep_flush_nbx)               \
   _(ucp_get_version)                \
   _(ucp_init_version)               \
   _(ucp_request_free)               \

@@ -87,7 +87,11 @@ absl::Status TensorEndpoint::Add(TensorSpec spec, Holder holder,
     local = local.tensor_data();  // no history, one version counter
   }
   DSD_RETURN_IF_ERROR(catalog_.Add(std::move(spec)));
-  entries_.push_back({holder, std::move(locals), std::nullopt});
+  const bool is_on_device =
+      !locals.empty() &&
+      std::all_of(locals.begin(), locals.end(),
+                  [](const at::Tensor& local) { return local.is_cuda(); });
+  entries_.push_back({holder, std::move(locals), is_on_device, std::nullopt});
   return absl::OkStatus();
 }
 
@@ -187,10 +191,7 @@ std::optional<StridedView> TensorEndpoint::View(size_t tensor, const Box& box) {
 }
 
 bool TensorEndpoint::IsOnDevice(size_t tensor) const {
-  const std::vector<at::Tensor>& locals = entries_[tensor].locals;
-  return !locals.empty() &&
-         std::all_of(locals.begin(), locals.end(),
-                     [](const at::Tensor& local) { return local.is_cuda(); });
+  return entries_[tensor].is_on_device;
 }
 
 absl::StatusOr<std::unique_ptr<DeviceStream>>

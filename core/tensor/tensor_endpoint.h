@@ -75,6 +75,7 @@ class TensorEndpoint : public Endpoint {
   struct Entry {
     Holder holder;
     std::vector<at::Tensor> locals;
+    bool is_on_device;  // all of them
     // Of `holder`; filled when first asked for.
     std::optional<std::vector<LocalBox>> boxes;
   };
