@@ -18,6 +18,7 @@
 #include <memory>
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,6 +38,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/call_options.h"
+#include "dsd/core/base/content_digest.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
@@ -206,7 +208,13 @@ class ProgressLine {
   bool open_ = false;
 };
 
-std::string Hex(uint64_t digest) { return absl::StrFormat("%016x", digest); }
+dsd::Digest128 ParseDigest(const Json& json) {
+  dsd::Digest128 digest;
+  if (!dsd::ParseDigestHex(json.get<std::string>(), &digest)) {
+    throw std::invalid_argument("a digest that is none");
+  }
+  return digest;
+}
 
 // What the run that saves leaves beside the checkpoint for runs that resume.
 struct Record {
@@ -226,12 +234,12 @@ struct Record {
 
   absl::Status Write(const std::string& path) const {
     Json keys = Json::object();
-    for (const auto& [key, digest] : digests.keys) keys[key] = Hex(digest);
+    for (const auto& [key, digest] : digests.keys) keys[key] = DigestHex(digest);
     const Json json = {{"save_id", save_id},
                        {"save_step", save_step},
                        {"ranks", world_size},
                        {"seed", seed},
-                       {"digest", Hex(digests.whole)},
+                       {"digest", DigestHex(digests.whole)},
                        {"digests", keys},
                        {"losses", losses}};
     // The old one or the new one, whole.
@@ -260,11 +268,9 @@ struct Record {
       json.at("ranks").get_to(record.world_size);
       json.at("seed").get_to(record.seed);
       json.at("losses").get_to(record.losses);
-      record.digests.whole =
-          std::stoull(json.at("digest").get<std::string>(), nullptr, 16);
+      record.digests.whole = ParseDigest(json.at("digest"));
       for (const auto& [key, digest] : json.at("digests").items()) {
-        record.digests.keys.push_back(
-            {key, std::stoull(digest.get<std::string>(), nullptr, 16)});
+        record.digests.keys.push_back({key, ParseDigest(digest)});
       }
     } catch (const std::exception& e) {
       return absl::DataLossError(
@@ -490,7 +496,7 @@ absl::Status Job::Save(int64_t step) {
             << report.tensors << " tensors, cut into " << report.chunks
             << " shards; " << report.objects
             << " objects\n  digest of the live state "
-            << Hex(record_.digests.whole) << "; " << zeros
+            << DigestHex(record_.digests.whole) << "; " << zeros
             << " elements of the optimizer's moments are zero\n"
             << std::flush;
   return absl::OkStatus();
@@ -563,7 +569,7 @@ absl::Status Job::CompareDigestsWithRecord(
   }
   DSD_RETURN_IF_ERROR(CompareDigests(first_run_->digests, digests));
   if (IsRoot()) {
-    std::cout << "  digest of the live state " << Hex(digests.whole)
+    std::cout << "  digest of the live state " << DigestHex(digests.whole)
               << ", as at the save: equal bit for bit\n"
               << std::flush;
   }

@@ -307,7 +307,12 @@ absl::StatusOr<Object> Checkpoint::ReadObject(size_t object) const {
 
 bool Checkpoint::has_digests() const { return impl_->has_digests; }
 
-std::optional<uint64_t> Checkpoint::StoredDigest(absl::string_view key) const {
+DigestVersion Checkpoint::digest_version() const {
+  return impl_->digests.version;
+}
+
+std::optional<Digest128> Checkpoint::StoredDigest(
+    absl::string_view key) const {
   for (const auto* digests :
        {&impl_->digests.tensors, &impl_->digests.objects}) {
     const auto it = digests->find(key);

@@ -26,6 +26,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/call_options.h"
+#include "dsd/core/base/content_digest.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/comm/communicator.h"
@@ -222,8 +223,10 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
 
   // Whether dsd wrote it and its digests are used.
   bool has_digests() const;
-  // The stored content digest of a key; nullopt if there is none.
-  std::optional<uint64_t> StoredDigest(absl::string_view key) const;
+  // The stored content digest of a key; nullopt if there is none. Old
+  // checkpoints have digests of 64 bits (digest_version), whose high half is 0.
+  DigestVersion digest_version() const;
+  std::optional<Digest128> StoredDigest(absl::string_view key) const;
 
   // An endpoint over the tensors named, in the order given; all of the catalog
   // without names. Keeps the checkpoint. NotFound for a key that is not there.
@@ -264,11 +267,11 @@ VerifyReport Verify(const Checkpoint& checkpoint);
 // layout, the number of files and the program that wrote them.
 struct KeyDigest {
   std::string key;
-  uint64_t digest = 0;
+  Digest128 digest;
 };
 struct CheckpointDigests {
   std::vector<KeyDigest> keys;  // sorted by key
-  uint64_t whole = 0;           // over all keys and their digests
+  Digest128 whole;              // over all keys and their digests
 };
 absl::StatusOr<CheckpointDigests> ComputeDigests(const Checkpoint& checkpoint);
 

@@ -30,7 +30,8 @@ class EndpointImpl final : public CheckpointEndpoint {
   absl::Status Add(size_t tensor) {
     DSD_RETURN_IF_ERROR(catalog_.Add(impl_.catalog[tensor]));
     const TensorSpec& spec = catalog_[catalog_.size() - 1];
-    Tensor state(spec.layout.whole().num_elements() * ItemSize(spec.dtype));
+    Tensor state(spec.layout.whole().num_elements() * ItemSize(spec.dtype),
+                 impl_.digests.version);
     state.entry = impl_.entry_of[tensor];
     const auto stored = impl_.digests.tensors.find(spec.fqn);
     if (stored != impl_.digests.tensors.end()) state.expected = stored->second;
@@ -73,7 +74,7 @@ class EndpointImpl final : public CheckpointEndpoint {
       if (tensor.elements_read == 0 || IsWhole(i)) continue;
       out.Number(static_cast<int64_t>(i));
       out.Number(tensor.elements_read);
-      out.Number(tensor.digest.partial());
+      out.Put(tensor.digest.partial());
     }
     return out.Take();
   }
@@ -83,7 +84,7 @@ class EndpointImpl final : public CheckpointEndpoint {
     while (!in.done()) {
       const int64_t tensor = in.Number();
       const int64_t elements = in.Number();
-      const uint32_t partial = static_cast<uint32_t>(in.Number());
+      const Digest128 partial = in.GetDigest();
       DSD_RETURN_IF_ERROR(in.status());
       if (tensor < 0 || tensor >= static_cast<int64_t>(tensors_.size())) {
         return absl::InternalError("a rank sent the digest of another tensor");
@@ -102,11 +103,11 @@ class EndpointImpl final : public CheckpointEndpoint {
       if (!tensor.expected.has_value() || !IsWhole(i)) continue;
       ++compared;
       const TensorSpec& spec = catalog_[i];
-      const uint64_t found = tensor.digest.Finish(spec.dtype, spec.shape());
+      const Digest128 found = tensor.digest.Finish(spec.dtype, spec.shape());
       if (found == *tensor.expected) continue;
       damaged.push_back(absl::StrCat("\"", absl::CHexEscape(spec.fqn),
-                                     "\" has content digest ", DigestHex(found),
-                                     ", expected ", DigestHex(*tensor.expected),
+                                     "\" has content digest ", Hex(found),
+                                     ", expected ", Hex(*tensor.expected),
                                      "; ", DamagedFiles(tensor.entry)));
     }
     if (damaged.empty()) return compared;
@@ -120,13 +121,17 @@ class EndpointImpl final : public CheckpointEndpoint {
 
  private:
   struct Tensor {
-    explicit Tensor(int64_t bytes) : digest(bytes) {}
+    Tensor(int64_t bytes, DigestVersion version) : digest(bytes, version) {}
     size_t entry = 0;
     ContentDigest digest;
     int64_t elements_read = 0;
-    std::optional<uint64_t> expected;
+    std::optional<Digest128> expected;
     size_t last_chunk = 0;
   };
+
+  std::string Hex(const Digest128& digest) const {
+    return DigestHex(digest, impl_.digests.version);
+  }
 
   bool IsWhole(size_t tensor) const {
     return tensors_[tensor].elements_read ==

@@ -13,9 +13,12 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "dsd/core/base/content_digest.h"
 #include "dsd/core/base/fake_env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/random_layout.h"
+#include "dsd/frontends/checkpoint/dcp/object_item.h"
+#include "dsd/frontends/checkpoint/digests_file.h"
 #include "dsd/frontends/checkpoint/file_names.h"
 #include "dsd/frontends/checkpoint/test_state.h"
 #include "dsd/testing/harness/rank_threads.h"
@@ -583,6 +586,67 @@ TEST(CheckpointTest, ADamagedByteIsNamedOnEveryRank) {
   const auto report = Load(kDir, state.state(), nullptr, options);
   ASSERT_TRUE(report.ok()) << report.status();
   EXPECT_FALSE(report->verified);
+}
+
+// Checkpoints from before version 2 of the digests.
+TEST(CheckpointTest, OldDigestsAreCheckedAsTheyWereMade) {
+  FakeEnv env;
+  const std::vector<TestTensor> tensors = {
+      {{std::string("w")}, DType::kFloat32, Rows({64, 3}, 2)}};
+  const std::vector<ObjectEntry> objects = {
+      {{std::string("step")}, Object(17)}};
+  ASSERT_THAT(
+      StatusOfRanks(
+          2,
+          [&](Communicator& comm) {
+            TestState state =
+                TestState::Filled(tensors, comm.rank(), 1, objects);
+            return Save(kDir, state.state(), &comm, SaveTo(env)).status();
+          }),
+      AllOk());
+  const std::string path = JoinFile(
+      kDir,
+      DigestsFile(FileId((*Checkpoint::Open(kDir, {true, &env}))->save_id())));
+  const auto now = DecodeDigests(*env.fake_files().Content(path));
+  ASSERT_TRUE(now.ok()) << now.status();
+  StoredDigests old;
+  old.version = DigestVersion::k1;
+  old.index_bytes = now->index_bytes;
+  old.index_crc = now->index_crc;
+  const std::vector<std::byte> bytes = TestBytes(1, "w", 64 * 3 * 4);
+  ContentDigest digest(bytes.size(), DigestVersion::k1);
+  digest.AddRun(0, bytes);
+  old.tensors["w"] = digest.Finish(DType::kFloat32, {64, 3});
+  old.objects["step"] = DigestOfBytes(*dcp::EncodeObjectPickle(Object(17)),
+                                      DigestVersion::k1);
+  const auto load = [&](const StoredDigests& digests) {
+    env.fake_files().SetContent(path, EncodeDigests(digests));
+    TestState state = TestState::Blank({{{std::string("w")},
+                                         DType::kFloat32,
+                                         Whole({64, 3})}},
+                                       0, WithoutValues(objects));
+    const auto report = Load(kDir, state.state(), nullptr, LoadFrom(env));
+    if (report.ok()) {
+      EXPECT_TRUE(report->verified);
+    }
+    return report.status();
+  };
+  EXPECT_TRUE(load(old).ok()) << load(old);
+  EXPECT_TRUE(Verify(**Checkpoint::Open(kDir, {true, &env})).problems.empty());
+  StoredDigests other = old;
+  other.tensors["w"].low ^= 1;
+  EXPECT_THAT(load(other),
+              IsStatus(absl::StatusCode::kDataLoss,
+                       DigestHex(old.tensors["w"], DigestVersion::k1)));
+  other = old;
+  other.objects["step"].low ^= 1;
+  EXPECT_THAT(load(other), IsStatus(absl::StatusCode::kDataLoss, "step"));
+
+  std::string text = EncodeDigests(*now);
+  text.replace(text.find('2'), 1, "3");
+  env.fake_files().SetContent(path, text);
+  EXPECT_THAT(Checkpoint::Open(kDir, {true, &env}).status(),
+              IsStatus(absl::StatusCode::kUnimplemented, "newer"));
 }
 
 TEST(CheckpointTest, AMissingFileIsEverybodysError) {

@@ -123,12 +123,12 @@ absl::StatusOr<CheckpointDigests> ComputeDigests(const State& state,
         });
     if (!local.ok()) break;
     out.Number(static_cast<int64_t>(piece.tensor));
-    out.Number(digest.partial());
+    out.Put(digest.partial());
   }
   RecordWriter object_table;
   for (const size_t i : objects) {
     object_table.Text(JoinPath(state.objects[i].path));
-    object_table.Number(static_cast<int64_t>(dcp::ObjectDigest(pickles[i])));
+    object_table.Put(dcp::ObjectDigest(pickles[i]));
   }
   RecordWriter both;
   both.Text(out.Take());
@@ -156,7 +156,7 @@ absl::StatusOr<CheckpointDigests> ComputeDigests(const State& state,
     DSD_RETURN_IF_ERROR(in.status());
     while (!tensors.done()) {
       const size_t tensor = static_cast<size_t>(tensors.Number());
-      const uint32_t partial = static_cast<uint32_t>(tensors.Number());
+      const Digest128 partial = tensors.GetDigest();
       if (tensor >= sums.size()) {
         return absl::InternalError("a rank sent a malformed record");
       }
@@ -165,7 +165,7 @@ absl::StatusOr<CheckpointDigests> ComputeDigests(const State& state,
     while (!object_digests.done()) {
       KeyDigest key;
       key.key = std::string(object_digests.Text());
-      key.digest = static_cast<uint64_t>(object_digests.Number());
+      key.digest = object_digests.GetDigest();
       keys.push_back(std::move(key));
     }
   }

@@ -2,13 +2,14 @@
 //
 // The file of content digests that lies beside the data. Text, one key a line:
 //
-//   dsd digests 1
+//   dsd digests 2
 //   index 951 89abcdef
-//   tensor 0123456789abcdef model.weight
-//   object fedcba9876543210 step
+//   tensor 0123456789abcdef0123456789abcdef model.weight
+//   object fedcba9876543210fedcba9876543210 step
 //   end 2 01234567
 //
-// `index`: length and CRC32C of .metadata. `end`: number of keys and CRC32C of
+// The number in the first line is the DigestVersion; 1, with digests of 16
+// digits, is read and no longer written. `index`: length and CRC32C of .metadata. `end`: number of keys and CRC32C of
 // the lines above. Keys are C-escaped.
 
 #ifndef DSD_FRONTENDS_CHECKPOINT_DIGESTS_FILE_H_
@@ -20,19 +21,22 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "dsd/core/base/content_digest.h"
 
 namespace dsd::checkpoint {
 
 struct StoredDigests {
+  DigestVersion version = kDigestVersion;
   int64_t index_bytes = 0;
   uint32_t index_crc = 0;
-  absl::flat_hash_map<std::string, uint64_t> tensors;
-  absl::flat_hash_map<std::string, uint64_t> objects;
+  absl::flat_hash_map<std::string, Digest128> tensors;
+  absl::flat_hash_map<std::string, Digest128> objects;
 };
 
 std::string EncodeDigests(const StoredDigests& digests);
 
-// DataLoss for anything else than what EncodeDigests makes.
+// DataLoss for anything else than what EncodeDigests makes; Unimplemented for a
+// version that is not known yet.
 absl::StatusOr<StoredDigests> DecodeDigests(absl::string_view text);
 
 }  // namespace dsd::checkpoint

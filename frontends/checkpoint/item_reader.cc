@@ -347,7 +347,8 @@ absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
   const auto digest = impl_.digests.objects.find(info.key);
   if (bytes != dcp::ObjectArchive(*pickle) ||
       digest == impl_.digests.objects.end() ||
-      digest->second != dcp::ObjectDigest(*pickle)) {
+      digest->second !=
+          dcp::ObjectDigest(*pickle, impl_.digests.version)) {
     return Annotate(Foreign("its bytes"), where);
   }
   return pickle;

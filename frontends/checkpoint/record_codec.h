@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
+#include "dsd/core/base/content_digest.h"
 #include "dsd/core/value/value.h"
 
 namespace dsd::checkpoint {
@@ -21,6 +22,10 @@ class RecordWriter {
  public:
   void Number(int64_t value) {
     out_.append(reinterpret_cast<const char*>(&value), sizeof(value));
+  }
+  void Put(const Digest128& digest) {
+    Number(static_cast<int64_t>(digest.high));
+    Number(static_cast<int64_t>(digest.low));
   }
   void Text(absl::string_view text) {
     Number(static_cast<int64_t>(text.size()));
@@ -54,6 +59,10 @@ class RecordReader {
     std::memcpy(&value, in_.data(), sizeof(value));
     in_.remove_prefix(sizeof(value));
     return value;
+  }
+  Digest128 GetDigest() {
+    const uint64_t high = static_cast<uint64_t>(Number());
+    return {high, static_cast<uint64_t>(Number())};
   }
   absl::string_view Text() {
     const int64_t size = Number();

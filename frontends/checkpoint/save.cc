@@ -44,7 +44,7 @@ struct ChunkRecord {
 };
 struct ObjectRecord {
   Path path;
-  uint64_t digest;
+  Digest128 digest;
   int64_t offset;
   int64_t length;
 };
@@ -54,7 +54,7 @@ struct RankRecord {
   int64_t payload_bytes = 0;
   std::vector<ChunkRecord> chunks;
   std::vector<ObjectRecord> objects;
-  std::vector<std::pair<size_t, uint32_t>> digests;  // partial, by tensor
+  std::vector<std::pair<size_t, Digest128>> digests;  // partial, by tensor
 };
 
 std::string EncodeRecord(const RankRecord& record) {
@@ -73,13 +73,13 @@ std::string EncodeRecord(const RankRecord& record) {
   out.Number(static_cast<int64_t>(record.objects.size()));
   for (const ObjectRecord& object : record.objects) {
     out.PutPath(object.path);
-    out.Number(static_cast<int64_t>(object.digest));
+    out.Put(object.digest);
     out.Number(object.offset);
     out.Number(object.length);
   }
   for (const auto& [tensor, partial] : record.digests) {
     out.Number(static_cast<int64_t>(tensor));
-    out.Number(partial);
+    out.Put(partial);
   }
   return out.Take();
 }
@@ -107,14 +107,14 @@ absl::StatusOr<RankRecord> DecodeRecord(absl::string_view bytes,
   for (int64_t left = in.Number(); left > 0 && in.ok(); --left) {
     ObjectRecord object;
     object.path = in.GetPath();
-    object.digest = static_cast<uint64_t>(in.Number());
+    object.digest = in.GetDigest();
     object.offset = in.Number();
     object.length = in.Number();
     record.objects.push_back(std::move(object));
   }
   while (!in.done()) {
     const size_t tensor = static_cast<size_t>(in.Number());
-    const uint32_t partial = static_cast<uint32_t>(in.Number());
+    const Digest128 partial = in.GetDigest();
     if (tensor >= catalog.size()) return bad;
     record.digests.emplace_back(tensor, partial);
   }

@@ -42,7 +42,7 @@ std::vector<absl::Status> StatusOfRanks(
 
 std::vector<std::byte> TestBytes(uint64_t seed, const std::string& key,
                                  int64_t size) {
-  std::mt19937_64 random(seed ^ DigestOfBytes(key));
+  std::mt19937_64 random(seed ^ DigestOfBytes(key).low);
   std::vector<std::byte> bytes(size);
   // 0 and 1 are bytes of every dtype.
   for (std::byte& byte : bytes) byte = static_cast<std::byte>(random() & 1);

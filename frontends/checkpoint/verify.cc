@@ -47,13 +47,18 @@ class Verifier {
         {std::string(key), std::string(file), std::move(status)});
   }
 
+  std::string Hex(const Digest128& digest) const {
+    return DigestHex(digest, impl_.digests.version);
+  }
+
   void CheckTensor(size_t tensor) {
     const TensorSpec& spec = impl_.catalog[tensor];
     const size_t entry_index = impl_.entry_of[tensor];
     const dcp::TensorEntry& entry = impl_.index.tensors[entry_index];
     ++report_.tensors;
     ContentDigest digest(spec.layout.whole().num_elements() *
-                         ItemSize(spec.dtype));
+                         ItemSize(spec.dtype),
+                         impl_.digests.version);
     bool complete = true;
     const int64_t missing = dcp::NumMissingElements(impl_.index, entry);
     if (missing > 0) {
@@ -74,14 +79,15 @@ class Verifier {
     const auto stored = impl_.digests.tensors.find(spec.fqn);
     if (!impl_.has_digests || !complete) return;
     ++report_.compared;
-    const uint64_t found = digest.Finish(spec.dtype, spec.shape());
+    const Digest128 found = digest.Finish(spec.dtype, spec.shape());
     if (stored == impl_.digests.tensors.end() || stored->second != found) {
       Add(entry.key, "",
-          absl::DataLossError(absl::StrCat("content digest ", DigestHex(found),
+          absl::DataLossError(absl::StrCat("content digest ", Hex(found),
                                            ", expected ",
                                            stored == impl_.digests.tensors.end()
                                                ? "one that is missing"
-                                               : DigestHex(stored->second))));
+                                               
+                                               : Hex(stored->second))));
     }
   }
 

@@ -10,7 +10,6 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
-#include "dsd/core/base/content_digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_reader.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
@@ -334,8 +333,8 @@ std::string ObjectArchive(absl::string_view pickle) {
   return out;
 }
 
-uint64_t ObjectDigest(absl::string_view pickle) {
-  return DigestOfBytes(pickle);
+Digest128 ObjectDigest(absl::string_view pickle, DigestVersion version) {
+  return DigestOfBytes(pickle, version);
 }
 
 }  // namespace dsd::dcp

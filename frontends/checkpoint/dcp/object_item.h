@@ -11,6 +11,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "dsd/core/base/content_digest.h"
 #include "dsd/core/value/value.h"
 #include "dsd/frontends/checkpoint/dcp/zip_reader.h"
 
@@ -23,7 +24,7 @@ inline constexpr int kMaxObjectDepth = 200;
 // plain data become Opaque, each alone: a list with one in it is a list.
 struct ObjectItem {
   Object value;
-  uint64_t digest = 0;
+  Digest128 digest;
 };
 
 // Errors: DataLoss (damaged, or nested too deeply); ResourceExhausted (more
@@ -43,7 +44,8 @@ absl::StatusOr<std::string> EncodeObjectPickle(const Object& value);
 std::string ObjectArchive(absl::string_view pickle);
 
 // The digest of a value, by its pickle.
-uint64_t ObjectDigest(absl::string_view pickle);
+Digest128 ObjectDigest(absl::string_view pickle,
+                       DigestVersion version = kDigestVersion);
 
 }  // namespace dsd::dcp
 

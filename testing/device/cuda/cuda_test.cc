@@ -496,7 +496,7 @@ absl::StatusOr<std::vector<StateDict>> DoAll(c10::Device device,
   DSD_ASSIGN_OR_RETURN(const checkpoint::CheckpointDigests digests,
                        ComputeDigests(shards, &comm));
   StateDict digest;
-  digest.Set("digest", Value(absl::StrCat(digests.whole)));
+  digest.Set("digest", Value(DigestHex(digests.whole)));
   results.push_back(std::move(digest));
   DSD_RETURN_IF_ERROR(SaveCheckpoint(own_directory, shards, &comm).status());
   job.Spoil();
