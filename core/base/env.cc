@@ -15,6 +15,7 @@
 #include <thread>  // NOLINT: the one place that starts threads
 #include <utility>
 
+#include "absl/base/call_once.h"
 #include "absl/base/no_destructor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -75,19 +76,35 @@ class PosixReadable final : public ReadableFile {
   const int64_t size_;
 };
 
+// Smaller writes gain nothing past the page cache.
+constexpr size_t kMinDirectBytes = size_t{256} << 10;
+constexpr uint64_t kDirectAlignment = 4096;
+
 class PosixWritable final : public WritableFile {
  public:
   PosixWritable(std::string path, int fd) : path_(std::move(path)), fd_(fd) {}
   ~PosixWritable() override {
     if (fd_ >= 0) close(fd_);
+    if (direct_fd_ >= 0) close(direct_fd_);
   }
 
   absl::Status WriteAt(int64_t offset,
                        absl::Span<const std::byte> data) override {
+    int direct = data.size() >= kMinDirectBytes ? DirectDescriptor() : -1;
     while (!data.empty()) {
-      const ssize_t n = pwrite(fd_, data.data(), data.size(), offset);
+      const bool is_direct =
+          direct >= 0 && (reinterpret_cast<uint64_t>(data.data()) |
+                          static_cast<uint64_t>(offset) | data.size()) %
+                                 kDirectAlignment ==
+                             0;
+      const ssize_t n = pwrite(is_direct ? direct : fd_, data.data(),
+                               data.size(), offset);
       if (n < 0) {
         if (errno == EINTR) continue;
+        if (is_direct && errno == EINVAL) {  // not on this file system
+          direct = -1;
+          continue;
+        }
         return ErrnoStatus(errno, "write", path_);
       }
       offset += n;
@@ -102,14 +119,35 @@ class PosixWritable final : public WritableFile {
   }
 
   absl::Status Close() override {
-    const int fd = std::exchange(fd_, -1);
-    if (fd >= 0 && close(fd) != 0) return ErrnoStatus(errno, "close", path_);
+    for (int* descriptor : {&direct_fd_, &fd_}) {
+      const int fd = std::exchange(*descriptor, -1);
+      if (fd >= 0 && close(fd) != 0) return ErrnoStatus(errno, "close", path_);
+    }
     return absl::OkStatus();
   }
 
  private:
+  // A descriptor of the same file that goes past the page cache; -1 where there
+  // is no such thing.
+  int DirectDescriptor() {
+    absl::call_once(direct_once_, [this] {
+      const int fd = open(path_.c_str(), O_WRONLY | O_DIRECT | O_CLOEXEC);
+      if (fd < 0) return;
+      struct stat mine, other;
+      if (fstat(fd_, &mine) == 0 && fstat(fd, &other) == 0 &&
+          mine.st_dev == other.st_dev && mine.st_ino == other.st_ino) {
+        direct_fd_ = fd;
+      } else {
+        close(fd);
+      }
+    });
+    return direct_fd_;
+  }
+
   const std::string path_;
   int fd_;
+  absl::once_flag direct_once_;
+  int direct_fd_ = -1;
 };
 
 class PosixFileSystem final : public FileSystem {

@@ -39,13 +39,16 @@ class ReadableFile {
   virtual absl::Status ReadAt(int64_t offset, absl::Span<std::byte> out) = 0;
 };
 
-// A file open for writing. Thread-compatible. The destructor closes without
-// reporting; call Close() to learn of errors.
+// A file open for writing. Writes of parts that do not overlap may come from
+// several threads at once, else thread-compatible. The destructor closes
+// without reporting; call Close() to learn of errors.
 class WritableFile {
  public:
   virtual ~WritableFile() = default;
 
-  // Writes all of `data` at byte `offset`; a gap before it reads as zeros.
+  // Writes all of `data` at byte `offset`; a gap before it reads as zeros. Data
+  // whose address, offset and length are multiples of 4096 may go past the page
+  // cache, which is faster where much is written and not read soon.
   // Errors: ResourceExhausted for a full disk or quota; Unavailable otherwise.
   virtual absl::Status WriteAt(int64_t offset,
                                absl::Span<const std::byte> data) = 0;

@@ -311,8 +311,7 @@ DigestVersion Checkpoint::digest_version() const {
   return impl_->digests.version;
 }
 
-std::optional<Digest128> Checkpoint::StoredDigest(
-    absl::string_view key) const {
+std::optional<Digest128> Checkpoint::StoredDigest(absl::string_view key) const {
   for (const auto* digests :
        {&impl_->digests.tensors, &impl_->digests.objects}) {
     const auto it = digests->find(key);

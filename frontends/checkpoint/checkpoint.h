@@ -57,10 +57,21 @@ struct State {
   std::vector<ObjectEntry> objects;
 };
 
+// Which checkpoints of a series (see steps.h) stay: the newest `keep_last`, and
+// those whose number is a multiple of `keep_every`.
+struct Retention {
+  int64_t keep_last = 0;   // 0: all
+  int64_t keep_every = 0;  // 0: none besides the newest
+};
+
 struct SaveOptions {
   CallOptions call;
   // Whether a checkpoint that is in the directory may be replaced.
   bool overwrite = true;
+  // The directory's name ends in a number, such as "/runs/7/step-500", and it
+  // is one of a series: after the commit "/runs/7/step-latest" names it, and
+  // older ones that are not to stay are removed.
+  std::optional<Retention> retention;
   // Null: the communicator's, or Env::Real() without one.
   Env* env = nullptr;
 };
@@ -74,7 +85,8 @@ struct SaveReport {
   int64_t payload_bytes_all = 0;  // ... by all ranks
   int64_t file_bytes_all = 0;     // length of all data files
   // Files of earlier saves that could not be removed. Harmless.
-  std::vector<std::string> leftovers;
+  std::vector<std::string> leftovers;  // on rank 0
+  std::vector<std::string> pruned;     // directories, by retention; on rank 0
 };
 
 // Writes `state` to `directory`, which is made if missing. Each tensor element
@@ -100,6 +112,63 @@ absl::StatusOr<SaveReport> Save(const std::string& directory,
                                 const State& state,
                                 Communicator* comm = nullptr,
                                 const SaveOptions& options = {});
+
+// Saves of a job, one after another. Keeps what they have in common: the plan,
+// as long as catalog and paths stay the same, and memory for saves in the
+// background. Thread-compatible, but for Cancel, progress and running, which
+// may come from any thread. Save, Start and Wait are collective.
+class Saver {
+ public:
+  // Collective over `comm`, which must outlive the Saver; null: a world of one.
+  // `name`: of the lane that it opens, new in this group. Null `env`: as in
+  // SaveOptions. Errors: of Communicator::OpenLane.
+  static absl::StatusOr<std::unique_ptr<Saver>> Create(
+      Communicator* comm = nullptr, const std::string& name = "dsd_save",
+      Env* env = nullptr);
+
+  // Cancels what is under way and waits for its end.
+  ~Saver();
+
+  // The lane; null in a world of one.
+  Communicator* comm() const;
+
+  // As the function of this name, after a save in the background has ended.
+  absl::StatusOr<SaveReport> Save(const std::string& directory,
+                                  const State& state,
+                                  const SaveOptions& options = {});
+
+  // Begins a save and returns as soon as what this rank stores has been copied:
+  // from then on `state` and what it refers to may change. The rest happens in
+  // a thread of its own, from which options.call.progress is called, too;
+  // options.call.timeout counts for all of it. options.call.cancel and
+  // options.env are not used (Cancel, Create). The copy is kept for the next
+  // save: as much memory as this rank stores bytes.
+  //
+  // One save is under way at a time: an earlier one is waited for, and if it
+  // failed and nobody has asked with Wait, its error is returned by this call,
+  // on all ranks, and nothing begins. Errors: those of Save that are found
+  // before anything is written; later ones are Wait's.
+  absl::Status Start(const std::string& directory, const State& state,
+                     const SaveOptions& options = {});
+
+  // Waits for the save that was started last and returns how it ended, each
+  // time it is called. FailedPrecondition if there is none; Cancelled and
+  // DeadlineExceeded for `options`, then it goes on.
+  absl::StatusOr<SaveReport> Wait(const CallOptions& options = {});
+
+  // Of this rank's bytes of the save that was started last.
+  Progress progress() const;
+  bool running() const;
+
+  // Ends the save in the background, on all ranks, with Cancelled: what was in
+  // the directory stays. Once all ranks have written their part it is too late.
+  void Cancel();
+
+ private:
+  struct Impl;
+  explicit Saver(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
 
 struct LoadOptions {
   CallOptions call;

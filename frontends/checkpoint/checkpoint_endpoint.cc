@@ -107,8 +107,8 @@ class EndpointImpl final : public CheckpointEndpoint {
       if (found == *tensor.expected) continue;
       damaged.push_back(absl::StrCat("\"", absl::CHexEscape(spec.fqn),
                                      "\" has content digest ", Hex(found),
-                                     ", expected ", Hex(*tensor.expected),
-                                     "; ", DamagedFiles(tensor.entry)));
+                                     ", expected ", Hex(*tensor.expected), "; ",
+                                     DamagedFiles(tensor.entry)));
     }
     if (damaged.empty()) return compared;
     constexpr size_t kMaxListed = 8;

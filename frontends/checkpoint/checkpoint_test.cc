@@ -617,14 +617,13 @@ TEST(CheckpointTest, OldDigestsAreCheckedAsTheyWereMade) {
   ContentDigest digest(bytes.size(), DigestVersion::k1);
   digest.AddRun(0, bytes);
   old.tensors["w"] = digest.Finish(DType::kFloat32, {64, 3});
-  old.objects["step"] = DigestOfBytes(*dcp::EncodeObjectPickle(Object(17)),
-                                      DigestVersion::k1);
+  old.objects["step"] =
+      DigestOfBytes(*dcp::EncodeObjectPickle(Object(17)), DigestVersion::k1);
   const auto load = [&](const StoredDigests& digests) {
     env.fake_files().SetContent(path, EncodeDigests(digests));
-    TestState state = TestState::Blank({{{std::string("w")},
-                                         DType::kFloat32,
-                                         Whole({64, 3})}},
-                                       0, WithoutValues(objects));
+    TestState state = TestState::Blank(
+        {{{std::string("w")}, DType::kFloat32, Whole({64, 3})}}, 0,
+        WithoutValues(objects));
     const auto report = Load(kDir, state.state(), nullptr, LoadFrom(env));
     if (report.ok()) {
       EXPECT_TRUE(report->verified);

@@ -4,13 +4,18 @@
 // that was there or the new one, whole.
 
 #include <atomic>
+#include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/fake_env.h"
+#include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/checkpoint/steps.h"
 #include "dsd/frontends/checkpoint/test_state.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
@@ -41,27 +46,37 @@ std::vector<ObjectEntry> Objects(uint64_t seed) {
   return {{{std::string("step")}, Object(static_cast<int64_t>(seed))}};
 }
 
-std::vector<absl::Status> SaveOn(int ranks, FakeEnv& env, uint64_t seed) {
-  return StatusOfRanks(ranks, [&](Communicator& comm) {
+// In the foreground, or in the background of a Saver.
+std::vector<absl::Status> SaveTo(const std::string& directory, int ranks,
+                                 FakeEnv& env, uint64_t seed, bool background,
+                                 std::optional<Retention> retention = {}) {
+  return StatusOfRanks(ranks, [&](Communicator& comm) -> absl::Status {
     TestState state =
         TestState::Filled(Tensors(ranks), comm.rank(), seed, Objects(seed));
     SaveOptions options;
     options.env = &env;
-    return Save(kDir, state.state(), &comm, options).status();
+    options.retention = retention;
+    if (!background) {
+      return Save(directory, state.state(), &comm, options).status();
+    }
+    DSD_ASSIGN_OR_RETURN(const std::unique_ptr<Saver> saver,
+                         Saver::Create(&comm, "saves", &env));
+    DSD_RETURN_IF_ERROR(saver->Start(directory, state.state(), options));
+    return saver->Wait().status();
   });
 }
 
 // Which save the directory holds: 0 for none. Fails for anything in between.
-uint64_t Holds(FakeEnv& env) {
+uint64_t Holds(FakeEnv& env, const std::string& directory = kDir) {
   TestState state = TestState::Blank(Tensors(1), 0, Objects(0));
   LoadOptions options;
   options.env = &env;
-  const auto report = Load(kDir, state.state(), nullptr, options);
+  const auto report = Load(directory, state.state(), nullptr, options);
   if (absl::IsNotFound(report.status())) return 0;
   EXPECT_TRUE(report.ok()) << report.status();
   if (!report.ok()) return 99;
   EXPECT_TRUE(report->verified);
-  for (const uint64_t seed : {kOld, kNew}) {
+  for (const uint64_t seed : {kOld, kNew, uint64_t{3}, uint64_t{4}}) {
     if (state.Difference(seed).empty()) {
       EXPECT_TRUE(state.state().objects[0].value ==
                   Object(static_cast<int64_t>(seed)));
@@ -72,9 +87,13 @@ uint64_t Holds(FakeEnv& env) {
   return 99;
 }
 
-class CommitTest : public testing::TestWithParam<bool> {
+class CommitTest : public testing::TestWithParam<std::tuple<bool, bool>> {
  protected:
-  bool overwrite() const { return GetParam(); }
+  bool overwrite() const { return std::get<0>(GetParam()); }
+  bool background() const { return std::get<1>(GetParam()); }
+  std::vector<absl::Status> SaveOn(int ranks, FakeEnv& env, uint64_t seed) {
+    return SaveTo(kDir, ranks, env, seed, background());
+  }
   uint64_t before() const { return overwrite() ? kOld : 0; }
 
   void Prepare(FakeEnv& env, int ranks) {
@@ -84,10 +103,12 @@ class CommitTest : public testing::TestWithParam<bool> {
   }
 };
 
-INSTANTIATE_TEST_SUITE_P(FreshAndOver, CommitTest, testing::Bool(),
-                         [](const testing::TestParamInfo<bool>& info) {
-                           return info.param ? "Overwrite" : "Fresh";
-                         });
+INSTANTIATE_TEST_SUITE_P(
+    Ways, CommitTest, testing::Combine(testing::Bool(), testing::Bool()),
+    [](const testing::TestParamInfo<std::tuple<bool, bool>>& info) {
+      return absl::StrCat(std::get<0>(info.param) ? "Overwrite" : "Fresh",
+                          std::get<1>(info.param) ? "InBackground" : "");
+    });
 
 // One operation fails, on whatever rank makes it; the machine lives on.
 TEST_P(CommitTest, AnErrorAtAnyOperation) {
@@ -201,6 +222,62 @@ TEST_P(CommitTest, AFullDiskAtAnyByte) {
       EXPECT_EQ(names.ok() ? names->size() : 0, overwrite() ? 4u : 0u);
     }
   }
+}
+
+// One of a series: what is older is removed when the new one is in place. The
+// machine dies in any operation of it, removals included.
+TEST(SeriesTest, ACrashAtAnyOperationLeavesAWholeCheckpoint) {
+  constexpr char kSeries[] = "/runs/7/step-";
+  const auto save = [&](FakeEnv& env, uint64_t step, bool background) {
+    return SaveTo(absl::StrCat(kSeries, step), 2, env, step, background,
+                  Retention{1, 0});
+  };
+  int crashes = 0;
+  int removals = 0;
+  for (const bool background : {false, true}) {
+    bool done = false;
+    for (int64_t at = 0; !done; ++at) {
+      for (uint64_t seed = 0; seed < 10; ++seed) {
+        FakeEnv env;
+        ASSERT_THAT(SaveTo(absl::StrCat(kSeries, 1), 2, env, 1, false),
+                    AllOk());
+        ASSERT_THAT(SaveTo(absl::StrCat(kSeries, 2), 2, env, 2, false),
+                    AllOk());
+        const int64_t start = env.fake_files().num_operations();
+        env.fake_files().CrashAt(start + at);
+        const std::vector<absl::Status> statuses = save(env, 3, background);
+        done = env.fake_files().num_operations() <= start + at;
+        env.fake_files().CrashAt(env.fake_files().num_operations());
+        env.fake_files().Recover(seed);
+        crashes += !done;
+
+        const auto latest = FindLatest(kSeries, nullptr, {}, &env);
+        ASSERT_TRUE(latest.ok()) << at << ": " << latest.status();
+        EXPECT_THAT(latest->step.number, AnyOf(2, 3));
+        if (statuses[0].ok()) {
+          EXPECT_EQ(latest->step.number, 3);
+        }
+        EXPECT_EQ(Holds(env, latest->step.directory),
+                  static_cast<uint64_t>(latest->step.number));
+        // Whatever else is listed is whole as well, and what has no index is
+        // taken for nothing.
+        const auto steps = ListSteps(kSeries, &env);
+        ASSERT_TRUE(steps.ok()) << steps.status();
+        for (const Step& step : *steps) {
+          const uint64_t holds = Holds(env, step.directory);
+          EXPECT_EQ(holds, static_cast<uint64_t>(step.number));
+          removals += step.number == 1;
+        }
+        // The next one cleans up.
+        EXPECT_THAT(save(env, 4, background), AllOk());
+        EXPECT_EQ(Holds(env, absl::StrCat(kSeries, 4)), 4u);
+        EXPECT_THAT(*env.files().List("/runs/7"),
+                    testing::ElementsAre("step-4", "step-latest"));
+      }
+    }
+  }
+  EXPECT_GT(crashes, 400);
+  EXPECT_GT(removals, 0);
 }
 
 }  // namespace

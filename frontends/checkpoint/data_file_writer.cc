@@ -2,20 +2,31 @@
 
 #include "dsd/frontends/checkpoint/data_file_writer.h"
 
+#include <algorithm>
+#include <cstring>
+#include <string>
 #include <utility>
 
+#include "absl/time/time.h"
 #include "dsd/core/base/status_macros.h"
 
 namespace dsd::checkpoint {
-namespace {
 
-// Larger pieces are not copied.
-constexpr size_t kBufferBytes = size_t{1} << 20;
+DataFileWriter::DataFileWriter(std::unique_ptr<WritableFile> file, Env* env)
+    : file_(std::move(file)),
+      env_(*env),
+      memory_(kBuffers * kPieceBytes),
+      current_(memory_.data()) {
+  if (current_ == nullptr) {
+    status_ = absl::ResourceExhaustedError("no memory to write a file with");
+    return;
+  }
+  for (int i = 1; i < kBuffers; ++i) {
+    free_.push_back(memory_.data() + i * kPieceBytes);
+  }
+}
 
-}  // namespace
-
-DataFileWriter::DataFileWriter(std::unique_ptr<WritableFile> file)
-    : file_(std::move(file)) {}
+DataFileWriter::~DataFileWriter() { Stop(); }
 
 absl::Status DataFileWriter::Append(absl::string_view bytes) {
   return Append(absl::MakeConstSpan(
@@ -23,16 +34,19 @@ absl::Status DataFileWriter::Append(absl::string_view bytes) {
 }
 
 absl::Status DataFileWriter::Append(absl::Span<const std::byte> bytes) {
-  if (buffer_.size() + bytes.size() > kBufferBytes) {
-    DSD_RETURN_IF_ERROR(Flush());
-    if (bytes.size() >= kBufferBytes) {
-      DSD_RETURN_IF_ERROR(file_->WriteAt(position_, bytes));
-      position_ += static_cast<int64_t>(bytes.size());
-      return absl::OkStatus();
-    }
+  if (current_ == nullptr) {
+    absl::MutexLock lock(&mu_);
+    return status_;
   }
-  buffer_.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-  position_ += static_cast<int64_t>(bytes.size());
+  while (!bytes.empty()) {
+    if (used_ == kPieceBytes) DSD_RETURN_IF_ERROR(Submit());
+    const size_t count = std::min<size_t>(
+        bytes.size(), static_cast<size_t>(kPieceBytes - used_));
+    std::memcpy(current_ + used_, bytes.data(), count);
+    used_ += static_cast<int64_t>(count);
+    position_ += static_cast<int64_t>(count);
+    bytes.remove_prefix(count);
+  }
   return absl::OkStatus();
 }
 
@@ -42,18 +56,66 @@ absl::Status DataFileWriter::PadTo(int64_t alignment, int64_t remainder) {
   return Append(std::string(padding, '\0'));
 }
 
-absl::Status DataFileWriter::Flush() {
-  if (buffer_.empty()) return absl::OkStatus();
-  DSD_RETURN_IF_ERROR(file_->WriteAt(
-      position_ - static_cast<int64_t>(buffer_.size()),
-      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(buffer_.data()),
-                          buffer_.size())));
-  buffer_.clear();
+absl::Status DataFileWriter::Submit() {
+  if (writers_.empty()) {
+    for (int i = 0; i < kWriters; ++i) {
+      writers_.push_back(
+          env_.StartThread("dsd_write", [this] { RunWriter(); }));
+    }
+  }
+  absl::MutexLock lock(&mu_);
+  env_.Await(mu_, absl::Condition(this, &DataFileWriter::HasFree),
+             absl::InfiniteFuture());
+  DSD_RETURN_IF_ERROR(status_);
+  queued_ = current_;
+  queued_at_ = position_ - used_;
+  current_ = free_.back();
+  free_.pop_back();
+  used_ = 0;
   return absl::OkStatus();
 }
 
+void DataFileWriter::RunWriter() {
+  absl::MutexLock lock(&mu_);
+  while (true) {
+    env_.Await(mu_, absl::Condition(this, &DataFileWriter::HasWorkOrStops),
+               absl::InfiniteFuture());
+    if (queued_ == nullptr) return;
+    std::byte* const piece = std::exchange(queued_, nullptr);
+    const int64_t at = queued_at_;
+    mu_.Unlock();
+    const absl::Status status =
+        file_->WriteAt(at, absl::MakeConstSpan(piece, kPieceBytes));
+    mu_.Lock();
+    status_.Update(status);
+    free_.push_back(piece);
+  }
+}
+
+void DataFileWriter::Stop() {
+  {
+    absl::MutexLock lock(&mu_);
+    stop_ = true;
+  }
+  writers_.clear();
+}
+
 absl::Status DataFileWriter::Finish() {
-  DSD_RETURN_IF_ERROR(Flush());
+  Stop();
+  {
+    absl::MutexLock lock(&mu_);
+    DSD_RETURN_IF_ERROR(status_);
+  }
+  // The whole pages may go past the page cache, the rest cannot.
+  const int64_t begin = position_ - used_;
+  const int64_t pages =
+      used_ / AlignedBuffer::kAlignment * AlignedBuffer::kAlignment;
+  for (const auto& [from, to] :
+       {std::pair(int64_t{0}, pages), std::pair(pages, used_)}) {
+    if (from == to) continue;
+    DSD_RETURN_IF_ERROR(file_->WriteAt(
+        begin + from, absl::MakeConstSpan(current_ + from, to - from)));
+  }
   DSD_RETURN_IF_ERROR(file_->Sync());
   return file_->Close();
 }

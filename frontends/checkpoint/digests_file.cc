@@ -26,11 +26,11 @@ void AppendSorted(const absl::flat_hash_map<std::string, Digest128>& digests,
                   DigestVersion version, absl::string_view kind,
                   std::string* out) {
   std::vector<std::pair<absl::string_view, Digest128>> sorted(digests.begin(),
-                                                             digests.end());
+                                                              digests.end());
   std::sort(sorted.begin(), sorted.end());
   for (const auto& [key, digest] : sorted) {
-    absl::StrAppend(out, kind, " ", DigestHex(digest, version), " ", absl::CEscape(key),
-                    "\n");
+    absl::StrAppend(out, kind, " ", DigestHex(digest, version), " ",
+                    absl::CEscape(key), "\n");
   }
 }
 
@@ -38,8 +38,8 @@ void AppendSorted(const absl::flat_hash_map<std::string, Digest128>& digests,
 
 std::string EncodeDigests(const StoredDigests& digests) {
   std::string out;
-  absl::StrAppend(&out, kTitle, static_cast<int>(digests.version), "\nindex ", digests.index_bytes, " ",
-                  Hex32(digests.index_crc), "\n");
+  absl::StrAppend(&out, kTitle, static_cast<int>(digests.version), "\nindex ",
+                  digests.index_bytes, " ", Hex32(digests.index_crc), "\n");
   AppendSorted(digests.tensors, digests.version, "tensor", &out);
   AppendSorted(digests.objects, digests.version, "object", &out);
   const uint32_t crc = static_cast<uint32_t>(absl::ComputeCrc32c(out));
@@ -60,9 +60,10 @@ absl::StatusOr<StoredDigests> DecodeDigests(absl::string_view text) {
     return bad("not a file of digests");
   }
   if (version > static_cast<int>(kDigestVersion)) {
-    return absl::UnimplementedError(absl::StrCat(
-        "digests of version ", version, ", written by a newer dsd; read the "
-        "checkpoint without verification, or with that"));
+    return absl::UnimplementedError(
+        absl::StrCat("digests of version ", version,
+                     ", written by a newer dsd; read the "
+                     "checkpoint without verification, or with that"));
   }
   out.version = static_cast<DigestVersion>(version);
   for (const absl::string_view line : absl::StrSplit(text, '\n')) {

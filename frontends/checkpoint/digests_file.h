@@ -9,8 +9,9 @@
 //   end 2 01234567
 //
 // The number in the first line is the DigestVersion; 1, with digests of 16
-// digits, is read and no longer written. `index`: length and CRC32C of .metadata. `end`: number of keys and CRC32C of
-// the lines above. Keys are C-escaped.
+// digits, is read and no longer written. `index`: length and CRC32C of
+// .metadata. `end`: number of keys and CRC32C of the lines above. Keys are
+// C-escaped.
 
 #ifndef DSD_FRONTENDS_CHECKPOINT_DIGESTS_FILE_H_
 #define DSD_FRONTENDS_CHECKPOINT_DIGESTS_FILE_H_

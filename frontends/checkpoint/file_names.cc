@@ -49,6 +49,15 @@ std::string JoinFile(const std::string& directory, absl::string_view name) {
   return absl::StrCat(directory, slash ? "" : "/", name);
 }
 
+std::string ParentOf(const std::string& directory) {
+  size_t end = directory.find_last_not_of('/');
+  if (end == std::string::npos) return "/";
+  end = directory.rfind('/', end);
+  if (end == std::string::npos) return ".";
+  end = directory.find_last_not_of('/', end);
+  return end == std::string::npos ? "/" : directory.substr(0, end + 1);
+}
+
 std::string MakeSaveId(uint64_t high, uint64_t low) {
   high = (high & ~uint64_t{0xF000}) | 0x4000;                // version 4
   low = (low & ~(uint64_t{3} << 62)) | (uint64_t{2} << 62);  // variant

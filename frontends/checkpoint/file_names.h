@@ -17,6 +17,9 @@ inline constexpr char kIndexFile[] = ".metadata";
 // "directory/name".
 std::string JoinFile(const std::string& directory, absl::string_view name);
 
+// The directory that a directory is in, by its name.
+std::string ParentOf(const std::string& directory);
+
 // A UUID4 text from 128 random bits, as Python's save ids are.
 std::string MakeSaveId(uint64_t random_high, uint64_t random_low);
 

@@ -96,7 +96,7 @@ absl::Status ItemReader::CheckGap(uint32_t file, int64_t begin, int64_t end) {
 }
 
 absl::Status ItemReader::OpenOwn(Chunk& chunk, DType dtype, const Dims& shape) {
-  const dcp::TensorArchive archive(dtype, shape);
+  const dcp::TensorArchive& archive = archives_.Get(dtype, shape);
   if (chunk.slice.length() != archive.total_bytes()) {
     return Foreign("its length and shape");
   }
@@ -347,8 +347,7 @@ absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
   const auto digest = impl_.digests.objects.find(info.key);
   if (bytes != dcp::ObjectArchive(*pickle) ||
       digest == impl_.digests.objects.end() ||
-      digest->second !=
-          dcp::ObjectDigest(*pickle, impl_.digests.version)) {
+      digest->second != dcp::ObjectDigest(*pickle, impl_.digests.version)) {
     return Annotate(Foreign("its bytes"), where);
   }
   return pickle;

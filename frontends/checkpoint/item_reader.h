@@ -80,6 +80,7 @@ class ItemReader {
   absl::flat_hash_map<uint32_t, std::unique_ptr<ReadableFile>> files_;
   absl::flat_hash_map<size_t, std::unique_ptr<Chunk>> chunks_;
   int64_t kept_record_bytes_ = 0;
+  dcp::TensorArchives archives_;
   ReadStats stats_;
 };
 

@@ -265,19 +265,13 @@ absl::Status ReadPiece(Endpoint& tensors, const Piece& piece,
   const int64_t elements = piece.box.num_elements();
   const int64_t step = kPieceBytes / item_size;
   const std::optional<StridedView> view = tensors.View(piece.tensor, piece.box);
-  const bool direct =
-      view.has_value() && IsContiguous(*view, piece.box.extents(), item_size);
-  std::vector<std::byte> buffer;
-  if (!direct) buffer.resize(std::min(step, elements) * item_size);
+  if (view.has_value() && IsContiguous(*view, piece.box.extents(), item_size)) {
+    return ForEachPart(view->base, elements, item_size, visit);
+  }
+  std::vector<std::byte> buffer(std::min(step, elements) * item_size);
   for (int64_t begin = 0; begin < elements; begin += step) {
     const int64_t end = std::min(begin + step, elements);
     const size_t bytes = (end - begin) * item_size;
-    if (direct) {
-      DSD_RETURN_IF_ERROR(
-          visit(begin, end,
-                absl::MakeConstSpan(view->base + begin * item_size, bytes)));
-      continue;
-    }
     DSD_RETURN_IF_ERROR(tensors.Read(piece.tensor, piece.box, begin, end,
                                      spec.dtype,
                                      absl::MakeSpan(buffer.data(), bytes)))
@@ -288,11 +282,26 @@ absl::Status ReadPiece(Endpoint& tensors, const Piece& piece,
   return absl::OkStatus();
 }
 
+absl::Status ForEachPart(const std::byte* packed, int64_t elements,
+                         int64_t item_size,
+                         absl::FunctionRef<absl::Status(
+                             int64_t, int64_t, absl::Span<const std::byte>)>
+                             visit) {
+  const int64_t step = kPieceBytes / item_size;
+  for (int64_t begin = 0; begin < elements; begin += step) {
+    const int64_t end = std::min(begin + step, elements);
+    DSD_RETURN_IF_ERROR(visit(begin, end,
+                              absl::MakeConstSpan(packed + begin * item_size,
+                                                  (end - begin) * item_size)));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Deadline::Check() const {
   if (options_.cancel != nullptr && *options_.cancel) {
     return absl::CancelledError("cancelled by the caller");
   }
-  if (env_->Now() > end_) {
+  if (env_->Now() >= end_) {
     return absl::DeadlineExceededError(absl::StrCat(
         "not done within ", absl::FormatDuration(options_.timeout)));
   }

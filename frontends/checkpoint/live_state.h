@@ -86,6 +86,13 @@ absl::Status ReadPiece(
                                    absl::Span<const std::byte>)>
         visit);
 
+// The same for elements that lie back to back in memory.
+absl::Status ForEachPart(
+    const std::byte* packed, int64_t elements, int64_t item_size,
+    absl::FunctionRef<absl::Status(int64_t begin, int64_t end,
+                                   absl::Span<const std::byte>)>
+        visit);
+
 // The Env that a call uses.
 inline Env* ChooseEnv(Env* wanted, Communicator* comm) {
   if (wanted != nullptr) return wanted;

@@ -56,9 +56,9 @@ class Verifier {
     const size_t entry_index = impl_.entry_of[tensor];
     const dcp::TensorEntry& entry = impl_.index.tensors[entry_index];
     ++report_.tensors;
-    ContentDigest digest(spec.layout.whole().num_elements() *
-                         ItemSize(spec.dtype),
-                         impl_.digests.version);
+    ContentDigest digest(
+        spec.layout.whole().num_elements() * ItemSize(spec.dtype),
+        impl_.digests.version);
     bool complete = true;
     const int64_t missing = dcp::NumMissingElements(impl_.index, entry);
     if (missing > 0) {
@@ -82,12 +82,11 @@ class Verifier {
     const Digest128 found = digest.Finish(spec.dtype, spec.shape());
     if (stored == impl_.digests.tensors.end() || stored->second != found) {
       Add(entry.key, "",
-          absl::DataLossError(absl::StrCat("content digest ", Hex(found),
-                                           ", expected ",
-                                           stored == impl_.digests.tensors.end()
-                                               ? "one that is missing"
-                                               
-                                               : Hex(stored->second))));
+          absl::DataLossError(absl::StrCat(
+              "content digest ", Hex(found), ", expected ",
+              stored == impl_.digests.tensors.end() ? "one that is missing"
+
+                                                    : Hex(stored->second))));
     }
   }
 

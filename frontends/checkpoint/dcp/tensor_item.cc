@@ -3,6 +3,7 @@
 #include "dsd/frontends/checkpoint/dcp/tensor_item.h"
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -333,7 +334,13 @@ TensorArchive::TensorArchive(DType dtype, absl::Span<const int64_t> shape)
   for (int64_t extent : shape) payload_bytes_ *= extent;
   ZipWriter zip(&head_);
   WriteHead(&zip);
-  tail_bytes_ = static_cast<int64_t>(Tail(0).size());
+  tail_ = MakeTail(0);
+  const std::string other = MakeTail(~uint32_t{0});
+  for (size_t at = 0; at < tail_.size(); ++at) {
+    if (tail_[at] == other[at]) continue;
+    crc_at_.push_back(at);
+    at += sizeof(uint32_t) - 1;
+  }
 }
 
 void TensorArchive::WriteHead(ZipWriter* zip) const {
@@ -345,6 +352,12 @@ void TensorArchive::WriteHead(ZipWriter* zip) const {
 }
 
 std::string TensorArchive::Tail(uint32_t crc) const {
+  std::string out = tail_;
+  for (const size_t at : crc_at_) std::memcpy(&out[at], &crc, sizeof(crc));
+  return out;
+}
+
+std::string TensorArchive::MakeTail(uint32_t crc) const {
   std::string out;
   ZipWriter zip(&out);
   WriteHead(&zip);
@@ -364,6 +377,16 @@ std::optional<uint32_t> TensorArchive::CrcOfTail(absl::string_view tail) const {
   }
   if (tail != Tail(crc)) return std::nullopt;
   return crc;
+}
+
+const TensorArchive& TensorArchives::Get(DType dtype, const Dims& shape) {
+  constexpr size_t kMaxArchives = 10000;
+  if (archives_.size() >= kMaxArchives) archives_.clear();
+  std::unique_ptr<TensorArchive>& archive = archives_[{dtype, shape}];
+  if (archive == nullptr) {
+    archive = std::make_unique<TensorArchive>(dtype, shape);
+  }
+  return *archive;
 }
 
 }  // namespace dsd::dcp

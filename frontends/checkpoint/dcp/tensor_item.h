@@ -5,10 +5,15 @@
 #ifndef DSD_FRONTENDS_CHECKPOINT_DCP_TENSOR_ITEM_H_
 #define DSD_FRONTENDS_CHECKPOINT_DCP_TENSOR_ITEM_H_
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/dtype.h"
@@ -47,9 +52,9 @@ class TensorArchive {
 
   const std::string& head() const { return head_; }
   int64_t payload_bytes() const { return payload_bytes_; }
-  int64_t tail_bytes() const { return tail_bytes_; }
+  int64_t tail_bytes() const { return static_cast<int64_t>(tail_.size()); }
   int64_t total_bytes() const {
-    return static_cast<int64_t>(head_.size()) + payload_bytes_ + tail_bytes_;
+    return static_cast<int64_t>(head_.size()) + payload_bytes_ + tail_bytes();
   }
 
   // What follows a payload with this CRC-32.
@@ -60,11 +65,25 @@ class TensorArchive {
 
  private:
   void WriteHead(ZipWriter* zip) const;
+  std::string MakeTail(uint32_t crc) const;
 
   std::string pickle_;
   std::string head_;
   int64_t payload_bytes_;
-  int64_t tail_bytes_;
+  std::string tail_;            // with a CRC of 0
+  std::vector<size_t> crc_at_;  // where the CRC is in it
+};
+
+// Archives by dtype and shape, made when first asked for: most tensors of a
+// model share a few shapes. Thread-compatible.
+class TensorArchives {
+ public:
+  // Valid until the next call.
+  const TensorArchive& Get(DType dtype, const Dims& shape);
+
+ private:
+  absl::flat_hash_map<std::pair<DType, Dims>, std::unique_ptr<TensorArchive>>
+      archives_;
 };
 
 // Whether torch.save has a form for the dtype that TensorArchive writes: all.
