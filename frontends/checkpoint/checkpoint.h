@@ -15,6 +15,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -177,6 +178,12 @@ struct LoadOptions {
   bool allow_missing = false;
   // Keys of the checkpoint that the target lacks: an error, or ignored.
   bool allow_unexpected = false;
+  // Under which key of the checkpoint a key of the target is stored: to rename,
+  // or to take a part, `[](absl::string_view key) { return
+  // absl::StrCat("model.", key); }`. Of keys that it gives nullopt for nothing
+  // is loaded. The same on all ranks; two keys of the target may not have one
+  // stored key. Empty: all are stored under their own.
+  std::function<std::optional<std::string>(absl::string_view key)> stored_key;
   // Whether what is read is compared with the digests that dsd stores beside
   // the data. Checkpoints written by Python have none and load unverified.
   bool verify = true;
@@ -193,8 +200,9 @@ struct LoadReport {
   int64_t bytes_sent = 0;  // to other ranks, by this one
   int64_t bytes_sent_all = 0;
   bool verified = false;  // all of it was compared with stored digests
-  std::vector<std::string> missing;     // sorted; only if allowed
-  std::vector<std::string> unexpected;  // sorted; only if allowed
+  // Sorted; only if allowed: keys of the target, and of the checkpoint.
+  std::vector<std::string> missing;
+  std::vector<std::string> unexpected;
 };
 
 // Fills the tensors of `target` and replaces the values of target.objects from

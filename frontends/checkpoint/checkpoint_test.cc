@@ -2,7 +2,9 @@
 
 #include "dsd/frontends/checkpoint/checkpoint.h"
 
+#include <algorithm>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <utility>
@@ -329,6 +331,92 @@ TEST(CheckpointTest, MissingAndUnexpectedMayBeAllowed) {
   EXPECT_THAT(report->unexpected, ElementsAre("a"));
   EXPECT_EQ(partial.Difference(6), "");
   EXPECT_TRUE(partial.state().objects[0].value == Object("default"));
+}
+
+// A part of the checkpoint under other names, onto other layouts.
+TEST(CheckpointTest, KeysAreStoredUnderOtherNames) {
+  FakeEnv env;
+  const std::string model = "model";
+  const std::vector<TestTensor> tensors = {
+      {{model, std::string("w")}, DType::kFloat32, Rows({64, 8}, 2)},
+      {{model, std::string("b")}, DType::kFloat32, Whole({8}, 2)},
+      {{std::string("optim"), std::string("w")},
+       DType::kFloat32,
+       Rows({64, 8}, 2)}};
+  ASSERT_THAT(
+      StatusOfRanks(
+          2,
+          [&](Communicator& comm) {
+            TestState state =
+                TestState::Filled(tensors, comm.rank(), 1, SomeObjects());
+            return Save(kDir, state.state(), &comm, SaveTo(env)).status();
+          }),
+      AllOk());
+  // "w" comes from "model.w", "count" from "step"; "other" is not looked for.
+  const auto stored_key =
+      [](absl::string_view key) -> std::optional<std::string> {
+    if (key == "count") return "step";
+    if (key == "other") return std::nullopt;
+    return absl::StrCat("model.", key);
+  };
+  ASSERT_THAT(
+      StatusOfRanks(
+          3,
+          [&](Communicator& comm) -> absl::Status {
+            std::vector<std::byte> bytes(64 * 8 * 4), other(24);
+            const Layout columns = Columns({64, 8}, 3);
+            MemoryEndpoint endpoint;
+            DSD_RETURN_IF_ERROR(
+                endpoint.AddLocal({"other", DType::kInt64, Whole({3}, 3)},
+                                  comm.rank(), other.data()));
+            DSD_RETURN_IF_ERROR(endpoint.AddLocal(
+                {"w", DType::kFloat32, columns}, comm.rank(), bytes.data()));
+            State state;
+            state.tensors = &endpoint;
+            state.objects = {{{std::string("count")}, Object()}};
+            LoadOptions options = LoadFrom(env);
+            options.stored_key = stored_key;
+            options.allow_unexpected = true;
+            DSD_ASSIGN_OR_RETURN(const LoadReport report,
+                                 Load(kDir, state, &comm, options));
+            EXPECT_TRUE(report.verified);
+            EXPECT_THAT(report.unexpected, Contains(std::string("optim.w")));
+            EXPECT_THAT(report.unexpected,
+                        Not(Contains(std::string("model.w"))));
+            EXPECT_TRUE(state.objects[0].value == Object(17));
+            EXPECT_TRUE(other == std::vector<std::byte>(24));
+            const std::vector<std::byte> whole =
+                TestBytes(1, "model.w", 64 * 8 * 4);
+            size_t at = 0;
+            for (const LocalBox& local : columns.BoxesOf(comm.rank())) {
+              for (int64_t row = 0; row < 64; ++row) {
+                const int64_t count = local.box.extent(1) * 4;
+                EXPECT_TRUE(
+                    std::equal(bytes.begin() + at, bytes.begin() + at + count,
+                               whole.begin() + row * 32 + local.box.lo[1] * 4));
+                at += count;
+              }
+            }
+            return absl::OkStatus();
+          }),
+      AllOk());
+
+  // Errors have both names; one stored key is for one key.
+  TestState state =
+      TestState::Blank({{{std::string("w")}, DType::kFloat32, Whole({64, 9})},
+                        {{std::string("x")}, DType::kFloat32, Whole({64, 9})}},
+                       0);
+  LoadOptions options = LoadFrom(env);
+  options.allow_unexpected = true;
+  options.stored_key = [](absl::string_view) { return "model.w"; };
+  const absl::Status status =
+      Load(kDir, state.state(), nullptr, options).status();
+  EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                               "\"model.w\" is wanted for two keys"));
+  EXPECT_THAT(
+      status,
+      IsStatus(absl::StatusCode::kFailedPrecondition,
+               "\"w\" (stored as \"model.w\"): shape in the checkpoint"));
 }
 
 TEST(CheckpointTest, SaysWhyThereIsNoCheckpoint) {

@@ -136,10 +136,8 @@ class Loader {
     DSD_RETURN_IF_ERROR(Match(&keys));
     DSD_ASSIGN_OR_RETURN(source_, checkpoint_->MakeEndpoint(keys));
     const Binding binding(size_);
-    DSD_ASSIGN_OR_RETURN(
-        plan_, PlanForRank(rank_, source_->catalog(), catalog_,
-                           MatchByName(source_->catalog(), catalog_), binding,
-                           binding));
+    DSD_ASSIGN_OR_RETURN(plan_, PlanForRank(rank_, source_->catalog(), catalog_,
+                                            pairs_, binding, binding));
     return absl::OkStatus();
   }
 
@@ -154,16 +152,38 @@ class Loader {
         checkpoint_->unreadable().begin(), checkpoint_->unreadable().end());
     std::vector<std::string> wrong;
     absl::flat_hash_set<std::string> wanted;
-    for (const TensorSpec& spec : catalog_.tensors()) {
-      wanted.insert(spec.fqn);
-      const std::string key =
-          absl::StrCat("\"", absl::CHexEscape(spec.fqn), "\": ");
-      const std::optional<size_t> found = stored.Find(spec.fqn);
+    // What is stored for a key of the target; nullopt: nothing is wanted.
+    const auto stored_key =
+        [&](const std::string& key) -> std::optional<std::string> {
+      std::optional<std::string> from =
+          options_.stored_key ? options_.stored_key(key) : key;
+      if (from.has_value() && !wanted.insert(*from).second) {
+        wrong.push_back(absl::StrCat("\"", absl::CHexEscape(*from),
+                                     "\" is wanted for two keys"));
+        from.reset();
+      }
+      names_.Add(from.value_or(""));
+      return from;
+    };
+    const auto describe = [](const std::string& key, const std::string& from) {
+      return absl::StrCat(
+          "\"", absl::CHexEscape(key), "\"",
+          from == key
+              ? ""
+              : absl::StrCat(" (stored as \"", absl::CHexEscape(from), "\")"),
+          ": ");
+    };
+    for (size_t i = 0; i < catalog_.size(); ++i) {
+      const TensorSpec& spec = catalog_[i];
+      const std::optional<std::string> name = stored_key(spec.fqn);
+      if (!name.has_value()) continue;
+      const std::string key = describe(spec.fqn, *name);
+      const std::optional<size_t> found = stored.Find(*name);
       if (!found.has_value()) {
-        if (stored_objects.contains(spec.fqn)) {
+        if (stored_objects.contains(*name)) {
           wrong.push_back(absl::StrCat(
               key, "an object in the checkpoint, a tensor in the target"));
-        } else if (const auto it = unreadable.find(spec.fqn);
+        } else if (const auto it = unreadable.find(*name);
                    it != unreadable.end()) {
           wrong.push_back(absl::StrCat(key, "its dtype in the checkpoint is ",
                                        absl::CHexEscape(it->second),
@@ -183,20 +203,21 @@ class Loader {
                                      DTypeName(from.dtype), ", in the target ",
                                      DTypeName(spec.dtype)));
       } else {
-        keys->push_back(spec.fqn);
+        pairs_.emplace_back(keys->size(), i);
+        keys->push_back(*name);
       }
     }
     for (size_t i = 0; i < target_.objects.size(); ++i) {
       const std::string key = JoinPath(target_.objects[i].path);
-      wanted.insert(key);
-      const auto found = stored_objects.find(key);
+      const std::optional<std::string> name = stored_key(key);
+      if (!name.has_value()) continue;
+      const auto found = stored_objects.find(*name);
       if (found != stored_objects.end()) {
         wanted_objects_.push_back({i, found->second});
-      } else if (stored.Find(key).has_value() || unreadable.contains(key)) {
-        wrong.push_back(
-            absl::StrCat("\"", absl::CHexEscape(key),
-                         "\": a tensor in the checkpoint, an object in the "
-                         "target"));
+      } else if (stored.Find(*name).has_value() || unreadable.contains(*name)) {
+        wrong.push_back(absl::StrCat(
+            describe(key, *name),
+            "a tensor in the checkpoint, an object in the target"));
       } else {
         report_.missing.push_back(key);
       }
@@ -236,6 +257,7 @@ class Loader {
     DigestBuilder digest;
     digest.Add(catalog_.Fingerprint());
     digest.Add(options_.verify);
+    digest.Add(names_.Finish());
     if (checkpoint_ != nullptr) digest.Add(checkpoint_->fingerprint());
     for (const WantedObject& object : wanted_objects_) {
       digest.Add(static_cast<int64_t>(object.stored));
@@ -351,8 +373,8 @@ class Loader {
     // Each tensor was compared by a rank that knows all of it, if some rank
     // does.
     report_.verified = local->ok() && checkpoint_->has_digests();
-    for (const TensorSpec& spec : catalog_.tensors()) {
-      report_.verified &= spec.layout.NumUncovered() == 0;
+    for (const auto& [source, target] : pairs_) {
+      report_.verified &= catalog_[target].layout.NumUncovered() == 0;
     }
     return absl::OkStatus();
   }
@@ -374,6 +396,8 @@ class Loader {
 
   std::shared_ptr<const Checkpoint> checkpoint_;
   std::unique_ptr<CheckpointEndpoint> source_;
+  TensorPairs pairs_;
+  DigestBuilder names_;  // the stored keys
   Plan plan_;
   std::vector<WantedObject> wanted_objects_;
   LoadReport report_;
