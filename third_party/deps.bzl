@@ -39,6 +39,7 @@ def _system_libraries():
         "nlohmann_json": ("nlohmann-json3-dev", ["nlohmann"], []),
         "openssl": ("libssl-dev", ["openssl"], ["libcrypto.a"]),
         "xxhash": ("libxxhash-dev", ["xxhash.h", "xxh3.h"], []),
+        "zstd": ("libzstd-dev", ["zstd.h"], ["libzstd.a"]),
     }.items():
         _maybe(
             system_library,

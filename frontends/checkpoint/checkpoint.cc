@@ -38,16 +38,8 @@ absl::Status NoIndex(FileSystem& files, const std::string& directory) {
                                             "\": there is no such directory"));
   }
   int64_t data_files = 0;
-  bool rank_local = false;
   for (const std::string& name : *names) {
     data_files += absl::EndsWith(name, ".distcp");
-    rank_local |= name == "__0.metadata";
-  }
-  if (rank_local) {
-    return absl::UnimplementedError(absl::StrCat(
-        "the checkpoint at \"", directory,
-        "\" has an index per rank (__0.metadata, ...), which is not "
-        "supported; save it with collectives"));
   }
   if (data_files > 0) {
     return absl::NotFoundError(absl::StrCat(
@@ -82,10 +74,10 @@ struct IndexBytes {
   uint32_t crc = 0;
 };
 
-// Reads the index and sums up its bytes on the way.
+// Reads an index and sums up its bytes on the way, after those before.
 absl::StatusOr<dcp::Metadata> ReadIndex(ReadableFile& file,
                                         IndexBytes* summary) {
-  absl::crc32c_t crc{0};
+  absl::crc32c_t crc{summary->crc};
   int64_t done = 0;
   const auto read = [&](int64_t offset,
                         absl::Span<std::byte> out) -> absl::Status {
@@ -105,9 +97,76 @@ absl::StatusOr<dcp::Metadata> ReadIndex(ReadableFile& file,
         read(done, absl::MakeSpan(rest).first(std::min<int64_t>(
                        rest.size(), file.size_bytes() - done))));
   }
-  summary->size = file.size_bytes();
+  summary->size += file.size_bytes();
   summary->crc = static_cast<uint32_t>(crc);
   return index;
+}
+
+absl::StatusOr<dcp::Metadata> OpenIndex(FileSystem& files,
+                                        const std::string& path,
+                                        IndexBytes* summary) {
+  DSD_ASSIGN_OR_RETURN(const std::unique_ptr<ReadableFile> file,
+                       files.OpenReadable(path));
+  if (file->size_bytes() > kMaxIndexBytes) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("\"", path, "\" has ", file->size_bytes(),
+                     " bytes, the limit is ", kMaxIndexBytes));
+  }
+  absl::StatusOr<dcp::Metadata> index = ReadIndex(*file, summary);
+  DSD_RETURN_IF_ERROR(index.status()) << "\"" << path << "\"";
+  return index;
+}
+
+// What each rank wrote for itself, as one index.
+absl::StatusOr<dcp::Metadata> OpenRankIndexes(Env* env,
+                                              const std::string& directory,
+                                              std::vector<std::string>* names,
+                                              IndexBytes* summary) {
+  DSD_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                       env->files().List(directory));
+  std::vector<std::pair<int, std::string>> found;
+  for (const std::string& name : all) {
+    if (const std::optional<int> rank = RankOfIndex(name)) {
+      found.emplace_back(*rank, name);
+    }
+  }
+  std::sort(found.begin(), found.end());
+  std::vector<Checkpoint::Impl> ranks(found.size());
+  std::vector<dcp::Metadata> indexes;
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (found[i].first != static_cast<int>(i)) {
+      return absl::NotFoundError(
+          absl::StrCat("the checkpoint at \"", directory,
+                       "\" has an index per rank, but none of rank ", i));
+    }
+    DSD_ASSIGN_OR_RETURN(
+        dcp::Metadata index,
+        OpenIndex(env->files(), JoinFile(directory, found[i].second), summary));
+    ranks[i].directory = directory;
+    ranks[i].env = env;
+    ranks[i].index = index;
+    indexes.push_back(std::move(index));
+    names->push_back(found[i].second);
+  }
+  const auto are_equal = [&](absl::Span<const dcp::RankObject> objects) {
+    std::optional<std::string> first;
+    for (const dcp::RankObject& object : objects) {
+      const absl::StatusOr<std::string> pickle =
+          ItemReader(&ranks[object.rank]).ReadObjectPickle(object.object);
+      // What cannot be read cannot be told apart: each is kept.
+      if (!pickle.ok()) return false;
+      if (!first.has_value()) first = *pickle;
+      if (*first != *pickle) return false;
+    }
+    return true;
+  };
+  absl::StatusOr<dcp::Metadata> merged = dcp::MergeRankLocal(
+      indexes, [&](absl::Span<const dcp::RankObject> objects) {
+        return absl::StatusOr<bool>(are_equal(objects));
+      });
+  DSD_RETURN_IF_ERROR(merged.status())
+      << "the indexes of the ranks in \"" << directory << "\"";
+  return merged;
 }
 
 }  // namespace
@@ -134,23 +193,17 @@ absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(
   impl->env = options.env;
   FileSystem& files = options.env->files();
   const std::string path = JoinFile(directory, kIndexFile);
-  const absl::StatusOr<std::unique_ptr<ReadableFile>> file =
-      files.OpenReadable(path);
-  if (!file.ok()) {
-    if (absl::IsNotFound(file.status()) ||
-        absl::IsFailedPrecondition(file.status())) {
+  IndexBytes bytes;
+  absl::StatusOr<dcp::Metadata> index = OpenIndex(files, path, &bytes);
+  if (absl::IsNotFound(index.status()) ||
+      absl::IsFailedPrecondition(index.status())) {
+    if (!files.Stat(JoinFile(directory, "__0.metadata")).ok()) {
       return NoIndex(files, directory);
     }
-    return file.status();
+    index =
+        OpenRankIndexes(options.env, directory, &impl->rank_indexes, &bytes);
   }
-  if ((*file)->size_bytes() > kMaxIndexBytes) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("\"", path, "\" has ", (*file)->size_bytes(),
-                     " bytes, the limit is ", kMaxIndexBytes));
-  }
-  IndexBytes bytes;
-  absl::StatusOr<dcp::Metadata> index = ReadIndex(**file, &bytes);
-  DSD_RETURN_IF_ERROR(index.status()) << "\"" << path << "\"";
+  DSD_RETURN_IF_ERROR(index.status());
   impl->index = *std::move(index);
   DigestBuilder fingerprint;
   fingerprint.Add(impl->index.save_id).Add(bytes.size).Add(bytes.crc);

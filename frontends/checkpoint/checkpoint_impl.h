@@ -20,6 +20,8 @@ struct Checkpoint::Impl {
   std::string directory;
   Env* env = nullptr;
   dcp::Metadata index;
+  // Files that it is made of, if each rank wrote its own.
+  std::vector<std::string> rank_indexes;
   Digest fingerprint;
   Catalog catalog;
   std::vector<size_t> entry_of;  // catalog position -> index.tensors

@@ -19,7 +19,11 @@
 #include "dsd/core/base/fake_env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/random_layout.h"
+#include "dsd/core/value/flatten.h"
+#include "dsd/frontends/checkpoint/dcp/metadata.h"
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
+#include "dsd/frontends/checkpoint/dcp/tensor_item.h"
+#include "dsd/frontends/checkpoint/dcp/zip_writer.h"
 #include "dsd/frontends/checkpoint/digests_file.h"
 #include "dsd/frontends/checkpoint/file_names.h"
 #include "dsd/frontends/checkpoint/test_state.h"
@@ -436,7 +440,7 @@ TEST(CheckpointTest, SaysWhyThereIsNoCheckpoint) {
               IsStatus(absl::StatusCode::kNotFound, "is not complete"));
   env.fake_files().SetContent("/torn/__0.metadata", "x");
   EXPECT_THAT(load("/torn"),
-              IsStatus(absl::StatusCode::kUnimplemented, "an index per rank"));
+              IsStatus(absl::StatusCode::kDataLoss, "/torn/__0.metadata"));
   env.fake_files().SetContent("/file", "x");
   EXPECT_THAT(load("/file"),
               IsStatus(absl::StatusCode::kNotFound, "it is not a directory"));
@@ -734,6 +738,107 @@ TEST(CheckpointTest, OldDigestsAreCheckedAsTheyWereMade) {
   env.fake_files().SetContent(path, text);
   EXPECT_THAT(Checkpoint::Open(kDir, {true, &env}).status(),
               IsStatus(absl::StatusCode::kUnimplemented, "newer"));
+}
+
+// Every rank has saved for itself (use_collectives=False in Python).
+TEST(CheckpointTest, AnIndexPerRankIsOneCheckpoint) {
+  FakeEnv env;
+  std::vector<TestTensor> tensors = {
+      {{std::string("w")}, DType::kFloat32, Rows({7, 3}, 2)},
+      {{std::string("r")}, DType::kFloat32, Whole({5}, 2)}};
+  const auto own_index = [](int rank) {
+    return JoinFile(kDir, absl::StrCat("__", rank, ".metadata"));
+  };
+  // What `rank` alone would write, under names of its own.
+  const auto write = [&](int rank, int64_t seen) {
+    TestState state =
+        TestState::Filled(tensors, rank, 1,
+                          {{{std::string("step")}, Object(17)},
+                           {{std::string("seen")}, Object(seen)}});
+    dcp::Metadata index;
+    index.save_id = "id";
+    index.files = {absl::StrCat("__", rank, "_0.distcp")};
+    std::string file;
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      const TensorSpec& spec = state.state().tensors->catalog()[t];
+      index.AddTensor(spec.fqn, {spec.fqn}, spec.dtype, spec.shape());
+      for (const LocalBox& local : spec.layout.BoxesOf(rank)) {
+        std::string bytes(local.box.num_elements() * 4, '\0');
+        ASSERT_TRUE(
+            state.state()
+                .tensors
+                ->Read(
+                    t, local.box, 0, local.box.num_elements(), spec.dtype,
+                    absl::MakeSpan(reinterpret_cast<std::byte*>(bytes.data()),
+                                   bytes.size()))
+                .ok());
+        const dcp::TensorArchive archive(spec.dtype, local.box.extents());
+        index.AddChunk(local.box, {0, static_cast<int64_t>(file.size()),
+                                   archive.total_bytes()});
+        absl::StrAppend(&file, archive.head(), bytes,
+                        archive.Tail(dcp::Crc32(0, bytes)));
+      }
+    }
+    for (const ObjectEntry& object : state.state().objects) {
+      const std::string archive =
+          dcp::ObjectArchive(*dcp::EncodeObjectPickle(object.value));
+      dcp::ObjectEntryInfo info;
+      info.key = JoinPath(object.path);
+      info.path = object.path;
+      info.location = {0, static_cast<int64_t>(file.size()),
+                       static_cast<int64_t>(archive.size())};
+      index.objects.push_back(std::move(info));
+      file += archive;
+    }
+    std::string encoded;
+    ASSERT_TRUE(dcp::EncodeMetadata(index, [&](absl::string_view bytes) {
+                  encoded.append(bytes.data(), bytes.size());
+                  return absl::OkStatus();
+                }).ok());
+    env.fake_files().SetContent(JoinFile(kDir, index.files[0]), file);
+    env.fake_files().SetContent(own_index(rank), encoded);
+  };
+  ASSERT_TRUE(env.files().CreateDirs(kDir).ok());
+  write(0, 100);
+  write(1, 101);
+  const auto load = [&] {
+    TestState state =
+        TestState::Blank({{{std::string("w")}, DType::kFloat32, Whole({7, 3})},
+                          {{std::string("r")}, DType::kFloat32, Whole({5})}},
+                         0,
+                         {{{std::string("step")}, Object()},
+                          {{std::string("seen@rank0")}, Object()},
+                          {{std::string("seen@rank1")}, Object()}});
+    const absl::Status status =
+        Load(kDir, state.state(), nullptr, LoadFrom(env)).status();
+    if (status.ok()) {
+      EXPECT_EQ(state.Difference(1), "");
+      EXPECT_TRUE(state.state().objects[0].value == Object(17));
+      EXPECT_TRUE(state.state().objects[1].value == Object(100));
+      EXPECT_TRUE(state.state().objects[2].value == Object(101));
+    }
+    return status;
+  };
+  EXPECT_TRUE(load().ok()) << load();
+  const auto opened = Checkpoint::Open(kDir, {true, &env});
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  // A replica counts once.
+  EXPECT_EQ((*opened)->Chunks(*(*opened)->catalog().Find("r")).size(), 1u);
+  const VerifyReport verified = Verify(**opened);
+  EXPECT_TRUE(verified.problems.empty());
+  EXPECT_TRUE(verified.unreferenced.empty());
+
+  // Ranks that contradict each other, and one that is not there.
+  tensors[0].layout = Rows({8, 3}, 2);
+  write(1, 101);
+  EXPECT_THAT(load(), IsStatus(absl::StatusCode::kDataLoss,
+                               "\"w\" is float32 [7, 3] for rank 0 and float32 "
+                               "[8, 3] for rank 1"));
+  tensors[0].layout = Rows({7, 3}, 2);
+  write(1, 101);
+  EXPECT_TRUE(load().ok());
+  ASSERT_TRUE(env.files().Rename(own_index(1), own_index(2)).ok());
+  EXPECT_THAT(load(), IsStatus(absl::StatusCode::kNotFound, "none of rank 1"));
 }
 
 TEST(CheckpointTest, AMissingFileIsEverybodysError) {

@@ -4,6 +4,7 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 
@@ -96,10 +97,25 @@ absl::string_view IdOfDataFile(absl::string_view name) {
   return rest;
 }
 
+std::optional<int> RankOfIndex(absl::string_view name) {
+  int rank;
+  if (!absl::ConsumePrefix(&name, "__") ||
+      !absl::ConsumeSuffix(&name, ".metadata") || name.empty() ||
+      name.find_first_not_of("0123456789") != absl::string_view::npos ||
+      !absl::SimpleAtoi(name, &rank)) {
+    return std::nullopt;
+  }
+  return rank;
+}
+
 bool IsCheckpointFile(absl::string_view name) {
   absl::string_view rest;
   if (ParseDataFile(name, &rest)) {
     return rest.empty() || !IdOfDataFile(name).empty();
+  }
+  if (RankOfIndex(name).has_value() ||
+      RankOfIndex(absl::StripSuffix(name, ".tmp")).has_value()) {
+    return true;
   }
   if (absl::ConsumePrefix(&name, kDigestsPrefix)) return IsId(name);
   return absl::ConsumePrefix(&name, kTemporaryPrefix) &&

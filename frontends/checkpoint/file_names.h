@@ -6,6 +6,7 @@
 #define DSD_FRONTENDS_CHECKPOINT_FILE_NAMES_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/strings/string_view.h"
@@ -30,11 +31,15 @@ std::string DataFile(int rank, int number, absl::string_view file_id);
 std::string DigestsFile(absl::string_view file_id);
 std::string TemporaryIndexFile(absl::string_view file_id);
 
+// The rank whose own index has this name ("__<rank>.metadata", which Python
+// writes without collectives); nullopt for other names.
+std::optional<int> RankOfIndex(absl::string_view name);
+
 // The id in the name of a data file that dsd wrote, "" for other names.
 absl::string_view IdOfDataFile(absl::string_view name);
 
 // Names that saves make and leave behind when they are replaced or interrupted:
-// data files of Python and dsd, digests, temporary indexes.
+// data files of Python and dsd, digests, temporary indexes, indexes of ranks.
 bool IsCheckpointFile(absl::string_view name);
 
 }  // namespace dsd::checkpoint

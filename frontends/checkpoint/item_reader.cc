@@ -11,6 +11,8 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/transfer/endpoint.h"
+#include "dsd/frontends/checkpoint/dcp/memory_file.h"
+#include "dsd/frontends/checkpoint/dcp/stream_transform.h"
 #include "dsd/frontends/checkpoint/dcp/zip_writer.h"
 #include "dsd/frontends/checkpoint/file_names.h"
 
@@ -28,14 +30,10 @@ constexpr int64_t kManyRuns = 1024;
 constexpr int64_t kSpanBytes = 1 << 20;
 // Records of strided elements that are kept for the next read.
 constexpr int64_t kMaxKeptRecordBytes = int64_t{256} << 20;
+// More than what is around the elements in an archive.
+constexpr int64_t kMaxAroundBytes = 1 << 20;
 // More than what aligns items in dsd's files.
 constexpr int64_t kMaxGapBytes = 4096;
-
-void SwapUnits(absl::Span<std::byte> bytes, int64_t unit) {
-  for (size_t at = 0; at + unit <= bytes.size(); at += unit) {
-    std::reverse(bytes.begin() + at, bytes.begin() + at + unit);
-  }
-}
 
 absl::Status Foreign(absl::string_view what) {
   return absl::DataLossError(
@@ -75,9 +73,31 @@ std::string ItemReader::QuotedFile(uint32_t file) const {
       "\"");
 }
 
+absl::StatusOr<std::unique_ptr<ReadableFile>> ItemReader::Decode(
+    const dcp::ItemLocation& location, absl::string_view transforms,
+    int64_t max_bytes) {
+  DSD_RETURN_IF_ERROR(dcp::CheckTransforms(transforms));
+  DSD_ASSIGN_OR_RETURN(ReadableFile* const file, OpenFile(location.file));
+  DSD_ASSIGN_OR_RETURN(dcp::FileSlice slice,
+                       dcp::FileSlice::Create(file, location.offset_bytes,
+                                              location.length_bytes));
+  // What does not compress gets longer, but not by much.
+  if (location.length_bytes > max_bytes + max_bytes / 64) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        location.length_bytes, " bytes are stored, for at most ", max_bytes));
+  }
+  DSD_ASSIGN_OR_RETURN(const absl::string_view stored,
+                       slice.Fetch(0, location.length_bytes));
+  stats_.overhead_bytes += location.length_bytes;
+  DSD_ASSIGN_OR_RETURN(std::string archive,
+                       dcp::DecodeStream(transforms, stored, max_bytes));
+  return std::make_unique<dcp::MemoryFile>(std::move(archive));
+}
+
 void ItemReader::ForgetChunks() {
   chunks_.clear();
   kept_record_bytes_ = 0;
+  kept_decoded_bytes_ = 0;
 }
 
 absl::Status ItemReader::CheckGap(uint32_t file, int64_t begin, int64_t end) {
@@ -133,21 +153,32 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
   const std::string where =
       Where(tensor.key, absl::StrCat(" ", box.ToString()), location);
   const auto transform = impl_.index.chunk_transforms.find(id);
-  if (transform != impl_.index.chunk_transforms.end()) {
-    return absl::UnimplementedError(absl::StrCat(
-        where, ": stored through \"", absl::CHexEscape(transform->second),
-        "\", which is not supported"));
+  const bool transformed = transform != impl_.index.chunk_transforms.end();
+  std::unique_ptr<ReadableFile> decoded;
+  int64_t begin = location.offset_bytes;
+  int64_t length = location.length_bytes;
+  if (transformed) {
+    if (kept_decoded_bytes_ > kMaxKeptRecordBytes) ForgetChunks();
+    absl::StatusOr<std::unique_ptr<ReadableFile>> archive =
+        Decode(location, transform->second,
+               box.num_elements() * ItemSize(*tensor.dtype) + kMaxAroundBytes);
+    DSD_RETURN_IF_ERROR(archive.status()) << where;
+    decoded = *std::move(archive);
+    begin = 0;
+    length = decoded->size_bytes();
+    kept_decoded_bytes_ += length;
   }
-  absl::StatusOr<ReadableFile*> file = OpenFile(location.file);
+  absl::StatusOr<ReadableFile*> file =
+      transformed ? decoded.get() : OpenFile(location.file);
   DSD_RETURN_IF_ERROR(file.status()) << where;
-  absl::StatusOr<dcp::FileSlice> slice = dcp::FileSlice::Create(
-      *file, location.offset_bytes, location.length_bytes);
+  absl::StatusOr<dcp::FileSlice> slice =
+      dcp::FileSlice::Create(*file, begin, length);
   DSD_RETURN_IF_ERROR(slice.status()) << where;
   auto chunk = std::make_unique<Chunk>(*std::move(slice));
+  chunk->decoded = std::move(decoded);
   chunk->where = where;
-  if (all && location.length_bytes <= kSmallArchiveBytes) {
-    DSD_RETURN_IF_ERROR(chunk->slice.Fetch(0, location.length_bytes).status())
-        << where;
+  if (all && length <= kSmallArchiveBytes) {
+    DSD_RETURN_IF_ERROR(chunk->slice.Fetch(0, length).status()) << where;
   }
   const Dims shape = box.extents();
   if (impl_.has_digests) {
@@ -175,8 +206,10 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
   // Elements of an archive that was read as a whole are counted when they are
   // asked for.
   const int64_t read = chunk->slice.bytes_read();
-  const bool has_payload = read == location.length_bytes;
-  stats_.overhead_bytes += read - (has_payload ? chunk->item.record_bytes : 0);
+  const bool has_payload = read == length;
+  if (!transformed)
+    stats_.overhead_bytes +=
+        read - (has_payload ? chunk->item.record_bytes : 0);
   return (chunks_[id] = std::move(chunk)).get();
 }
 
@@ -216,9 +249,7 @@ absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
     }
     PackRange(view, box.extents(), item_size, begin, end, out.data());
   }
-  if (chunk.item.swap_unit_bytes > 0) {
-    SwapUnits(out, chunk.item.swap_unit_bytes);
-  }
+  if (!chunk.item.is_plain()) chunk.item.Normalize(out);
   return absl::OkStatus();
 }
 
@@ -324,18 +355,25 @@ absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
   const dcp::ObjectEntryInfo& info = impl_.index.objects[object];
   const std::string where = WhereObject(object);
   const auto transform = impl_.index.object_transforms.find(object);
+  std::unique_ptr<ReadableFile> decoded;
+  int64_t begin = info.location.offset_bytes;
+  int64_t length = info.location.length_bytes;
   if (transform != impl_.index.object_transforms.end()) {
-    return absl::UnimplementedError(absl::StrCat(
-        where, ": stored through \"", absl::CHexEscape(transform->second),
-        "\", which is not supported"));
+    absl::StatusOr<std::unique_ptr<ReadableFile>> archive =
+        Decode(info.location, transform->second, dcp::kMaxObjectBytes);
+    DSD_RETURN_IF_ERROR(archive.status()) << where;
+    decoded = *std::move(archive);
+    begin = 0;
+    length = decoded->size_bytes();
   }
-  absl::StatusOr<ReadableFile*> file = OpenFile(info.location.file);
+  absl::StatusOr<ReadableFile*> file =
+      decoded != nullptr ? decoded.get() : OpenFile(info.location.file);
   DSD_RETURN_IF_ERROR(file.status()) << where;
-  absl::StatusOr<dcp::FileSlice> slice = dcp::FileSlice::Create(
-      *file, info.location.offset_bytes, info.location.length_bytes);
+  absl::StatusOr<dcp::FileSlice> slice =
+      dcp::FileSlice::Create(*file, begin, length);
   DSD_RETURN_IF_ERROR(slice.status()) << where;
   absl::StatusOr<std::string> pickle = dcp::ReadObjectPickle(&*slice);
-  stats_.overhead_bytes += slice->bytes_read();
+  if (decoded == nullptr) stats_.overhead_bytes += slice->bytes_read();
   DSD_RETURN_IF_ERROR(pickle.status()) << where;
   if (!impl_.has_digests) return pickle;
 

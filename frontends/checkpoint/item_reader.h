@@ -36,6 +36,7 @@ class ItemReader {
   // One open archive of a tensor.
   struct Chunk {
     explicit Chunk(dcp::FileSlice slice) : slice(std::move(slice)) {}
+    std::unique_ptr<ReadableFile> decoded;  // of a transformed item, whole
     dcp::FileSlice slice;
     dcp::TensorItem item;
     bool row_major = true;  // elements back to back
@@ -68,6 +69,10 @@ class ItemReader {
 
  private:
   absl::StatusOr<ReadableFile*> OpenFile(uint32_t file);
+  // The archive of an item that was stored through transforms.
+  absl::StatusOr<std::unique_ptr<ReadableFile>> Decode(
+      const dcp::ItemLocation& location, absl::string_view transforms,
+      int64_t max_bytes);
   std::string Where(absl::string_view key, absl::string_view part,
                     const dcp::ItemLocation& location) const;
   void ForgetChunks();
@@ -79,7 +84,8 @@ class ItemReader {
   const Checkpoint::Impl& impl_;
   absl::flat_hash_map<uint32_t, std::unique_ptr<ReadableFile>> files_;
   absl::flat_hash_map<size_t, std::unique_ptr<Chunk>> chunks_;
-  int64_t kept_record_bytes_ = 0;
+  int64_t kept_record_bytes_ = 0;   // strided ones
+  int64_t kept_decoded_bytes_ = 0;  // transformed ones
   dcp::TensorArchives archives_;
   ReadStats stats_;
 };

@@ -72,12 +72,15 @@ absl::StatusOr<std::vector<Found>> Find(const StepName& series,
     const std::string directory = JoinFile(series.root, name);
     const absl::StatusOr<FileInfo> info = files.Stat(directory);
     if (!info.ok() || info->kind != FileKind::kDirectory) continue;
-    const absl::StatusOr<FileInfo> index =
-        files.Stat(JoinFile(directory, kIndexFile));
-    if (!index.ok() && !absl::IsNotFound(index.status())) {
-      return index.status();
+    bool committed = false;
+    // The second is one of Python's without collectives.
+    for (const char* const index : {kIndexFile, "__0.metadata"}) {
+      const absl::Status status =
+          files.Stat(JoinFile(directory, index)).status();
+      if (!status.ok() && !absl::IsNotFound(status)) return status;
+      committed |= status.ok();
     }
-    out.push_back({*number, name, index.ok()});
+    out.push_back({*number, name, committed});
   }
   std::stable_sort(out.begin(), out.end(), [](const Found& a, const Found& b) {
     return a.number < b.number;
@@ -185,14 +188,16 @@ absl::StatusOr<std::vector<std::string>> PruneOlder(const StepName& newest,
     newer += step->committed;
     if (kept) continue;
     const std::string directory = JoinFile(newest.root, step->name);
-    if (step->committed) {
-      DSD_RETURN_IF_ERROR(files.Remove(JoinFile(directory, kIndexFile)));
-      DSD_RETURN_IF_ERROR(files.SyncDir(directory));
+    DSD_ASSIGN_OR_RETURN(std::vector<std::string> names, files.List(directory));
+    for (std::string& name : names) {
+      if (name != kIndexFile && !RankOfIndex(name).has_value()) continue;
+      DSD_RETURN_IF_ERROR(files.Remove(JoinFile(directory, name)));
+      name.clear();
     }
-    DSD_ASSIGN_OR_RETURN(const std::vector<std::string> names,
-                         files.List(directory));
+    if (step->committed) DSD_RETURN_IF_ERROR(files.SyncDir(directory));
     bool empty = true;
     for (const std::string& name : names) {
+      if (name.empty()) continue;  // removed above
       if (!IsCheckpointFile(name)) {
         empty = false;
         continue;

@@ -98,8 +98,7 @@ class Verifier {
     DSD_ASSIGN_OR_RETURN(ItemReader::Chunk * chunk,
                          reader_.OpenChunk(entry_index, index, true));
     const int64_t elements = box.num_elements();
-    const bool one_pass = chunk->row_major &&
-                          chunk->item.swap_unit_bytes == 0 &&
+    const bool one_pass = chunk->row_major && chunk->item.is_plain() &&
                           chunk->item.record_bytes == elements * item_size;
     uint32_t crc = 0;
     const int64_t step = kPieceBytes / item_size;
@@ -149,6 +148,7 @@ class Verifier {
     }
     absl::flat_hash_set<std::string> known(impl_.index.files.begin(),
                                            impl_.index.files.end());
+    known.insert(impl_.rank_indexes.begin(), impl_.rank_indexes.end());
     known.insert(DigestsFile(FileId(impl_.index.save_id)));
     for (const std::string& name : *names) {
       if (IsCheckpointFile(name) && !known.contains(name)) {

@@ -47,7 +47,7 @@ TEST(TensorItemTest, EveryDTypeAndShapeReadsBack) {
       EXPECT_EQ(item->shape, shape);
       EXPECT_EQ(item->data_at % 64, 0);
       EXPECT_EQ(archive.substr(item->data_at, bytes), std::string(bytes, '\1'));
-      EXPECT_EQ(item->swap_unit_bytes, 0);
+      EXPECT_TRUE(item->is_plain());
     }
   }
 }
@@ -135,12 +135,57 @@ TEST(TensorItemTest, StridesOffsetsAndByteOrder) {
 
   parts = {};
   parts.byteorder = "big";
-  EXPECT_EQ(ReadTensor(Build(parts))->swap_unit_bytes, 4);
+  EXPECT_TRUE(ReadTensor(Build(parts))->big_endian);
+  parts.storage = "ByteStorage";
+  EXPECT_TRUE(ReadTensor(Build(parts))->is_plain());
+}
+
+TEST(TensorItemTest, NormalizeUndoesByteOrderAndSigns) {
+  const auto normalized = [](DType dtype, bool big, bool conj, bool neg) {
+    TensorItem item;
+    item.dtype = dtype;
+    item.big_endian = big;
+    item.conjugated = conj;
+    item.negated = neg;
+    std::vector<std::byte> bytes;
+    for (int i = 0; i < 16; ++i) bytes.push_back(std::byte(i));
+    item.Normalize(absl::MakeSpan(bytes));
+    std::string hex;
+    for (const std::byte b : bytes) {
+      absl::StrAppend(&hex, absl::Hex(static_cast<int>(b), absl::kZeroPad2));
+    }
+    return hex;
+  };
+  EXPECT_EQ(normalized(DType::kFloat32, true, false, false),
+            "03020100070605040b0a09080f0e0d0c");
+  EXPECT_EQ(normalized(DType::kComplex64, true, false, false),
+            "03020100070605040b0a09080f0e0d0c");
+  EXPECT_EQ(normalized(DType::kInt64, true, false, false),
+            "07060504030201000f0e0d0c0b0a0908");
+  EXPECT_EQ(normalized(DType::kComplex64, false, true, false),
+            "0001020304050687"
+            "08090a0b0c0d0e8f");
+  EXPECT_EQ(normalized(DType::kComplex64, false, false, true),
+            "0001028304050687"
+            "08090a8b0c0d0e8f");
+  EXPECT_EQ(normalized(DType::kComplex64, false, true, true),
+            "0001028304050607"
+            "08090a8b0c0d0e0f");
+  EXPECT_EQ(normalized(DType::kComplex128, true, true, false),
+            "0706050403020100"
+            "0f0e0d0c0b0a0988");
+  EXPECT_EQ(normalized(DType::kBFloat16, false, false, true),
+            "008102830485068708890a8b0c8d0e8f");
+}
+
+TEST(TensorItemTest, ConjugatesAreReadWhereTheyCanBe) {
+  Parts parts;
+  parts.conj = true;
   parts.storage = "ComplexFloatStorage";
   parts.count = 3;
   parts.size = {3};
   parts.stride = {1};
-  EXPECT_EQ(ReadTensor(Build(parts))->swap_unit_bytes, 4);
+  EXPECT_TRUE(ReadTensor(Build(parts))->conjugated);
 }
 
 TEST(TensorItemTest, HostileTensorsAreRefused) {
@@ -175,7 +220,7 @@ TEST(TensorItemTest, HostileTensorsAreRefused) {
   EXPECT_EQ(code([](Parts& p) { p.storage = "QInt8Storage"; }), kUnimplemented);
   EXPECT_EQ(code([](Parts& p) { p.function = "_rebuild_sparse_tensor"; }),
             kUnimplemented);
-  EXPECT_EQ(code([](Parts& p) { p.conj = true; }), kUnimplemented);
+  EXPECT_EQ(code([](Parts& p) { p.conj = true; }), kDataLoss);
 }
 
 TEST(TensorItemTest, EveryTruncationAndFlipIsATypedErrorOrTheSameTensor) {

@@ -13,7 +13,7 @@
 
 namespace dsd::dcp {
 
-// A string as a file, for tests.
+// A string as a file. Thread-safe.
 class MemoryFile final : public ReadableFile {
  public:
   explicit MemoryFile(std::string bytes) : bytes_(std::move(bytes)) {}

@@ -89,6 +89,24 @@ absl::StatusOr<Metadata> DecodeMetadata(int64_t size_bytes,
                                         Pickle::ReadFn read);
 absl::StatusOr<Metadata> DecodeMetadata(absl::string_view bytes);
 
+// No two chunks of a tensor overlap. DataLoss naming both; ResourceExhausted if
+// there are too many beside each other to tell.
+absl::Status CheckOverlap(const Metadata& metadata);
+
+struct RankObject {
+  size_t rank;
+  size_t object;  // in that rank's Metadata::objects
+};
+
+// The indexes that all ranks of a job wrote for themselves
+// (use_collectives=False), as one. Of equal boxes the first counts. Objects of
+// one key for which `are_equal` gives false, are all kept, as "<key>@rank<r>".
+// Errors: of `are_equal`; DataLoss for ranks that contradict each other.
+absl::StatusOr<Metadata> MergeRankLocal(
+    absl::Span<const Metadata> ranks,
+    absl::FunctionRef<absl::StatusOr<bool>(absl::Span<const RankObject>)>
+        are_equal);
+
 // Encodes for Python's torch >= 2.6, in pieces. Errors: of `sink`;
 // InvalidArgument for keys that are not UTF-8.
 absl::Status EncodeMetadata(

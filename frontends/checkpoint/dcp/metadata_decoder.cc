@@ -187,9 +187,7 @@ class Decoder {
         }
       }
     }
-    for (const TensorEntry& tensor : out_.tensors) {
-      DSD_RETURN_IF_ERROR(CheckOverlap(tensor));
-    }
+    DSD_RETURN_IF_ERROR(CheckOverlap(out_));
     return std::move(out_);
   }
 
@@ -565,71 +563,6 @@ class Decoder {
     return absl::OkStatus();
   }
 
-  // Sweeps along the dimension with most cuts.
-  absl::Status CheckOverlap(const TensorEntry& tensor) {
-    if (tensor.num_chunks < 2) return absl::OkStatus();
-    const int ndim = tensor.ndim();
-    const auto lo = [&](size_t chunk, int d) {
-      return out_.bounds[tensor.first_bound + 2 * ndim * chunk + d];
-    };
-    const auto size = [&](size_t chunk, int d) { return lo(chunk, ndim + d); };
-    std::vector<uint32_t> order;
-    for (size_t i = 0; i < tensor.num_chunks; ++i) {
-      bool empty = false;
-      for (int d = 0; d < ndim; ++d) empty |= size(i, d) == 0;
-      if (!empty) order.push_back(static_cast<uint32_t>(i));
-    }
-    int sweep = 0;
-    size_t most = 0;
-    for (int d = 0; d < ndim; ++d) {
-      absl::flat_hash_set<int64_t> cuts;
-      for (uint32_t chunk : order) cuts.insert(lo(chunk, d));
-      if (cuts.size() > most) {
-        most = cuts.size();
-        sweep = d;
-      }
-    }
-    if (ndim > 0) {
-      std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
-        return lo(a, sweep) < lo(b, sweep);
-      });
-    }
-    std::vector<uint32_t> active;
-    for (uint32_t chunk : order) {
-      if (ndim > 0) {
-        active.erase(std::remove_if(active.begin(), active.end(),
-                                    [&](uint32_t other) {
-                                      return lo(other, sweep) +
-                                                 size(other, sweep) <=
-                                             lo(chunk, sweep);
-                                    }),
-                     active.end());
-      }
-      overlap_tests_ += static_cast<int64_t>(active.size());
-      if (overlap_tests_ > kMaxOverlapTests) {
-        return absl::ResourceExhaustedError(absl::StrCat(
-            "checkpoint index: key \"", absl::CHexEscape(tensor.key),
-            "\": too many chunks beside each other to test for overlap"));
-      }
-      for (uint32_t other : active) {
-        bool apart = false;
-        for (int d = 0; d < ndim; ++d) {
-          apart |= lo(other, d) >= lo(chunk, d) + size(chunk, d) ||
-                   lo(chunk, d) >= lo(other, d) + size(other, d);
-        }
-        if (!apart) {
-          return BadKey(
-              tensor.key,
-              absl::StrCat("chunks ", out_.ChunkBox(tensor, other).ToString(),
-                           " and ", out_.ChunkBox(tensor, chunk).ToString(),
-                           " overlap"));
-        }
-      }
-      active.push_back(chunk);
-    }
-    return absl::OkStatus();
-  }
-
   int64_t chunks_left_;
   int64_t extents_left_;
   int64_t path_bytes_left_;
@@ -641,10 +574,83 @@ class Decoder {
   uint32_t last_file_ = 0;
   absl::flat_hash_map<size_t, absl::flat_hash_map<Dims, size_t>>
       chunks_by_offset_;
-  int64_t overlap_tests_ = 0;
 };
 
+// Sweeps along the dimension with most cuts.
+absl::Status CheckOverlap(const Metadata& metadata, const TensorEntry& tensor,
+                          int64_t* tests) {
+  if (tensor.num_chunks < 2) return absl::OkStatus();
+  const int ndim = tensor.ndim();
+  const auto lo = [&](size_t chunk, int d) {
+    return metadata.bounds[tensor.first_bound + 2 * ndim * chunk + d];
+  };
+  const auto size = [&](size_t chunk, int d) { return lo(chunk, ndim + d); };
+  std::vector<uint32_t> order;
+  for (size_t i = 0; i < tensor.num_chunks; ++i) {
+    bool empty = false;
+    for (int d = 0; d < ndim; ++d) empty |= size(i, d) == 0;
+    if (!empty) order.push_back(static_cast<uint32_t>(i));
+  }
+  int sweep = 0;
+  size_t most = 0;
+  for (int d = 0; d < ndim; ++d) {
+    absl::flat_hash_set<int64_t> cuts;
+    for (uint32_t chunk : order) cuts.insert(lo(chunk, d));
+    if (cuts.size() > most) {
+      most = cuts.size();
+      sweep = d;
+    }
+  }
+  if (ndim > 0) {
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) {
+      return lo(a, sweep) < lo(b, sweep);
+    });
+  }
+  std::vector<uint32_t> active;
+  for (uint32_t chunk : order) {
+    if (ndim > 0) {
+      active.erase(std::remove_if(active.begin(), active.end(),
+                                  [&](uint32_t other) {
+                                    return lo(other, sweep) +
+                                               size(other, sweep) <=
+                                           lo(chunk, sweep);
+                                  }),
+                   active.end());
+    }
+    *tests += static_cast<int64_t>(active.size());
+    if (*tests > kMaxOverlapTests) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "checkpoint index: key \"", absl::CHexEscape(tensor.key),
+          "\": too many chunks beside each other to test for overlap"));
+    }
+    for (uint32_t other : active) {
+      bool apart = false;
+      for (int d = 0; d < ndim; ++d) {
+        apart |= lo(other, d) >= lo(chunk, d) + size(chunk, d) ||
+                 lo(chunk, d) >= lo(other, d) + size(other, d);
+      }
+      if (!apart) {
+        return BadKey(
+            tensor.key,
+            absl::StrCat("chunks ", metadata.ChunkBox(tensor, other).ToString(),
+                         " and ", metadata.ChunkBox(tensor, chunk).ToString(),
+                         " overlap"));
+      }
+    }
+    active.push_back(chunk);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
+
+absl::Status CheckOverlap(const Metadata& metadata) {
+  int64_t tests = 0;
+  for (const TensorEntry& tensor : metadata.tensors) {
+    DSD_RETURN_IF_ERROR(CheckOverlap(metadata, tensor, &tests));
+  }
+  return absl::OkStatus();
+}
 
 absl::StatusOr<Metadata> DecodeMetadata(int64_t size_bytes,
                                         Pickle::ReadFn read) {

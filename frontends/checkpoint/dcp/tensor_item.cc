@@ -137,6 +137,24 @@ absl::StatusOr<Rebuild> FindRebuild(PickleValue root) {
   return NotATensor("wrapped too deeply");
 }
 
+bool IsComplex(DType dtype) {
+  return dtype == DType::kComplex32 || dtype == DType::kComplex64 ||
+         dtype == DType::kComplex128;
+}
+
+// Bytes of a number whose highest bit is its sign; 0: the dtype has none.
+int64_t SignUnitBytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat16:
+    case DType::kBFloat16:
+    case DType::kFloat32:
+    case DType::kFloat64:
+      return ItemSize(dtype);
+    default:
+      return IsComplex(dtype) ? ItemSize(dtype) / 2 : 0;
+  }
+}
+
 std::string TensorPickle(DType dtype, absl::Span<const int64_t> shape) {
   std::string out;
   PickleWriter pickle(2, &out);
@@ -263,12 +281,16 @@ absl::StatusOr<TensorItem> ReadTensorItem(FileSlice* slice) {
   }
   if (args.size() > extra_at) {
     // {"conj": bool, "neg": bool}: bits that say how to read the values.
-    for (const absl::string_view bit : {"conj", "neg"}) {
+    const auto is_set = [&](absl::string_view bit) {
       const auto value = args[extra_at].Find(bit);
-      if (value.has_value() && value->AsBool() == true) {
-        return absl::UnimplementedError(absl::StrCat(
-            "stored tensor: the ", bit, " bit is set, which is not supported"));
-      }
+      return value.has_value() && value->AsBool() == true;
+    };
+    item.conjugated = is_set("conj");
+    item.negated = is_set("neg");
+    if ((item.conjugated && !IsComplex(item.dtype)) ||
+        (item.negated && SignUnitBytes(item.dtype) == 0)) {
+      return NotATensor(absl::StrCat("its dtype ", DTypeName(item.dtype),
+                                     " cannot be conjugated or negated"));
     }
   }
   DSD_ASSIGN_OR_RETURN(item.shape, ReadDims(args[2], "size"));
@@ -316,17 +338,29 @@ absl::StatusOr<TensorItem> ReadTensorItem(FileSlice* slice) {
   if (const ZipReader::Record* order = zip.Find("byteorder")) {
     DSD_ASSIGN_OR_RETURN(const absl::string_view text, zip.Content(*order, 16));
     if (text == "big") {
-      const bool is_complex = item.dtype == DType::kComplex32 ||
-                              item.dtype == DType::kComplex64 ||
-                              item.dtype == DType::kComplex128;
-      const int64_t unit = is_complex ? item_size / 2 : item_size;
-      item.swap_unit_bytes = unit > 1 ? unit : 0;
+      item.big_endian = item_size > 1;
     } else if (text != "little") {
       return NotATensor(absl::StrCat("byte order \"", absl::CHexEscape(text),
                                      "\", expected little or big"));
     }
   }
   return item;
+}
+
+void TensorItem::Normalize(absl::Span<std::byte> elements) const {
+  const bool is_complex = IsComplex(dtype);
+  const size_t unit =
+      static_cast<size_t>(ItemSize(dtype)) / (is_complex ? 2 : 1);
+  size_t number = 0;
+  for (size_t at = 0; at + unit <= elements.size(); at += unit, ++number) {
+    const bool imaginary = is_complex && number % 2 == 1;
+    if (big_endian) {
+      std::reverse(elements.begin() + at, elements.begin() + at + unit);
+    }
+    if (negated != (conjugated && imaginary)) {
+      elements[at + unit - 1] ^= std::byte{0x80};
+    }
+  }
 }
 
 TensorArchive::TensorArchive(DType dtype, absl::Span<const int64_t> shape)

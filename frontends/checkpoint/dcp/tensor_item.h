@@ -35,13 +35,19 @@ struct TensorItem {
   int64_t record_bytes = 0;
   uint32_t record_crc = 0;
 
-  // Big-endian: reverse each unit of so many bytes; 0: little-endian.
-  int64_t swap_unit_bytes = 0;
+  // What Read elements still need: see Normalize.
+  bool big_endian = false;
+  bool conjugated = false;  // the imaginary parts are stored negated
+  bool negated = false;     // all values are
+
+  bool is_plain() const { return !big_endian && !conjugated && !negated; }
+  // Makes elements, as they are stored, what they stand for.
+  void Normalize(absl::Span<std::byte> elements) const;
 };
 
 // Reads archive and pickle; not the elements.
 // Errors: DataLoss (damaged, or not a tensor); Unimplemented (quantized,
-// sparse, conjugated, of an unknown dtype).
+// sparse, of an unknown dtype).
 absl::StatusOr<TensorItem> ReadTensorItem(FileSlice* slice);
 
 // What surrounds the elements of a contiguous tensor in an archive written

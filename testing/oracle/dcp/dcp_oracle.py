@@ -9,16 +9,54 @@ files the elements, row-major.
 """
 
 import collections
+import ctypes
 import io
 import os
 import subprocess
 import sys
 import tempfile
+import types
 import zipfile
+
+
+class ZstdCompressor:
+  """The part of the package zstandard that torch uses, over the system's library: the package is not needed for it."""
+
+  class Writer(io.RawIOBase):
+
+    def __init__(self, output):
+      self.output, self.data = output, b""
+
+    def writable(self):
+      return True
+
+    def write(self, data):
+      self.data += bytes(data)
+      return len(bytes(data))
+
+    def close(self):
+      if not self.closed and self.data:
+        zstd = ctypes.CDLL("libzstd.so.1")
+        zstd.ZSTD_compressBound.restype = zstd.ZSTD_compress.restype = ctypes.c_size_t
+        room = zstd.ZSTD_compressBound(ctypes.c_size_t(len(self.data)))
+        packed = ctypes.create_string_buffer(room)
+        size = zstd.ZSTD_compress(packed, ctypes.c_size_t(room), self.data, ctypes.c_size_t(len(self.data)), 3)
+        self.output.write(packed.raw[:size])
+        self.data = b""
+      super().close()
+
+  def stream_writer(self, output):
+    return self.Writer(output)
+
+
+zstandard = types.ModuleType("zstandard")
+zstandard.ZstdCompressor = ZstdCompressor
+sys.modules["zstandard"] = zstandard
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._extension import ZStandard
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
@@ -35,7 +73,7 @@ def tensor_of(data, dtype, shape):
 
 
 def bytes_of(tensor):
-  flat = tensor.detach().contiguous().reshape(-1)
+  flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
   return bytes(flat.view(torch.uint8).numpy().tobytes()) if flat.numel() else b""
 
 
@@ -119,6 +157,8 @@ def write(folder):
       "column": base[:, 3],
       "permuted": filled("bfloat16", [2, 3, 4], 105).permute(2, 0, 1),
       "channels_last": filled("float32", [2, 3, 4, 5], 106).to(memory_format=torch.channels_last),
+      "conjugate": filled("complex64", [3, 4], 120).conj(),
+      "negative": torch._neg_view(filled("float64", [5], 121)),
   }
   state["dotted.key"] = {"layer.weight": filled("float64", [2], 107)}
   state["objects"] = objects()
@@ -142,6 +182,12 @@ def write(folder):
   for case, options in (("threads", {"thread_count": 5}), ("file_per_item", {"single_file_per_rank": False})):
     save(few, case, **options)
     dump(os.path.join(folder, case + ".dump"), dict(flat_tensors(few)))
+
+  # Compressed.
+  save({"w": torch.arange(100000, dtype=torch.float32).reshape(500, 200), "few": few}, "zstd", _extensions=[ZStandard()])
+  dump(
+      os.path.join(folder, "zstd.dump"),
+      dict(flat_tensors({"w": torch.arange(100000, dtype=torch.float32).reshape(500, 200), "few": few})))
 
   # Ranks: even, uneven and empty shards, two mesh dimensions, replicas, AdamW state.
   meeting = tempfile.mktemp(dir=folder)
@@ -196,8 +242,12 @@ def write_as_rank(folder, rank, meeting):
     for name, tensor in flat_tensors({key: value}):
       whole[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
   dcp.save(state, checkpoint_id=os.path.join(folder, "ranks"))
+  # Each rank for itself, with an index of its own.
+  state["mine"] = "of rank %d" % rank
+  dcp.save(state, checkpoint_id=os.path.join(folder, "local"), use_collectives=False)
   if rank == 0:
     dump(os.path.join(folder, "ranks.dump"), whole)
+    dump(os.path.join(folder, "local.dump"), whole)
   dist.barrier()
   os._exit(0)
 

@@ -185,7 +185,7 @@ std::string* ReadsPythonTest::folder_ = nullptr;
 
 TEST_F(ReadsPythonTest, EveryTensorOfEveryCase) {
   for (const char* const name :
-       {"everything", "threads", "file_per_item", "ranks"}) {
+       {"everything", "threads", "file_per_item", "zstd", "ranks", "local"}) {
     SCOPED_TRACE(name);
     const std::string dir = absl::StrCat(*folder_, "/", name);
     const std::map<std::string, Dumped> expected = ReadDump(dir + ".dump");
@@ -272,6 +272,26 @@ TEST_F(ReadsPythonTest, ReshardedOntoThreeRanks) {
     return absl::OkStatus();
   });
   EXPECT_THAT(ranks, AllOk());
+}
+
+// Each rank has written its own index: equal objects are one, others go by
+// rank.
+TEST_F(ReadsPythonTest, RankLocalIndexesAreOneCheckpoint) {
+  const auto opened = Checkpoint::Open(*folder_ + "/local");
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  std::map<std::string, Object> objects;
+  for (size_t i = 0; i < (*opened)->objects().size(); ++i) {
+    const auto value = (*opened)->ReadObject(i);
+    ASSERT_TRUE(value.ok()) << value.status();
+    objects[(*opened)->objects()[i].key] = *value;
+  }
+  EXPECT_TRUE(objects["step"] == Object(5));
+  EXPECT_EQ(objects.count("mine"), 0u);
+  for (int rank = 0; rank < 4; ++rank) {
+    EXPECT_TRUE(objects[absl::StrCat("mine@rank", rank)] ==
+                Object(absl::StrCat("of rank ", rank)));
+  }
+  EXPECT_TRUE(Verify(**opened).unreferenced.empty());
 }
 
 TEST_F(ReadsPythonTest, ObjectsAreEqualAndStrangeOnesInert) {
