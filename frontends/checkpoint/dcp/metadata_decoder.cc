@@ -92,18 +92,44 @@ std::string Describe(PickleValue value) {
 constexpr int kMaxAttributes = 64;
 
 bool IsShortDict(PickleValue value) {
-  if (value.kind() != Kind::kDict) return false;
-  int count = 0;
-  value.ForEachEntry(
-      [&](PickleValue, PickleValue) { return ++count <= kMaxAttributes; });
-  return count <= kMaxAttributes;
+  return value.kind() == Kind::kDict && value.HasAtMost(kMaxAttributes);
 }
+
+// What was found out about a value, by its identity: names and classes are
+// written once and referred to a million times. Forgets what collides.
+template <class T>
+class Remembered {
+ public:
+  // `find_out` may return a value that is not to be remembered: nullopt.
+  template <class Fn>
+  std::optional<T> Get(PickleValue value, const Fn& find_out) {
+    Slot& slot = slots_[value.id() * 0x9E3779B1u >> 26];
+    if (slot.id == value.id() && slot.what.has_value()) return slot.what;
+    std::optional<T> what = find_out();
+    if (what.has_value()) slot = {value.id(), what};
+    return what;
+  }
+
+ private:
+  struct Slot {
+    uint32_t id = 0;
+    std::optional<T> what;
+  };
+  Slot slots_[64];
+};
 
 // The state dict of an instance of module.name; nullopt if it is none.
 std::optional<PickleValue> StateOf(PickleValue value, absl::string_view module,
-                                   absl::string_view name) {
-  if (value.kind() != Kind::kInstance ||
-      !value.callee().IsGlobal(module, name)) {
+                                   absl::string_view name,
+                                   Remembered<bool>* remembered = nullptr) {
+  if (value.kind() != Kind::kInstance) return std::nullopt;
+  const PickleValue type = value.callee();
+  const auto is_it = [&]() -> std::optional<bool> {
+    if (!type.IsGlobal(module, name)) return std::nullopt;
+    return true;
+  };
+  if (!(remembered != nullptr ? remembered->Get(type, is_it) : is_it())
+           .has_value()) {
     return std::nullopt;
   }
   const std::optional<PickleValue> state = value.state();
@@ -112,9 +138,14 @@ std::optional<PickleValue> StateOf(PickleValue value, absl::string_view module,
 }
 
 // torch.Size, or a plain tuple or list, of numbers >= 0.
-bool ReadSize(PickleValue value, Dims* out) {
+bool ReadSize(PickleValue value, Remembered<bool>* is_size, Dims* out) {
   if (value.kind() == Kind::kCall) {
-    if (!value.callee().IsGlobal("torch", "Size")) return false;
+    const PickleValue type = value.callee();
+    const auto found = is_size->Get(type, [&]() -> std::optional<bool> {
+      if (!type.IsGlobal("torch", "Size")) return std::nullopt;
+      return true;
+    });
+    if (!found.has_value()) return false;
     std::optional<PickleValue> inner;
     size_t count = 0;
     value.args().ForEachItem([&](PickleValue item) {
@@ -216,7 +247,8 @@ class Decoder {
       ObjectEntryInfo object;
       object.key = std::string(*key);
       object.path = {object.key};
-      DSD_RETURN_IF_ERROR(NewKey(*key, out_.objects.size() | kObjectBit));
+      DSD_RETURN_IF_ERROR(
+          NewKey(key_value, *key, out_.objects.size() | kObjectBit));
       out_.objects.push_back(std::move(object));
       return absl::OkStatus();
     }
@@ -229,14 +261,14 @@ class Decoder {
     TensorEntry tensor;
     tensor.key = std::string(*key);
     tensor.path = {tensor.key};
-    DSD_RETURN_IF_ERROR(NewKey(*key, out_.tensors.size()));
+    DSD_RETURN_IF_ERROR(NewKey(key_value, *key, out_.tensors.size()));
     const auto properties = state->Find("properties");
     const auto size = state->Find("size");
     const auto chunks = state->Find("chunks");
     if (!properties.has_value() || !ReadDType(*properties, &tensor)) {
       return BadKey(*key, "no dtype in its properties");
     }
-    if (!size.has_value() || !ReadSize(*size, &tensor.shape)) {
+    if (!size.has_value() || !ReadSize(*size, &is_size_, &tensor.shape)) {
       return BadKey(*key, "its size is not a tuple of numbers >= 0");
     }
     DSD_RETURN_IF_ERROR(SpendExtents(*key, tensor.shape.size()));
@@ -268,7 +300,8 @@ class Decoder {
     return BadKey(key, "more dimensions than the index has room for");
   }
 
-  absl::Status NewKey(absl::string_view key, size_t entry) {
+  absl::Status NewKey(PickleValue value, absl::string_view key, size_t entry) {
+    keys_by_id_.try_emplace(value.id(), entry);
     if (!keys_.try_emplace(std::string(key), entry).second) {
       return BadKey(key, "occurs twice");
     }
@@ -306,16 +339,30 @@ class Decoder {
     if (--chunks_left_ < 0) {
       return BadKey(tensor.key, "more chunks than the index has room for");
     }
-    const auto state = StateOf(value, kMetadataModule, "ChunkStorageMetadata");
+    const auto state =
+        StateOf(value, kMetadataModule, "ChunkStorageMetadata", &is_chunk_);
     if (!state.has_value()) {
       return BadKey(tensor.key,
                     absl::StrCat("expected ChunkStorageMetadata, found ",
                                  Describe(value)));
     }
-    const auto offsets = state->Find("offsets");
-    const auto sizes = state->Find("sizes");
+    std::optional<PickleValue> offsets, sizes;
+    state->ForEachEntry([&](PickleValue name, PickleValue field) {
+      switch (FieldOf(name)) {
+        case Field::kOffsets:
+          offsets = field;
+          break;
+        case Field::kSizes:
+          sizes = field;
+          break;
+        default:
+          break;
+      }
+      return true;
+    });
     if (!offsets.has_value() || !sizes.has_value() ||
-        !ReadSize(*offsets, &offsets_) || !ReadSize(*sizes, &sizes_) ||
+        !ReadSize(*offsets, &is_size_, &offsets_) ||
+        !ReadSize(*sizes, &is_size_, &sizes_) ||
         offsets_.size() != tensor.shape.size() ||
         sizes_.size() != tensor.shape.size()) {
       return BadKey(tensor.key,
@@ -343,24 +390,32 @@ class Decoder {
   }
 
   absl::Status Storage(PickleValue index_value, PickleValue info_value) {
-    const auto index = StateOf(index_value, kMetadataModule, "MetadataIndex");
-    const auto info = StateOf(info_value, kFilesystemModule, "_StorageInfo");
+    const auto index =
+        StateOf(index_value, kMetadataModule, "MetadataIndex", &is_index_);
+    const auto info =
+        StateOf(info_value, kFilesystemModule, "_StorageInfo", &is_info_);
     if (!index.has_value() || !info.has_value()) {
       return Bad(absl::StrCat("expected MetadataIndex and _StorageInfo, found ",
                               Describe(index_value), " and ",
                               Describe(info_value)));
     }
     std::optional<absl::string_view> key;
-    std::optional<PickleValue> offset_value;
+    std::optional<PickleValue> key_value, offset_value;
     std::optional<int64_t> hint;
     index->ForEachEntry([&](PickleValue name_value, PickleValue value) {
-      const absl::string_view name = name_value.AsString().value_or("");
-      if (name == "fqn") {
-        key = value.AsString();
-      } else if (name == "offset") {
-        if (!value.IsNone()) offset_value = value;
-      } else if (name == "index") {
-        hint = value.AsInt();
+      switch (FieldOf(name_value)) {
+        case Field::kFqn:
+          key_value = value;
+          key = value.AsString();
+          break;
+        case Field::kOffset:
+          if (!value.IsNone()) offset_value = value;
+          break;
+        case Field::kIndex:
+          hint = value.AsInt();
+          break;
+        default:
+          break;
       }
       return true;
     });
@@ -368,43 +423,53 @@ class Decoder {
 
     ItemLocation location;
     std::vector<std::string> transforms;
-    std::optional<absl::string_view> file;
+    std::optional<PickleValue> file;
     std::optional<int64_t> offset, length;
     info->ForEachEntry([&](PickleValue name_value, PickleValue value) {
-      const absl::string_view name = name_value.AsString().value_or("");
-      if (name == "relative_path") {
-        file = value.AsString();
-      } else if (name == "offset") {
-        offset = value.AsInt();
-      } else if (name == "length") {
-        length = value.AsInt();
-      } else if (name == "transform_descriptors") {
-        value.ForEachItem([&](PickleValue item) {
-          transforms.emplace_back(item.AsString().value_or("?").substr(0, 64));
-          return transforms.size() < kMaxTransforms;
-        });
+      switch (FieldOf(name_value)) {
+        case Field::kRelativePath:
+          file = value;
+          break;
+        case Field::kOffset:
+          offset = value.AsInt();
+          break;
+        case Field::kLength:
+          length = value.AsInt();
+          break;
+        case Field::kTransforms:
+          value.ForEachItem([&](PickleValue item) {
+            transforms.emplace_back(
+                item.AsString().value_or("?").substr(0, 64));
+            return transforms.size() < kMaxTransforms;
+          });
+          break;
+        default:
+          break;
       }
       return true;
     });
-    if (!file.has_value() || !IsPlainFileName(*file)) {
-      return BadKey(*key,
-                    absl::StrCat("file \"", absl::CHexEscape(file.value_or("")),
-                                 "\" is not a plain file name"));
+    const std::optional<uint32_t> file_index =
+        file.has_value() ? FileIndex(*file) : std::nullopt;
+    if (!file_index.has_value()) {
+      const absl::string_view name =
+          file.has_value() ? file->AsString().value_or("") : "";
+      return BadKey(*key, absl::StrCat("file \"", absl::CHexEscape(name),
+                                       "\" is not a plain file name"));
     }
     if (!offset.has_value() || !length.has_value() || *offset < 0 ||
         *length < 0 || !CheckedAdd(*offset, *length).has_value()) {
       return BadKey(*key, "offset and length are not numbers >= 0");
     }
-    location.file = FileIndex(*file);
+    location.file = *file_index;
     location.offset_bytes = *offset;
     location.length_bytes = *length;
 
-    const auto found = keys_.find(*key);
-    if (found == keys_.end()) {
+    const std::optional<size_t> found = FindKey(*key_value, *key);
+    if (!found.has_value()) {
       return BadKey(*key, "is stored but not described");
     }
-    if (found->second & kObjectBit) {
-      const size_t object = found->second & ~kObjectBit;
+    if (*found & kObjectBit) {
+      const size_t object = *found & ~kObjectBit;
       ItemLocation& place = out_.objects[object].location;
       if (place.length_bytes >= 0) return BadKey(*key, "is stored twice");
       place = location;
@@ -413,13 +478,14 @@ class Decoder {
       }
       return absl::OkStatus();
     }
-    const TensorEntry& tensor = out_.tensors[found->second];
-    if (!offset_value.has_value() || !ReadSize(*offset_value, &offsets_) ||
+    const TensorEntry& tensor = out_.tensors[*found];
+    if (!offset_value.has_value() ||
+        !ReadSize(*offset_value, &is_size_, &offsets_) ||
         offsets_.size() != tensor.shape.size()) {
       return BadKey(*key, "is a tensor and stored without a chunk offset");
     }
     const std::optional<size_t> chunk =
-        FindChunk(found->second, tensor, hint.value_or(-1));
+        FindChunk(*found, tensor, hint.value_or(-1));
     if (!chunk.has_value()) {
       return BadKey(*key,
                     absl::StrCat("a stored chunk at ", DimsToString(offsets_),
@@ -438,14 +504,55 @@ class Decoder {
     return absl::OkStatus();
   }
 
-  uint32_t FileIndex(absl::string_view name) {
-    if (!out_.files.empty() && out_.files[last_file_] == name) {
-      return last_file_;
-    }
-    const auto [it, is_new] = files_.try_emplace(
-        std::string(name), static_cast<uint32_t>(out_.files.size()));
-    if (is_new) out_.files.emplace_back(name);
-    return last_file_ = it->second;
+  // Attributes of what there is much of.
+  enum class Field {
+    kOther,
+    kOffsets,
+    kSizes,
+    kFqn,
+    kOffset,
+    kIndex,
+    kRelativePath,
+    kLength,
+    kTransforms
+  };
+  Field FieldOf(PickleValue name) {
+    return *fields_.Get(name, [&]() -> std::optional<Field> {
+      static constexpr std::pair<absl::string_view, Field> kFields[] = {
+          {"offsets", Field::kOffsets},
+          {"sizes", Field::kSizes},
+          {"fqn", Field::kFqn},
+          {"offset", Field::kOffset},
+          {"index", Field::kIndex},
+          {"relative_path", Field::kRelativePath},
+          {"length", Field::kLength},
+          {"transform_descriptors", Field::kTransforms}};
+      const absl::string_view text = name.AsString().value_or("");
+      for (const auto& [known, field] : kFields) {
+        if (text == known) return field;
+      }
+      return Field::kOther;
+    });
+  }
+
+  // Keys are mostly the very strings that described them.
+  std::optional<size_t> FindKey(PickleValue value, absl::string_view key) {
+    const auto by_id = keys_by_id_.find(value.id());
+    if (by_id != keys_by_id_.end()) return by_id->second;
+    const auto found = keys_.find(key);
+    if (found == keys_.end()) return std::nullopt;
+    return found->second;
+  }
+
+  std::optional<uint32_t> FileIndex(PickleValue value) {
+    return file_ids_.Get(value, [&]() -> std::optional<uint32_t> {
+      const auto name = value.AsString();
+      if (!name.has_value() || !IsPlainFileName(*name)) return std::nullopt;
+      const auto [it, is_new] = files_.try_emplace(
+          std::string(*name), static_cast<uint32_t>(out_.files.size()));
+      if (is_new) out_.files.emplace_back(*name);
+      return it->second;
+    });
   }
 
   // The chunk of the tensor at offsets_.
@@ -571,7 +678,10 @@ class Decoder {
   Dims sizes_;
   absl::flat_hash_map<std::string, size_t> keys_;
   absl::flat_hash_map<std::string, uint32_t> files_;
-  uint32_t last_file_ = 0;
+  absl::flat_hash_map<uint32_t, size_t> keys_by_id_;
+  Remembered<Field> fields_;
+  Remembered<uint32_t> file_ids_;
+  Remembered<bool> is_chunk_, is_index_, is_info_, is_size_;
   absl::flat_hash_map<size_t, absl::flat_hash_map<Dims, size_t>>
       chunks_by_offset_;
 };

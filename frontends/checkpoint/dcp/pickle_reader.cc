@@ -449,13 +449,20 @@ class PickleMachine {
       tuple = kEmptyTupleRef;
     } else if (count <= kMaxShortTuple) {
       tuple = NewNode({Word(Kind::kTuple) | static_cast<uint32_t>(count) << 8});
-      words().insert(words().end(), stack_.end() - count, stack_.end());
-      stack_.resize(stack_.size() - count);
+      PopToWords(count);
     } else {
       tuple = NewNode({Word(Kind::kTuple) | kChained << 8, 0, 0});
       AppendSegment(PayloadOf(tuple), count);
     }
     return Push(tuple);
+  }
+
+  void PopToWords(size_t count) {
+    const size_t at = words().size();
+    words().resize(at + count);
+    std::memcpy(words().data() + at, stack_.data() + stack_.size() - count,
+                count * sizeof(uint32_t));
+    stack_.resize(stack_.size() - count);
   }
 
   // Moves the top `count` values of the stack to the end of a chain.
@@ -464,8 +471,7 @@ class PickleMachine {
     const uint32_t segment = static_cast<uint32_t>(words().size());
     words().push_back(static_cast<uint32_t>(count));
     words().push_back(0);
-    words().insert(words().end(), stack_.end() - count, stack_.end());
-    stack_.resize(stack_.size() - count);
+    PopToWords(count);
     // Position 0 is never a segment: a node comes before it.
     const uint32_t last = words()[node + 2];
     if (last == 0) {
@@ -726,6 +732,23 @@ size_t PickleValue::size() const {
     ForEachRef(*items, count);
   }
   return size / 2;
+}
+
+bool PickleValue::HasAtMost(size_t max) const {
+  const Kind kind = this->kind();
+  const auto items = ContentsOf(kind, ref_, pickle_->appended_, false);
+  const auto entries = items.has_value()
+                           ? std::nullopt
+                           : ContentsOf(kind, ref_, pickle_->entries_, true);
+  if (!items.has_value() && !entries.has_value()) return true;
+  const size_t limit = items.has_value() ? max : 2 * max;
+  size_t size = 0;
+  ForEachRef(items.has_value() ? *items : *entries,
+             [&](const uint32_t*, uint32_t count) {
+               size += count;
+               return size <= limit;
+             });
+  return size <= limit;
 }
 
 void PickleValue::ForEachItem(

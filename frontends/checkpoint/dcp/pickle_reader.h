@@ -77,6 +77,8 @@ class PickleValue {
   // Items of a tuple, list or set; number of entries of a dict; of a call or
   // instance: of what was appended to or set in it (a list or dict subclass).
   size_t size() const;
+  // Whether size() <= max, without counting further.
+  bool HasAtMost(size_t max) const;
   // Calls `visit` for each item until it returns false. Tuples, lists, sets;
   // for calls and instances what was appended.
   void ForEachItem(absl::FunctionRef<bool(PickleValue)> visit) const;
