@@ -52,6 +52,8 @@ absl::Status NoIndex(FileSystem& files, const std::string& directory) {
                                           "\": it has no index (.metadata)"));
 }
 
+}  // namespace
+
 absl::StatusOr<std::string> ReadWhole(FileSystem& files,
                                       const std::string& path,
                                       int64_t max_bytes) {
@@ -68,6 +70,8 @@ absl::StatusOr<std::string> ReadWhole(FileSystem& files,
                                      bytes.size())));
   return bytes;
 }
+
+namespace {
 
 struct IndexBytes {
   int64_t size = 0;
@@ -179,41 +183,57 @@ namespace {
 // Digests of the same save, if there are to be any.
 absl::Status ReadDigests(const IndexBytes& index_bytes, Checkpoint::Impl* impl);
 void FindGaps(Checkpoint::Impl* impl);
-absl::Status FillCatalog(Checkpoint::Impl* impl);
 
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(
-    const std::string& directory, const OpenOptions& options) {
-  if (directory.empty()) {
-    return absl::InvalidArgumentError("the checkpoint's directory is empty");
+    const std::string& path, const OpenOptions& options) {
+  if (path.empty()) {
+    return absl::InvalidArgumentError("the checkpoint's path is empty");
   }
   auto impl = std::make_unique<Impl>();
-  impl->directory = directory;
+  impl->path = path;
   impl->env = options.env;
-  FileSystem& files = options.env->files();
+  DSD_ASSIGN_OR_RETURN(impl->format, DetectFormat(options.env->files(), path));
+  switch (impl->format) {
+    case Format::kDcp:
+      DSD_RETURN_IF_ERROR(OpenDcp(options.verify, impl.get()));
+      break;
+    case Format::kSafetensors:
+      DSD_RETURN_IF_ERROR(OpenSafetensors(impl.get()));
+      break;
+    case Format::kTorchArchive:
+      DSD_RETURN_IF_ERROR(OpenTorchArchive(impl.get()));
+      break;
+  }
+  return std::shared_ptr<const Checkpoint>(new Checkpoint(std::move(impl)));
+}
+
+absl::Status OpenDcp(bool verify, Checkpoint::Impl* impl) {
+  impl->directory = impl->path;
+  const std::string& directory = impl->directory;
+  FileSystem& files = impl->env->files();
   const std::string path = JoinFile(directory, kIndexFile);
   IndexBytes bytes;
   absl::StatusOr<dcp::Metadata> index = OpenIndex(files, path, &bytes);
   if (absl::IsNotFound(index.status()) ||
       absl::IsFailedPrecondition(index.status())) {
-    if (!files.Stat(JoinFile(directory, "__0.metadata")).ok()) {
+    if (!files.Stat(JoinFile(directory, kFirstRankIndexFile)).ok()) {
       return NoIndex(files, directory);
     }
-    index =
-        OpenRankIndexes(options.env, directory, &impl->rank_indexes, &bytes);
+    index = OpenRankIndexes(impl->env, directory, &impl->rank_indexes, &bytes);
   }
   DSD_RETURN_IF_ERROR(index.status());
   impl->index = *std::move(index);
   DigestBuilder fingerprint;
   fingerprint.Add(impl->index.save_id).Add(bytes.size).Add(bytes.crc);
   impl->fingerprint = fingerprint.Finish();
-  if (options.verify) {
-    DSD_RETURN_IF_ERROR(ReadDigests(bytes, impl.get()));
+  if (verify) {
+    DSD_RETURN_IF_ERROR(ReadDigests(bytes, impl));
   }
-  if (impl->has_digests) FindGaps(impl.get());
-  DSD_RETURN_IF_ERROR(FillCatalog(impl.get())) << "\"" << path << "\"";
-  return std::shared_ptr<const Checkpoint>(new Checkpoint(std::move(impl)));
+  if (impl->has_digests) FindGaps(impl);
+  DSD_RETURN_IF_ERROR(FillCatalog(impl)) << "\"" << path << "\"";
+  return absl::OkStatus();
 }
 
 namespace {
@@ -290,6 +310,13 @@ void FindGaps(Checkpoint::Impl* impl) {
   }
 }
 
+absl::Status NotStorable(absl::string_view key, const absl::Status& why) {
+  return absl::DataLossError(
+      absl::StrCat("tensor \"", absl::CHexEscape(key), "\": ", why.message()));
+}
+
+}  // namespace
+
 absl::Status FillCatalog(Checkpoint::Impl* impl) {
   const dcp::Metadata& index = impl->index;
   for (size_t i = 0; i < index.tensors.size(); ++i) {
@@ -306,10 +333,13 @@ absl::Status FillCatalog(Checkpoint::Impl* impl) {
       for (size_t c = 0; c < entry.num_chunks; ++c) {
         boxes.push_back({kAnyHolder, index.ChunkBox(entry, c)});
       }
-      DSD_ASSIGN_OR_RETURN(spec.layout,
-                           Layout::FromBoxes(entry.shape, std::move(boxes)));
+      absl::StatusOr<Layout> layout =
+          Layout::FromBoxes(entry.shape, std::move(boxes));
+      if (!layout.ok()) return NotStorable(entry.key, layout.status());
+      spec.layout = *std::move(layout);
     }
-    DSD_RETURN_IF_ERROR(impl->catalog.Add(std::move(spec)));
+    const absl::Status added = impl->catalog.Add(std::move(spec));
+    if (!added.ok()) return NotStorable(entry.key, added);
     impl->entry_of.push_back(i);
   }
   for (const dcp::ObjectEntryInfo& object : index.objects) {
@@ -320,8 +350,8 @@ absl::Status FillCatalog(Checkpoint::Impl* impl) {
   return absl::OkStatus();
 }
 
-}  // namespace
-
+Format Checkpoint::format() const { return impl_->format; }
+const std::string& Checkpoint::path() const { return impl_->path; }
 const std::string& Checkpoint::directory() const { return impl_->directory; }
 const std::string& Checkpoint::save_id() const { return impl_->index.save_id; }
 const Digest& Checkpoint::fingerprint() const { return impl_->fingerprint; }
@@ -350,6 +380,11 @@ const std::vector<std::pair<std::string, std::string>>& Checkpoint::unreadable()
 
 const std::vector<StoredObject>& Checkpoint::objects() const {
   return impl_->objects;
+}
+
+const std::vector<std::pair<std::string, std::string>>& Checkpoint::attributes()
+    const {
+  return impl_->attributes;
 }
 
 absl::StatusOr<Object> Checkpoint::ReadObject(size_t object) const {
@@ -387,7 +422,7 @@ absl::StatusOr<std::unique_ptr<CheckpointEndpoint>> Checkpoint::MakeEndpoint(
     const std::optional<size_t> tensor = impl_->catalog.Find(key);
     if (!tensor.has_value()) {
       return absl::NotFoundError(
-          absl::StrCat("the checkpoint at \"", impl_->directory,
+          absl::StrCat("the checkpoint at \"", impl_->path,
                        "\" has no tensor \"", absl::CHexEscape(key), "\""));
     }
     tensors.push_back(*tensor);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Checkpoints in the format of torch.distributed.checkpoint (DCP): a directory
-// that Python's `dcp.load` opens, and the reading of those that Python wrote.
+// Checkpoints: written in the format of torch.distributed.checkpoint (DCP), a
+// directory that Python's `dcp.load` opens; read in every Format.
 //
-// What lies in the directory:
+// What lies in the directory of a DCP checkpoint:
 //   .metadata                       the index; its presence is the commit
 //   __<rank>_<n>_<id>.distcp        data, new names for every save
 //   .dsd_digests_<id>               content digests; Python ignores it
@@ -36,6 +36,24 @@
 #include "dsd/core/value/value.h"
 
 namespace dsd::checkpoint {
+
+// What a checkpoint is stored as.
+enum class Format {
+  // A directory with `.metadata`.
+  kDcp,
+  // A safetensors file, or a directory of them: those that its
+  // `*.safetensors.index.json` names, all if it has none (Hugging Face; shards
+  // of torch.distributed.checkpoint, with their DCP_SHARDING_INFO).
+  kSafetensors,
+  // An archive of torch.save (1.6 or newer), of nested dicts and lists.
+  kTorchArchive,
+};
+
+// "dcp", "safetensors", "torch".
+absl::string_view FormatName(Format format);
+
+// The inverse of FormatName; nullopt for an unknown name.
+std::optional<Format> ParseFormat(absl::string_view name);
 
 // A value that is not a tensor. Its key is JoinPath(path).
 struct ObjectEntry {
@@ -206,7 +224,8 @@ struct LoadReport {
 };
 
 // Fills the tensors of `target` and replaces the values of target.objects from
-// the checkpoint in `directory`, whatever the number of ranks that wrote it.
+// the checkpoint at `path`, of any Format, whatever the number of ranks that
+// wrote it.
 // Each stored byte is read once and sent to the ranks that need it. Collective,
 // as Save.
 //
@@ -219,7 +238,7 @@ struct LoadReport {
 // (bytes that do not decode or verify: names key and file); FailedPrecondition
 // (mismatch of keys, shapes or dtypes; ranks see different checkpoints);
 // Unimplemented (transformed or quantized items); what files and `comm` report.
-absl::StatusOr<LoadReport> Load(const std::string& directory, State& target,
+absl::StatusOr<LoadReport> Load(const std::string& path, State& target,
                                 Communicator* comm = nullptr,
                                 const LoadOptions& options = {});
 
@@ -238,7 +257,9 @@ struct ReadStats {
 struct StoredChunk {
   Box box;
   std::string file;
-  int64_t offset_bytes = 0;  // of the archive in the file
+  // Of the archive in the file (DCP), of the elements (safetensors), of the
+  // storage that has them (torch.save).
+  int64_t offset_bytes = 0;
   int64_t length_bytes = 0;
 };
 
@@ -246,6 +267,7 @@ struct StoredObject {
   std::string key;
   Path path;
   std::string file;
+  // Of the archive that has it: its own (DCP), that of all (torch.save).
   int64_t offset_bytes = 0;
   int64_t length_bytes = 0;
 };
@@ -275,13 +297,17 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   struct Impl;  // of this package
 
   // Errors: as Load.
+  // Its Format is known from what is at `path`, names of files count only to
+  // find those of a directory.
   static absl::StatusOr<std::shared_ptr<const Checkpoint>> Open(
-      const std::string& directory, const OpenOptions& options = {});
+      const std::string& path, const OpenOptions& options = {});
   ~Checkpoint();
 
-  const std::string& directory() const;
-  const std::string& save_id() const;  // "" if not recorded
-  const Digest& fingerprint() const;   // covers the bytes of the index
+  Format format() const;
+  const std::string& path() const;       // as given to Open
+  const std::string& directory() const;  // where the files lie
+  const std::string& save_id() const;    // "" if not recorded
+  const Digest& fingerprint() const;     // covers the bytes of the index
 
   // All tensors of a dtype known here, in the order of the index. Layouts have
   // one box per chunk, on kAnyHolder.
@@ -289,11 +315,15 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   const Path& tensor_path(size_t tensor) const;
   std::vector<StoredChunk> Chunks(size_t tensor) const;
 
-  // Tensors of other dtypes (quantized, sub-byte): key and Python's name of the
-  // dtype. They are listed, and cannot be read.
+  // Tensors of other dtypes (quantized, sub-byte) and kinds (sparse): key and
+  // the file's name of the dtype or kind. They are listed, and cannot be read.
   const std::vector<std::pair<std::string, std::string>>& unreadable() const;
 
   const std::vector<StoredObject>& objects() const;
+
+  // What the file says about itself: `__metadata__` of safetensors. Sorted by
+  // key.
+  const std::vector<std::pair<std::string, std::string>>& attributes() const;
 
   // Reads and decodes one object; classes that are not plain data give Opaque.
   absl::StatusOr<Object> ReadObject(size_t object) const;

@@ -10,18 +10,35 @@
 #include <utility>
 #include <vector>
 
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "dsd/core/base/env.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/checkpoint/dcp/metadata.h"
+#include "dsd/frontends/checkpoint/dcp/object_item.h"
+#include "dsd/frontends/checkpoint/dcp/tensor_item.h"
 #include "dsd/frontends/checkpoint/digests_file.h"
 
 namespace dsd::checkpoint {
 
 struct Checkpoint::Impl {
+  Format format = Format::kDcp;
+  std::string path;
   std::string directory;
   Env* env = nullptr;
+  // What lies where, in every format. A location is that of an archive with one
+  // item in DCP, else that of the bytes that `items` refers to.
   dcp::Metadata index;
   // Files that it is made of, if each rank wrote its own.
   std::vector<std::string> rank_indexes;
+  std::vector<std::pair<std::string, std::string>> attributes;
+
+  // Of formats without an archive per item: what a torch.save archive says of
+  // chunk i, relative to its location. Empty: elements lie back to back.
+  std::vector<dcp::TensorItem> items;
+  // ... and the objects, of index.objects[i].
+  std::vector<dcp::ObjectItem> values;
+
   Digest fingerprint;
   Catalog catalog;
   std::vector<size_t> entry_of;  // catalog position -> index.tensors
@@ -38,6 +55,23 @@ struct Checkpoint::Impl {
   std::vector<int64_t> object_gap;
   std::vector<int64_t> file_bytes;
 };
+
+// The catalog and the lists of objects and unreadable tensors, from the index.
+absl::Status FillCatalog(Checkpoint::Impl* impl);
+
+// The rest of an Impl that has path and env. `verify`: as in OpenOptions.
+absl::Status OpenDcp(bool verify, Checkpoint::Impl* impl);
+absl::Status OpenSafetensors(Checkpoint::Impl* impl);
+absl::Status OpenTorchArchive(Checkpoint::Impl* impl);
+
+// DataLoss over `max_bytes`.
+absl::StatusOr<std::string> ReadWhole(FileSystem& files,
+                                      const std::string& path,
+                                      int64_t max_bytes);
+
+// By what is at `path`. NotFound for a file of no format; Unimplemented for the
+// older one of torch.save. Without anything at `path`: kDcp, to report it.
+absl::StatusOr<Format> DetectFormat(FileSystem& files, const std::string& path);
 
 class CheckpointInternals {
  public:

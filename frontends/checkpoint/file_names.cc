@@ -50,13 +50,33 @@ std::string JoinFile(const std::string& directory, absl::string_view name) {
   return absl::StrCat(directory, slash ? "" : "/", name);
 }
 
-std::string ParentOf(const std::string& directory) {
-  size_t end = directory.find_last_not_of('/');
+std::string ParentOf(const std::string& path) {
+  size_t end = path.find_last_not_of('/');
   if (end == std::string::npos) return "/";
-  end = directory.rfind('/', end);
+  end = path.rfind('/', end);
   if (end == std::string::npos) return ".";
-  end = directory.find_last_not_of('/', end);
-  return end == std::string::npos ? "/" : directory.substr(0, end + 1);
+  end = path.find_last_not_of('/', end);
+  return end == std::string::npos ? "/" : path.substr(0, end + 1);
+}
+
+absl::string_view LastPart(absl::string_view path) {
+  return path.substr(path.rfind('/') + 1);  // npos + 1 is 0
+}
+
+std::string TemporaryFile(absl::string_view name, absl::string_view file_id) {
+  return absl::StrCat(".", name, ".", file_id, kTemporarySuffix);
+}
+
+absl::string_view NameOfTemporary(absl::string_view temporary) {
+  if (!absl::ConsumePrefix(&temporary, ".") ||
+      !absl::ConsumeSuffix(&temporary, kTemporarySuffix)) {
+    return "";
+  }
+  const size_t dot = temporary.rfind('.');
+  if (dot == absl::string_view::npos || !IsId(temporary.substr(dot + 1))) {
+    return "";
+  }
+  return temporary.substr(0, dot);
 }
 
 std::string MakeSaveId(uint64_t high, uint64_t low) {

@@ -14,12 +14,28 @@
 namespace dsd::checkpoint {
 
 inline constexpr char kIndexFile[] = ".metadata";
+// Of a checkpoint in which each rank has an index of its own.
+inline constexpr char kFirstRankIndexFile[] = "__0.metadata";
+inline constexpr char kSafetensorsSuffix[] = ".safetensors";
+inline constexpr char kSafetensorsIndexSuffix[] = ".safetensors.index.json";
+
+// Key of `__metadata__` under which all safetensors files of a save have its
+// id.
+inline constexpr char kSaveIdAttribute[] = "dsd_save_id";
 
 // "directory/name".
 std::string JoinFile(const std::string& directory, absl::string_view name);
 
-// The directory that a directory is in, by its name.
-std::string ParentOf(const std::string& directory);
+// The directory that has `path`: "a/b" of "a/b/c" and "a/b/c/", "." of "a".
+std::string ParentOf(const std::string& path);
+
+// What is after the last slash.
+absl::string_view LastPart(absl::string_view path);
+
+// A name beside `name` under which it is written until it is complete; and the
+// inverse, "" for names that are none of these.
+std::string TemporaryFile(absl::string_view name, absl::string_view file_id);
+absl::string_view NameOfTemporary(absl::string_view temporary);
 
 // A UUID4 text from 128 random bits, as Python's save ids are.
 std::string MakeSaveId(uint64_t random_high, uint64_t random_low);

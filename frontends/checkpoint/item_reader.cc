@@ -28,8 +28,8 @@ constexpr int64_t kSmallArchiveBytes = 64 << 10;
 constexpr int64_t kShortRunBytes = 512;
 constexpr int64_t kManyRuns = 1024;
 constexpr int64_t kSpanBytes = 1 << 20;
-// Records of strided elements that are kept for the next read.
-constexpr int64_t kMaxKeptRecordBytes = int64_t{256} << 20;
+// Strided elements that are kept for the next read, and decoded archives.
+constexpr int64_t kMaxKeptBytes = int64_t{256} << 20;
 // More than what is around the elements in an archive.
 constexpr int64_t kMaxAroundBytes = 1 << 20;
 // More than what aligns items in dsd's files.
@@ -96,7 +96,7 @@ absl::StatusOr<std::unique_ptr<ReadableFile>> ItemReader::Decode(
 
 void ItemReader::ForgetChunks() {
   chunks_.clear();
-  kept_record_bytes_ = 0;
+  kept_span_bytes_ = 0;
   kept_decoded_bytes_ = 0;
 }
 
@@ -158,7 +158,7 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
   int64_t begin = location.offset_bytes;
   int64_t length = location.length_bytes;
   if (transformed) {
-    if (kept_decoded_bytes_ > kMaxKeptRecordBytes) ForgetChunks();
+    if (kept_decoded_bytes_ > kMaxKeptBytes) ForgetChunks();
     absl::StatusOr<std::unique_ptr<ReadableFile>> archive =
         Decode(location, transform->second,
                box.num_elements() * ItemSize(*tensor.dtype) + kMaxAroundBytes);
@@ -181,7 +181,25 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
     DSD_RETURN_IF_ERROR(chunk->slice.Fetch(0, length).status()) << where;
   }
   const Dims shape = box.extents();
-  if (impl_.has_digests) {
+  const auto is_row_major = [&](const Dims& strides) {
+    // The stride of an extent of 1 is not used.
+    const Dims expected = RowMajorStrides(shape);
+    for (size_t d = 0; d < shape.size(); ++d) {
+      if (shape[d] != 1 && strides[d] != expected[d]) return false;
+    }
+    return true;
+  };
+  if (impl_.format != Format::kDcp) {
+    if (impl_.items.empty()) {
+      chunk->item.dtype = *tensor.dtype;
+      chunk->item.shape = shape;
+      chunk->item.strides = RowMajorStrides(shape);
+      chunk->item.record_bytes = location.length_bytes;
+    } else {
+      chunk->item = impl_.items[id];
+    }
+    chunk->row_major = is_row_major(chunk->item.strides);
+  } else if (impl_.has_digests) {
     DSD_RETURN_IF_ERROR(
         CheckGap(location.file, impl_.chunk_gap[id], location.offset_bytes))
         << where;
@@ -196,12 +214,7 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
           DimsToString(shape), ", the file has ", DTypeName(chunk->item.dtype),
           " ", DimsToString(chunk->item.shape)));
     }
-    // The stride of an extent of 1 is not used.
-    const Dims expected = RowMajorStrides(shape);
-    for (size_t d = 0; d < shape.size(); ++d) {
-      chunk->row_major &=
-          shape[d] == 1 || chunk->item.strides[d] == expected[d];
-    }
+    chunk->row_major = is_row_major(chunk->item.strides);
   }
   // Elements of an archive that was read as a whole are counted when they are
   // asked for.
@@ -222,26 +235,27 @@ absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
     DSD_RETURN_IF_ERROR(ReadRuns(chunk, chunk_box, box, begin, end, out))
         << chunk.where;
   } else {
-    // Strided elements: the record is read whole, once.
-    if (chunk.record.empty()) {
-      if (kept_record_bytes_ + chunk.item.record_bytes > kMaxKeptRecordBytes) {
-        for (const auto& [id, other] : chunks_) {
-          other->record = std::string();
-        }
-        kept_record_bytes_ = 0;
+    // Strided elements: what they span is read whole, once.
+    if (chunk.span.empty()) {
+      int64_t bytes = item_size;
+      for (int d = 0; d < box.ndim(); ++d) {
+        bytes += (chunk.item.shape[d] - 1) * chunk.item.strides[d] * item_size;
       }
-      kept_record_bytes_ += chunk.item.record_bytes;
-      chunk.record.resize(chunk.item.record_bytes);
-      stats_.payload_bytes += chunk.item.record_bytes;
+      if (kept_span_bytes_ + bytes > kMaxKeptBytes) {
+        for (const auto& [id, other] : chunks_) other->span = std::string();
+        kept_span_bytes_ = 0;
+      }
+      kept_span_bytes_ += bytes;
+      chunk.span.resize(bytes);
+      stats_.payload_bytes += bytes;
       DSD_RETURN_IF_ERROR(chunk.slice.Read(
-          chunk.item.record_at,
-          absl::MakeSpan(reinterpret_cast<std::byte*>(chunk.record.data()),
-                         chunk.record.size())))
+          chunk.item.data_at,
+          absl::MakeSpan(reinterpret_cast<std::byte*>(chunk.span.data()),
+                         chunk.span.size())))
           << chunk.where;
     }
     StridedView view;
-    view.base = reinterpret_cast<std::byte*>(chunk.record.data()) +
-                (chunk.item.data_at - chunk.item.record_at);
+    view.base = reinterpret_cast<std::byte*>(chunk.span.data());
     for (int d = 0; d < box.ndim(); ++d) {
       const int64_t stride = chunk.item.strides[d] * item_size;
       view.strides_bytes.push_back(stride);
@@ -392,6 +406,7 @@ absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
 }
 
 absl::StatusOr<dcp::ObjectItem> ItemReader::ReadObject(size_t object) {
+  if (impl_.format != Format::kDcp) return impl_.values[object];
   DSD_ASSIGN_OR_RETURN(const std::string pickle, ReadObjectPickle(object));
   absl::StatusOr<dcp::ObjectItem> item = dcp::DecodeObjectPickle(pickle);
   DSD_RETURN_IF_ERROR(item.status()) << WhereObject(object);

@@ -33,14 +33,14 @@ class ItemReader {
   // Borrows `impl`.
   explicit ItemReader(const Checkpoint::Impl* impl) : impl_(*impl) {}
 
-  // One open archive of a tensor.
+  // One open chunk of a tensor.
   struct Chunk {
     explicit Chunk(dcp::FileSlice slice) : slice(std::move(slice)) {}
     std::unique_ptr<ReadableFile> decoded;  // of a transformed item, whole
     dcp::FileSlice slice;
     dcp::TensorItem item;
     bool row_major = true;  // elements back to back
-    std::string record;     // all of it or nothing yet, if not row_major
+    std::string span;       // all elements or nothing yet, if not row_major
     std::string where;      // for errors
   };
 
@@ -56,7 +56,7 @@ class ItemReader {
   // The CRC-32 of the record with the chunk's elements, as it is in the file.
   absl::StatusOr<uint32_t> RecordCrc(Chunk& chunk);
 
-  // The pickle of an object, or all that ReadObjectItem gives.
+  // The pickle of an object (DCP only), or the decoded object.
   absl::StatusOr<std::string> ReadObjectPickle(size_t object);
   absl::StatusOr<dcp::ObjectItem> ReadObject(size_t object);
 
@@ -84,7 +84,7 @@ class ItemReader {
   const Checkpoint::Impl& impl_;
   absl::flat_hash_map<uint32_t, std::unique_ptr<ReadableFile>> files_;
   absl::flat_hash_map<size_t, std::unique_ptr<Chunk>> chunks_;
-  int64_t kept_record_bytes_ = 0;   // strided ones
+  int64_t kept_span_bytes_ = 0;     // strided ones
   int64_t kept_decoded_bytes_ = 0;  // transformed ones
   dcp::TensorArchives archives_;
   ReadStats stats_;

@@ -22,39 +22,11 @@
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
 #include "dsd/frontends/checkpoint/item_reader.h"
 #include "dsd/frontends/checkpoint/live_state.h"
+#include "dsd/frontends/checkpoint/patient_endpoint.h"
 #include "dsd/frontends/checkpoint/record_codec.h"
 
 namespace dsd::checkpoint {
 namespace {
-
-// A source whose errors wait until all ranks can hear of them: a transfer that
-// fails on one rank would break the communicator of all.
-class PatientEndpoint final : public Endpoint {
- public:
-  explicit PatientEndpoint(Endpoint* source) : source_(*source) {}
-
-  const Catalog& catalog() const override { return source_.catalog(); }
-
-  absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
-                    DType dtype, absl::Span<std::byte> out) override {
-    if (status_.ok()) {
-      status_ = source_.Read(tensor, box, begin, end, dtype, out);
-    }
-    if (!status_.ok()) std::fill(out.begin(), out.end(), std::byte{0});
-    return absl::OkStatus();
-  }
-
-  absl::Status Write(size_t, const Box&, int64_t, int64_t, DType,
-                     absl::Span<const std::byte>) override {
-    return absl::UnimplementedError("a checkpoint is not written in place");
-  }
-
-  const absl::Status& status() const { return status_; }
-
- private:
-  Endpoint& source_;
-  absl::Status status_;
-};
 
 // Tensors of a target whose shape or dtype the checkpoint has otherwise.
 std::string ListMismatches(const std::vector<std::string>& lines) {
@@ -277,6 +249,15 @@ class Loader {
     std::vector<Object> objects;
     if (wanted_objects_.empty()) return objects;
     ItemReader reader(&CheckpointInternals::Get(*checkpoint_));
+    if (checkpoint_->format() != Format::kDcp) {
+      // In the index, which all have read.
+      for (const WantedObject& object : wanted_objects_) {
+        DSD_ASSIGN_OR_RETURN(dcp::ObjectItem item,
+                             reader.ReadObject(object.stored));
+        objects.push_back(std::move(item.value));
+      }
+      return objects;
+    }
     RecordWriter out;
     absl::Status status;
     if (rank_ == 0) {

@@ -26,16 +26,14 @@ class Verifier {
       : impl_(CheckpointInternals::Get(checkpoint)), reader_(&impl_) {}
 
   VerifyReport Run() {
-    for (const dcp::TensorEntry& entry : impl_.index.tensors) {
-      if (!entry.dtype.has_value()) {
-        Add(entry.key, "",
-            absl::UnimplementedError(absl::StrCat(
-                "dtype ", entry.dtype_name, " is not supported: not checked")));
-      }
+    for (const auto& [key, dtype] : impl_.unreadable) {
+      Add(key, "",
+          absl::UnimplementedError(
+              absl::StrCat("dtype ", dtype, " is not supported: not checked")));
     }
     for (size_t i = 0; i < impl_.entry_of.size(); ++i) CheckTensor(i);
     for (size_t i = 0; i < impl_.index.objects.size(); ++i) CheckObject(i);
-    FindUnreferenced();
+    if (impl_.format == Format::kDcp) FindUnreferenced();
     const ReadStats stats = reader_.stats();
     report_.bytes = stats.payload_bytes + stats.overhead_bytes;
     return std::move(report_);
@@ -118,6 +116,11 @@ class Verifier {
     }
     if (chunk->item.record_crc == 0) return absl::OkStatus();  // not computed
     if (!one_pass) {
+      // Tensors of one storage have its record in common.
+      const dcp::ItemLocation& at = impl_.index.ChunkLocation(entry, index);
+      if (!checked_.insert({at.file, at.offset_bytes}).second) {
+        return absl::OkStatus();
+      }
       DSD_ASSIGN_OR_RETURN(crc, reader_.RecordCrc(*chunk));
     }
     if (crc != chunk->item.record_crc) {
@@ -159,6 +162,7 @@ class Verifier {
 
   const Checkpoint::Impl& impl_;
   ItemReader reader_;
+  absl::flat_hash_set<std::pair<uint32_t, int64_t>> checked_;  // file, offset
   std::vector<std::byte> buffer_;
   VerifyReport report_;
 };

@@ -10,9 +10,12 @@
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "dsd/core/base/dtype.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_reader.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
+#include "dsd/frontends/checkpoint/dcp/tensor_item.h"
 #include "dsd/frontends/checkpoint/dcp/zip_writer.h"
 
 namespace dsd::dcp {
@@ -26,6 +29,7 @@ constexpr int64_t kMaxRecords = 1'000'000;
 constexpr int64_t kMaxValuesPerByte = 4;
 constexpr int64_t kFreeValues = 1 << 16;
 constexpr int64_t kMaxValues = int64_t{1} << 26;
+constexpr int64_t kFreeBytes = 1 << 20;
 
 // Python 2's name of the module, which protocol 2 uses.
 bool IsBuiltin(PickleValue global, absl::string_view name) {
@@ -43,10 +47,7 @@ std::string ClassName(PickleValue global) {
 
 class ObjectDecoder {
  public:
-  explicit ObjectDecoder(int64_t pickle_bytes)
-      : values_left_(std::min(pickle_bytes * kMaxValuesPerByte + kFreeValues,
-                              kMaxValues)),
-        bytes_left_(pickle_bytes * kMaxValuesPerByte + kMaxFreeBytes) {}
+  explicit ObjectDecoder(ObjectBudget* budget) : budget_(*budget) {}
 
   absl::StatusOr<Object> Decode(PickleValue value, int depth = 0) {
     if (depth > kMaxObjectDepth) {
@@ -100,11 +101,9 @@ class ObjectDecoder {
   }
 
  private:
-  static constexpr int64_t kMaxFreeBytes = 1 << 20;
-
   absl::Status Spend(size_t bytes) {
-    bytes_left_ -= static_cast<int64_t>(bytes);
-    if (--values_left_ < 0 || bytes_left_ < 0) {
+    budget_.bytes_left -= static_cast<int64_t>(bytes);
+    if (--budget_.values_left < 0 || budget_.bytes_left < 0) {
       return absl::ResourceExhaustedError(
           "stored object: it unfolds to more values than its bytes have room "
           "for, or to more than 67 million");
@@ -177,10 +176,7 @@ class ObjectDecoder {
         call.args().size() == 0) {
       return Object(Bytes{});
     }
-    if (function.module() == "torch._utils" ||
-        function.module() == "torch._tensor") {
-      return Object(Opaque{"torch.Tensor"});
-    }
+    if (IsTensorCall(call)) return Object(Opaque{"torch.Tensor"});
     return Object(Opaque{ClassName(function)});
   }
 
@@ -202,11 +198,18 @@ class ObjectDecoder {
     return Object(std::move(out));
   }
 
-  int64_t values_left_;
-  int64_t bytes_left_;
+  ObjectBudget& budget_;
 };
 
 absl::Status EncodeValue(const Object& value, int depth, PickleWriter& pickle);
+
+constexpr absl::string_view kTorchPrefix = "torch.";
+
+// Not a class, but one of its values, which Python finds by its name.
+bool IsTorchDType(absl::string_view name) {
+  return absl::ConsumePrefix(&name, kTorchPrefix) &&
+         ParseDType(name).has_value();
+}
 
 absl::Status EncodeText(absl::string_view text, PickleWriter& pickle) {
   if (!IsUtf8(text) || text.size() > std::numeric_limits<uint32_t>::max()) {
@@ -268,11 +271,15 @@ absl::Status EncodeValue(const Object& value, int depth, PickleWriter& pickle) {
       }
       pickle.SetItems();
     }
+  } else if (const Opaque* opaque = value.get_if<Opaque>();
+             opaque != nullptr && IsTorchDType(opaque->type_name)) {
+    pickle.Global("torch", absl::StripPrefix(opaque->type_name, kTorchPrefix));
   } else {
     return absl::InvalidArgumentError(absl::StrCat(
         "a value of class ", value.kind_name(),
         " cannot be written; only "
-        "None, bool, int, float, str, bytes, list, tuple and dict can"));
+        "None, bool, int, float, str, bytes, list, tuple, dict and torch's "
+        "dtypes can"));
   }
   return absl::OkStatus();
 }
@@ -303,13 +310,23 @@ absl::StatusOr<ObjectItem> DecodeObjectPickle(absl::string_view bytes) {
   limits.allow_persistent_ids = true;
   limits.max_int_bytes = 255;
   DSD_ASSIGN_OR_RETURN(const Pickle pickle, Pickle::Parse(bytes, limits));
+  ObjectBudget budget(static_cast<int64_t>(bytes.size()));
+  return DecodeObjectValue(pickle.root(), bytes, &budget);
+}
+
+ObjectBudget::ObjectBudget(int64_t pickle_bytes)
+    : values_left(
+          std::min(pickle_bytes * kMaxValuesPerByte + kFreeValues, kMaxValues)),
+      bytes_left(pickle_bytes * kMaxValuesPerByte + kFreeBytes) {}
+
+absl::StatusOr<ObjectItem> DecodeObjectValue(PickleValue value,
+                                             absl::string_view pickle,
+                                             ObjectBudget* budget) {
   ObjectItem item;
-  DSD_ASSIGN_OR_RETURN(
-      item.value,
-      ObjectDecoder(static_cast<int64_t>(bytes.size())).Decode(pickle.root()));
+  DSD_ASSIGN_OR_RETURN(item.value, ObjectDecoder(budget).Decode(value));
   // By the value where it has a canonical form, else by the bytes.
   const absl::StatusOr<std::string> canonical = EncodeObjectPickle(item.value);
-  item.digest = ObjectDigest(canonical.ok() ? *canonical : bytes);
+  item.digest = ObjectDigest(canonical.ok() ? *canonical : pickle);
   return item;
 }
 

@@ -13,6 +13,7 @@
 #include "absl/strings/string_view.h"
 #include "dsd/core/base/content_digest.h"
 #include "dsd/core/value/value.h"
+#include "dsd/frontends/checkpoint/dcp/pickle_reader.h"
 #include "dsd/frontends/checkpoint/dcp/zip_reader.h"
 
 namespace dsd::dcp {
@@ -32,12 +33,25 @@ struct ObjectItem {
 // Unimplemented (compressed).
 absl::StatusOr<ObjectItem> DecodeObjectPickle(absl::string_view pickle);
 
+// What is left to unfold of a pickle, in which values may be shared.
+struct ObjectBudget {
+  explicit ObjectBudget(int64_t pickle_bytes);
+
+  int64_t values_left;
+  int64_t bytes_left;
+};
+
+// One value of a pickle that has more than it; `pickle` are the bytes of all.
+absl::StatusOr<ObjectItem> DecodeObjectValue(PickleValue value,
+                                             absl::string_view pickle,
+                                             ObjectBudget* budget);
+
 // The pickle in a stored object's archive, by the same limits.
 absl::StatusOr<std::string> ReadObjectPickle(FileSlice* slice);
 
 // The pickle of a value: the same bytes for equal values.
-// Errors: InvalidArgument for an Opaque, text that is not UTF-8, nesting over
-// kMaxObjectDepth.
+// Errors: InvalidArgument for an Opaque other than a dtype of torch's, text
+// that is not UTF-8, nesting over kMaxObjectDepth.
 absl::StatusOr<std::string> EncodeObjectPickle(const Object& value);
 
 // The archive around a pickle.

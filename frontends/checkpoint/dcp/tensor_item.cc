@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "dsd/core/base/checked_int.h"
@@ -110,7 +111,8 @@ absl::StatusOr<Rebuild> FindRebuild(PickleValue root) {
     PickleValue function = root.callee();
     auto args = root.args().AsTuple(kMaxArgs);
     if (!args.has_value()) return NotATensor("its pickle has no arguments");
-    if (function.IsGlobal("torch._utils", "_rebuild_parameter") &&
+    if ((function.IsGlobal("torch._utils", "_rebuild_parameter") ||
+         function.IsGlobal("torch._utils", "_rebuild_parameter_with_state")) &&
         !args->empty()) {
       root = (*args)[0];
       continue;
@@ -158,47 +160,7 @@ int64_t SignUnitBytes(DType dtype) {
 std::string TensorPickle(DType dtype, absl::Span<const int64_t> shape) {
   std::string out;
   PickleWriter pickle(2, &out);
-  const absl::string_view storage_class = StorageClass(dtype);
-  const bool typed = !storage_class.empty();
-  int64_t elements = 1;
-  for (int64_t extent : shape) elements *= extent;
-  const auto numbers = [&](absl::Span<const int64_t> values) {
-    if (values.size() > 3) pickle.Mark();
-    for (int64_t value : values) pickle.Int(value);
-    pickle.Tuple(static_cast<int64_t>(values.size()));
-  };
-  pickle.Global("torch._utils",
-                typed ? "_rebuild_tensor_v2" : "_rebuild_tensor_v3");
-  pickle.Mark();
-  pickle.Mark();
-  pickle.Text("storage");
-  if (typed) {
-    pickle.Global("torch", storage_class);
-  } else {
-    pickle.Global("torch.storage", "UntypedStorage");
-  }
-  pickle.Text("0");
-  pickle.Text("cpu");
-  pickle.Int(typed ? elements : elements * ItemSize(dtype));
-  pickle.Tuple(5);
-  pickle.PersistentId();
-  pickle.Int(0);  // storage offset
-  numbers(shape);
-  // As torch has them: an empty dimension counts as one.
-  Dims strides(shape.size());
-  int64_t stride = 1;
-  for (int d = static_cast<int>(shape.size()) - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(shape[d], 1);
-  }
-  numbers(strides);
-  pickle.Bool(false);  // requires_grad
-  pickle.Global("collections", "OrderedDict");
-  pickle.Tuple(0);
-  pickle.Reduce();
-  if (!typed) pickle.Global("torch", DTypeName(dtype));
-  pickle.Tuple(typed ? 6 : 7);
-  pickle.Reduce();
+  WriteTensor(pickle, dtype, shape, "0");
   pickle.Stop();
   return out;
 }
@@ -236,6 +198,161 @@ absl::string_view StorageClass(DType dtype) {
   }
 }
 
+void WriteTensor(PickleWriter& pickle, DType dtype,
+                 absl::Span<const int64_t> shape,
+                 absl::string_view storage_key) {
+  const absl::string_view storage_class = StorageClass(dtype);
+  const bool typed = !storage_class.empty();
+  int64_t elements = 1;
+  for (int64_t extent : shape) elements *= extent;
+  const auto numbers = [&](absl::Span<const int64_t> values) {
+    if (values.size() > 3) pickle.Mark();
+    for (int64_t value : values) pickle.Int(value);
+    pickle.Tuple(static_cast<int64_t>(values.size()));
+  };
+  pickle.Global("torch._utils",
+                typed ? "_rebuild_tensor_v2" : "_rebuild_tensor_v3");
+  pickle.Mark();
+  pickle.Mark();
+  pickle.Text("storage");
+  if (typed) {
+    pickle.Global("torch", storage_class);
+  } else {
+    pickle.Global("torch.storage", "UntypedStorage");
+  }
+  pickle.Text(storage_key);
+  pickle.Text("cpu");
+  pickle.Int(typed ? elements : elements * ItemSize(dtype));
+  pickle.Tuple(5);
+  pickle.PersistentId();
+  pickle.Int(0);  // storage offset
+  numbers(shape);
+  // As torch has them: an empty dimension counts as one.
+  Dims strides(shape.size());
+  int64_t stride = 1;
+  for (int d = static_cast<int>(shape.size()) - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(shape[d], 1);
+  }
+  numbers(strides);
+  pickle.Bool(false);  // requires_grad
+  pickle.Global("collections", "OrderedDict");
+  pickle.Tuple(0);
+  pickle.Reduce();
+  if (!typed) pickle.Global("torch", DTypeName(dtype));
+  pickle.Tuple(typed ? 6 : 7);
+  pickle.Reduce();
+}
+
+bool IsTensorCall(PickleValue value) {
+  if (value.kind() != Kind::kCall) return false;
+  const PickleValue function = value.callee();
+  return function.kind() == Kind::kGlobal &&
+         (function.module() == "torch._utils" ||
+          function.module() == "torch._tensor") &&
+         absl::StartsWith(function.name(), "_rebuild");
+}
+
+absl::StatusOr<TensorView> ReadTensorView(PickleValue value) {
+  DSD_ASSIGN_OR_RETURN(const Rebuild rebuild, FindRebuild(value));
+  const std::vector<PickleValue>& args = rebuild.args;
+  DSD_ASSIGN_OR_RETURN(const StorageRef storage, ReadStorage(args[0]));
+  TensorView view;
+  const size_t extra_at = rebuild.version == 2 ? 6 : 7;
+  if (rebuild.version == 2) {
+    if (!storage.dtype.has_value()) {
+      return NotATensor("its storage has no dtype");
+    }
+    view.dtype = *storage.dtype;
+  } else {
+    const PickleValue dtype = args[6];
+    const auto parsed =
+        dtype.module() == "torch" ? ParseDType(dtype.name()) : std::nullopt;
+    if (!parsed.has_value()) {
+      return absl::UnimplementedError(
+          absl::StrCat("stored tensor: dtype \"",
+                       absl::CHexEscape(dtype.name()), "\" is not supported"));
+    }
+    view.dtype = *parsed;
+  }
+  if (args.size() > extra_at) {
+    // {"conj": bool, "neg": bool}: bits that say how to read the values.
+    const auto is_set = [&](absl::string_view bit) {
+      const auto flag = args[extra_at].Find(bit);
+      return flag.has_value() && flag->AsBool() == true;
+    };
+    view.conjugated = is_set("conj");
+    view.negated = is_set("neg");
+    if ((view.conjugated && !IsComplex(view.dtype)) ||
+        (view.negated && SignUnitBytes(view.dtype) == 0)) {
+      return NotATensor(absl::StrCat("its dtype ", DTypeName(view.dtype),
+                                     " cannot be conjugated or negated"));
+    }
+  }
+  DSD_ASSIGN_OR_RETURN(view.shape, ReadDims(args[2], "size"));
+  DSD_ASSIGN_OR_RETURN(view.strides, ReadDims(args[3], "stride"));
+  const auto offset = args[1].AsInt();
+  if (view.shape.size() != view.strides.size() || !offset.has_value() ||
+      *offset < 0) {
+    return NotATensor("its size, stride and offset do not fit together");
+  }
+  view.offset = *offset;
+  const auto storage_bytes = CheckedMul(
+      storage.count, storage.dtype.has_value() ? ItemSize(*storage.dtype) : 1);
+  if (!storage_bytes.has_value()) return NotATensor("its storage overflows");
+  view.storage_bytes = *storage_bytes;
+  view.storage_key = storage.key;
+  return view;
+}
+
+absl::StatusOr<TensorItem> PlaceTensor(const TensorView& view,
+                                       const ZipReader::Record& record,
+                                       int64_t record_at, bool big_endian) {
+  TensorItem item;
+  item.dtype = view.dtype;
+  item.shape = view.shape;
+  item.strides = view.strides;
+  if (view.storage_bytes > record.size_bytes) {
+    return NotATensor(absl::StrCat("its record has ", record.size_bytes,
+                                   " bytes, less than the storage"));
+  }
+  const int64_t item_size = ItemSize(item.dtype);
+  const auto elements = CheckedProduct(item.shape);
+  if (!elements.has_value()) return NotATensor("its shape overflows");
+  if (*elements > 0) {
+    // The last element that the strides reach.
+    std::optional<int64_t> last = view.offset;
+    for (size_t d = 0; d < item.shape.size() && last.has_value(); ++d) {
+      const auto reach = CheckedMul(item.shape[d] - 1, item.strides[d]);
+      last = reach.has_value() ? CheckedAdd(*last, *reach) : std::nullopt;
+    }
+    if (!last.has_value() || *last >= view.storage_bytes / item_size) {
+      return NotATensor(absl::StrCat(
+          "shape ", DimsToString(item.shape), " and strides ",
+          DimsToString(item.strides), " reach outside its storage of ",
+          view.storage_bytes, " bytes"));
+    }
+  }
+  item.record_at = record_at;
+  item.record_bytes = record.size_bytes;
+  item.record_crc = record.crc;
+  item.data_at = record_at + (*elements > 0 ? view.offset * item_size : 0);
+  item.big_endian = big_endian && item_size > 1;
+  item.conjugated = view.conjugated;
+  item.negated = view.negated;
+  return item;
+}
+
+absl::StatusOr<bool> IsBigEndian(const ZipReader& zip) {
+  const ZipReader::Record* const order = zip.Find("byteorder");
+  if (order == nullptr) return false;
+  DSD_ASSIGN_OR_RETURN(const absl::string_view text, zip.Content(*order, 16));
+  if (text == "big") return true;
+  if (text == "little") return false;
+  return NotATensor(absl::StrCat("byte order \"", absl::CHexEscape(text),
+                                 "\", expected little or big"));
+}
+
 absl::StatusOr<TensorItem> ReadTensorItem(FileSlice* slice) {
   DSD_ASSIGN_OR_RETURN(const ZipReader zip,
                        ZipReader::Open(slice, kMaxRecords));
@@ -257,94 +374,16 @@ absl::StatusOr<TensorItem> ReadTensorItem(FileSlice* slice) {
   PickleLimits limits;
   limits.allow_persistent_ids = true;
   DSD_ASSIGN_OR_RETURN(const Pickle pickle, Pickle::Parse(bytes, limits));
-  DSD_ASSIGN_OR_RETURN(const Rebuild rebuild, FindRebuild(pickle.root()));
-  const std::vector<PickleValue>& args = rebuild.args;
-  DSD_ASSIGN_OR_RETURN(const StorageRef storage, ReadStorage(args[0]));
-
-  TensorItem item;
-  const size_t extra_at = rebuild.version == 2 ? 6 : 7;
-  if (rebuild.version == 2) {
-    if (!storage.dtype.has_value()) {
-      return NotATensor("its storage has no dtype");
-    }
-    item.dtype = *storage.dtype;
-  } else {
-    const PickleValue dtype = args[6];
-    const auto parsed =
-        dtype.module() == "torch" ? ParseDType(dtype.name()) : std::nullopt;
-    if (!parsed.has_value()) {
-      return absl::UnimplementedError(
-          absl::StrCat("stored tensor: dtype \"",
-                       absl::CHexEscape(dtype.name()), "\" is not supported"));
-    }
-    item.dtype = *parsed;
-  }
-  if (args.size() > extra_at) {
-    // {"conj": bool, "neg": bool}: bits that say how to read the values.
-    const auto is_set = [&](absl::string_view bit) {
-      const auto value = args[extra_at].Find(bit);
-      return value.has_value() && value->AsBool() == true;
-    };
-    item.conjugated = is_set("conj");
-    item.negated = is_set("neg");
-    if ((item.conjugated && !IsComplex(item.dtype)) ||
-        (item.negated && SignUnitBytes(item.dtype) == 0)) {
-      return NotATensor(absl::StrCat("its dtype ", DTypeName(item.dtype),
-                                     " cannot be conjugated or negated"));
-    }
-  }
-  DSD_ASSIGN_OR_RETURN(item.shape, ReadDims(args[2], "size"));
-  DSD_ASSIGN_OR_RETURN(item.strides, ReadDims(args[3], "stride"));
-  const auto offset = args[1].AsInt();
-  if (item.shape.size() != item.strides.size() || !offset.has_value() ||
-      *offset < 0) {
-    return NotATensor("its size, stride and offset do not fit together");
-  }
-
+  DSD_ASSIGN_OR_RETURN(const TensorView view, ReadTensorView(pickle.root()));
   const ZipReader::Record* const record =
-      zip.Find(absl::StrCat("data/", storage.key));
+      zip.Find(absl::StrCat("data/", view.storage_key));
   if (record == nullptr) {
-    return NotATensor(
-        absl::StrCat("no record \"data/", absl::CHexEscape(storage.key), "\""));
+    return NotATensor(absl::StrCat("no record \"data/",
+                                   absl::CHexEscape(view.storage_key), "\""));
   }
-  const int64_t item_size = ItemSize(item.dtype);
-  const auto storage_bytes = CheckedMul(
-      storage.count, storage.dtype.has_value() ? ItemSize(*storage.dtype) : 1);
-  if (!storage_bytes.has_value() || *storage_bytes > record->size_bytes) {
-    return NotATensor(absl::StrCat("its record has ", record->size_bytes,
-                                   " bytes, less than the storage"));
-  }
-  const auto elements = CheckedProduct(item.shape);
-  if (!elements.has_value()) return NotATensor("its shape overflows");
-  if (*elements > 0) {
-    // The last element that the strides reach.
-    std::optional<int64_t> last = *offset;
-    for (size_t d = 0; d < item.shape.size() && last.has_value(); ++d) {
-      const auto reach = CheckedMul(item.shape[d] - 1, item.strides[d]);
-      last = reach.has_value() ? CheckedAdd(*last, *reach) : std::nullopt;
-    }
-    if (!last.has_value() || *last >= *storage_bytes / item_size) {
-      return NotATensor(absl::StrCat(
-          "shape ", DimsToString(item.shape), " and strides ",
-          DimsToString(item.strides), " reach outside its storage of ",
-          *storage_bytes, " bytes"));
-    }
-  }
-  DSD_ASSIGN_OR_RETURN(item.record_at, zip.ContentOffset(*record));
-  item.record_bytes = record->size_bytes;
-  item.record_crc = record->crc;
-  item.data_at = item.record_at + (*elements > 0 ? *offset * item_size : 0);
-
-  if (const ZipReader::Record* order = zip.Find("byteorder")) {
-    DSD_ASSIGN_OR_RETURN(const absl::string_view text, zip.Content(*order, 16));
-    if (text == "big") {
-      item.big_endian = item_size > 1;
-    } else if (text != "little") {
-      return NotATensor(absl::StrCat("byte order \"", absl::CHexEscape(text),
-                                     "\", expected little or big"));
-    }
-  }
-  return item;
+  DSD_ASSIGN_OR_RETURN(const int64_t record_at, zip.ContentOffset(*record));
+  DSD_ASSIGN_OR_RETURN(const bool big_endian, IsBigEndian(zip));
+  return PlaceTensor(view, *record, record_at, big_endian);
 }
 
 void TensorItem::Normalize(absl::Span<std::byte> elements) const {

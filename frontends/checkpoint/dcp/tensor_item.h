@@ -18,6 +18,8 @@
 #include "absl/types/span.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/layout/box.h"
+#include "dsd/frontends/checkpoint/dcp/pickle_reader.h"
+#include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
 #include "dsd/frontends/checkpoint/dcp/zip_reader.h"
 #include "dsd/frontends/checkpoint/dcp/zip_writer.h"
 
@@ -44,6 +46,41 @@ struct TensorItem {
   // Makes elements, as they are stored, what they stand for.
   void Normalize(absl::Span<std::byte> elements) const;
 };
+
+// A tensor as a pickle has it: a view of a storage, which is the record
+// "data/<storage_key>" of the same archive.
+struct TensorView {
+  DType dtype = DType::kFloat32;
+  Dims shape;
+  Dims strides;        // in elements, >= 0
+  int64_t offset = 0;  // of element [0, ..., 0], in elements
+  std::string storage_key;
+  int64_t storage_bytes = 0;
+  bool conjugated = false;  // as in TensorItem
+  bool negated = false;
+};
+
+// Whether the value rebuilds a tensor of some kind.
+bool IsTensorCall(PickleValue value);
+
+// Errors: as ReadTensorItem.
+absl::StatusOr<TensorView> ReadTensorView(PickleValue value);
+
+// The view in its record, whose content begins at `record_at`. DataLoss if it
+// reaches outside.
+absl::StatusOr<TensorItem> PlaceTensor(const TensorView& view,
+                                       const ZipReader::Record& record,
+                                       int64_t record_at, bool big_endian);
+
+// Whether the archive has big-endian elements. DataLoss for a byte order that
+// is none.
+absl::StatusOr<bool> IsBigEndian(const ZipReader& zip);
+
+// Puts a contiguous tensor, whose storage is the record "data/<storage_key>",
+// on the stack of the pickle.
+void WriteTensor(PickleWriter& pickle, DType dtype,
+                 absl::Span<const int64_t> shape,
+                 absl::string_view storage_key);
 
 // Reads archive and pickle; not the elements.
 // Errors: DataLoss (damaged, or not a tensor); Unimplemented (quantized,

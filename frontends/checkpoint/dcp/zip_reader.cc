@@ -258,10 +258,13 @@ const ZipReader::Record* ZipReader::Find(absl::string_view name) const {
 absl::StatusOr<int64_t> ZipReader::ContentOffset(const Record& record) const {
   const int64_t name_bytes =
       static_cast<int64_t>(top_.size() + record.name.size());
-  DSD_ASSIGN_OR_RETURN(
-      const absl::string_view header,
-      slice_->Fetch(record.header_at, kLocalHeaderBytes + name_bytes));
-  const absl::string_view name = header.substr(kLocalHeaderBytes);
+  std::string header(kLocalHeaderBytes + name_bytes, '\0');
+  DSD_RETURN_IF_ERROR(
+      slice_->Read(record.header_at,
+                   absl::MakeSpan(reinterpret_cast<std::byte*>(header.data()),
+                                  header.size())));
+  const absl::string_view name =
+      absl::string_view(header).substr(kLocalHeaderBytes);
   if (LoadLittleEndian<uint32_t>(header.data()) != kLocalHeaderSignature ||
       LoadLittleEndian<uint16_t>(header.data() + 26) != name_bytes ||
       !absl::StartsWith(name, top_) ||

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/value/flatten.h"
+#include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/checkpoint/checkpoint_impl.h"
+#include "dsd/frontends/checkpoint/file_names.h"
+#include "dsd/frontends/checkpoint/torch_archive/archive_reader.h"
+
+namespace dsd::checkpoint {
+
+absl::Status OpenTorchArchive(Checkpoint::Impl* impl) {
+  impl->directory = ParentOf(impl->path);
+  impl->index.files.emplace_back(LastPart(impl->path));
+  const std::string where =
+      absl::StrCat("\"", absl::CHexEscape(impl->path), "\"");
+  DSD_ASSIGN_OR_RETURN(const std::unique_ptr<ReadableFile> file,
+                       impl->env->files().OpenReadable(impl->path));
+  absl::StatusOr<dcp::FileSlice> slice =
+      dcp::FileSlice::Create(file.get(), 0, file->size_bytes());
+  DSD_RETURN_IF_ERROR(slice.status()) << where;
+  absl::StatusOr<torch_archive::Archive> archive =
+      torch_archive::ReadArchive(&*slice);
+  DSD_RETURN_IF_ERROR(archive.status()) << where;
+
+  impl->fingerprint = archive->fingerprint;
+  for (torch_archive::Archive::Tensor& tensor : archive->tensors) {
+    dcp::TensorItem& item = tensor.item;
+    const int64_t record_at = item.record_at;
+    std::string key = JoinPath(tensor.path);
+    impl->index.AddTensor(std::move(key), std::move(tensor.path), item.dtype,
+                          item.shape);
+    impl->index.AddChunk(Box::Whole(item.shape),
+                         {0, record_at, item.record_bytes});
+    item.data_at -= record_at;
+    item.record_at = 0;
+    impl->items.push_back(std::move(item));
+  }
+  for (const torch_archive::Archive::Unreadable& tensor : archive->unreadable) {
+    impl->unreadable.emplace_back(JoinPath(tensor.path), tensor.kind);
+  }
+  for (torch_archive::Archive::Value& value : archive->objects) {
+    std::string key = JoinPath(value.path);
+    impl->index.objects.push_back(
+        {std::move(key), std::move(value.path), {0, 0, file->size_bytes()}});
+    impl->values.push_back(std::move(value.item));
+  }
+  DSD_RETURN_IF_ERROR(FillCatalog(impl)) << where;
+  absl::flat_hash_set<absl::string_view> keys;
+  for (const StoredObject& object : impl->objects) {
+    if (impl->catalog.Find(object.key).has_value() ||
+        !keys.insert(object.key).second) {
+      return absl::DataLossError(
+          absl::StrCat(where, ": two values have the key \"",
+                       absl::CHexEscape(object.key), "\""));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace dsd::checkpoint

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/frontends/checkpoint/torch_archive/archive_writer.h"
+
+#include <algorithm>
+#include <utility>
+#include <variant>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/value/flatten.h"
+#include "dsd/frontends/checkpoint/dcp/object_item.h"
+#include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
+#include "dsd/frontends/checkpoint/dcp/tensor_item.h"
+
+namespace dsd::torch_archive {
+namespace {
+
+constexpr int64_t kMaxListIndex = 1'000'000;
+// The protocol's opcode and version, and STOP.
+constexpr size_t kPickleHeadBytes = 2;
+constexpr size_t kPickleTailBytes = 1;
+
+std::string Quoted(const Path& path) {
+  return absl::StrCat("\"", absl::CHexEscape(JoinPath(path)), "\"");
+}
+
+// A dict, a list or a leaf.
+struct Node {
+  std::vector<std::pair<PathSegment, Node>> children;
+  absl::flat_hash_map<PathSegment, size_t> index;  // of children
+  int64_t tensor = -1;
+  const std::string* pickle = nullptr;  // of an object
+
+  bool is_leaf() const { return tensor >= 0 || pickle != nullptr; }
+  bool is_list() const {
+    return !children.empty() &&
+           std::holds_alternative<int64_t>(children[0].first);
+  }
+};
+
+class TreeWriter {
+ public:
+  explicit TreeWriter(absl::Span<const NewTensor> tensors)
+      : tensors_(tensors), pickle_(2, &out_) {}
+
+  absl::Status Add(const Path& path, int64_t tensor,
+                   const std::string* pickle) {
+    if (path.empty() || path.size() > dcp::kMaxObjectDepth) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("key ", Quoted(path), ": a path of ", path.size(),
+                       " parts, expected 1 to ", dcp::kMaxObjectDepth));
+    }
+    Node* node = &root_;
+    for (const PathSegment& segment : path) {
+      if (node->is_leaf()) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "key ", Quoted(path), " lies inside another, which is no dict"));
+      }
+      const bool is_number = std::holds_alternative<int64_t>(segment);
+      if (!node->children.empty() && node->is_list() != is_number) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("key ", Quoted(path),
+                         ": a list and a dict in one place of the nesting"));
+      }
+      if (is_number && (std::get<int64_t>(segment) < 0 ||
+                        std::get<int64_t>(segment) > kMaxListIndex)) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "key ", Quoted(path), ": index ", std::get<int64_t>(segment),
+            ", expected 0 to ", kMaxListIndex));
+      }
+      const auto [it, is_new] =
+          node->index.try_emplace(segment, node->children.size());
+      if (is_new) node->children.emplace_back(segment, Node());
+      node = &node->children[it->second].second;
+    }
+    if (node->is_leaf() || !node->children.empty()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "key ", Quoted(path), " is there twice, or others lie inside it"));
+    }
+    node->tensor = tensor;
+    node->pickle = pickle;
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::string> Write() {
+    DSD_RETURN_IF_ERROR(Write(root_));
+    pickle_.Stop();
+    return std::move(out_);
+  }
+
+ private:
+  absl::Status Write(Node& node) {
+    if (node.tensor >= 0) {
+      const NewTensor& tensor = tensors_[node.tensor];
+      dcp::WriteTensor(pickle_, tensor.dtype, tensor.shape,
+                       absl::StrCat(node.tensor));
+      return absl::OkStatus();
+    }
+    if (node.pickle != nullptr) {
+      out_.append(*node.pickle, kPickleHeadBytes,
+                  node.pickle->size() - kPickleHeadBytes - kPickleTailBytes);
+      return absl::OkStatus();
+    }
+    if (node.is_list()) {
+      std::sort(node.children.begin(), node.children.end(),
+                [](const auto& a, const auto& b) { return a.first < b.first; });
+      pickle_.EmptyList();
+      pickle_.Mark();
+      int64_t next = 0;
+      for (auto& [segment, child] : node.children) {
+        for (; next < std::get<int64_t>(segment); ++next) pickle_.None();
+        DSD_RETURN_IF_ERROR(Write(child));
+        ++next;
+      }
+      pickle_.Appends();
+      return absl::OkStatus();
+    }
+    pickle_.EmptyDict();
+    if (node.children.empty()) return absl::OkStatus();
+    pickle_.Mark();
+    for (auto& [segment, child] : node.children) {
+      const std::string& key = std::get<std::string>(segment);
+      if (!dcp::IsUtf8(key)) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "key \"", absl::CHexEscape(key), "\" is not valid UTF-8"));
+      }
+      pickle_.Text(key);
+      DSD_RETURN_IF_ERROR(Write(child));
+    }
+    pickle_.SetItems();
+    return absl::OkStatus();
+  }
+
+  const absl::Span<const NewTensor> tensors_;
+  std::string out_;
+  dcp::PickleWriter pickle_;
+  Node root_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::string> EncodeTree(absl::Span<const NewTensor> tensors,
+                                       absl::Span<const NewObject> objects) {
+  TreeWriter tree(tensors);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    DSD_RETURN_IF_ERROR(
+        tree.Add(tensors[i].path, static_cast<int64_t>(i), nullptr));
+  }
+  std::vector<std::string> pickles;
+  pickles.reserve(objects.size());
+  for (const NewObject& object : objects) {
+    absl::StatusOr<std::string> pickle = dcp::EncodeObjectPickle(object.value);
+    DSD_RETURN_IF_ERROR(pickle.status()) << "object " << Quoted(object.path);
+    pickles.push_back(*std::move(pickle));
+    DSD_RETURN_IF_ERROR(tree.Add(object.path, -1, &pickles.back()));
+  }
+  return tree.Write();
+}
+
+ArchiveWriter::ArchiveWriter(std::string pickle) : zip_(&out_) {
+  zip_.AddRecord("data.pkl", pickle);
+  zip_.AddRecord(".format_version", "1");
+  zip_.AddRecord(".storage_alignment", "64");
+  zip_.AddRecord("byteorder", "little");
+}
+
+std::string ArchiveWriter::Take() { return std::exchange(out_, std::string()); }
+
+std::string ArchiveWriter::StartTensor(int64_t bytes) {
+  zip_.StartRecord(absl::StrCat("data/", next_++), bytes);
+  return Take();
+}
+
+std::string ArchiveWriter::FinishTensor(uint32_t crc) {
+  zip_.FinishRecord(crc);
+  return Take();
+}
+
+std::string ArchiveWriter::Finish() {
+  zip_.AddRecord("version", "3\n");
+  zip_.Finish();
+  return Take();
+}
+
+}  // namespace dsd::torch_archive

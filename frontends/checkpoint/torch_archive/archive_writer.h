@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Writes archives that torch.load(weights_only=True) opens, and maps with
+// mmap=True: one storage for each tensor.
+
+#ifndef DSD_FRONTENDS_CHECKPOINT_TORCH_ARCHIVE_ARCHIVE_WRITER_H_
+#define DSD_FRONTENDS_CHECKPOINT_TORCH_ARCHIVE_ARCHIVE_WRITER_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "dsd/core/base/dtype.h"
+#include "dsd/core/layout/box.h"
+#include "dsd/core/value/value.h"
+#include "dsd/frontends/checkpoint/dcp/zip_writer.h"
+
+namespace dsd::torch_archive {
+
+struct NewTensor {
+  Path path;
+  DType dtype;
+  Dims shape;
+};
+struct NewObject {
+  Path path;
+  Object value;
+};
+
+// The pickle of a nested dict: text segments of paths are keys of dicts,
+// numbers indices of lists, in which None stands where nothing is.
+// Errors: InvalidArgument for a path that another one passes through, for a
+// number beside texts, for what is no UTF-8, for an object that has no form
+// (names them).
+absl::StatusOr<std::string> EncodeTree(absl::Span<const NewTensor> tensors,
+                                       absl::Span<const NewObject> objects);
+
+// The bytes around the elements of an archive, front to back:
+//
+//   ArchiveWriter writer(pickle);
+//   for each tensor, in the order of EncodeTree:
+//     append writer.StartTensor(bytes), then the elements (contiguous),
+//     then writer.FinishTensor(crc)
+//   append writer.Finish()
+class ArchiveWriter {
+ public:
+  explicit ArchiveWriter(std::string pickle);
+  ArchiveWriter(const ArchiveWriter&) = delete;
+  ArchiveWriter& operator=(const ArchiveWriter&) = delete;
+
+  std::string StartTensor(int64_t bytes);
+  std::string FinishTensor(uint32_t crc);
+  std::string Finish();
+
+ private:
+  std::string Take();
+
+  std::string out_;
+  dcp::ZipWriter zip_;
+  int64_t next_ = 0;
+};
+
+}  // namespace dsd::torch_archive
+
+#endif  // DSD_FRONTENDS_CHECKPOINT_TORCH_ARCHIVE_ARCHIVE_WRITER_H_
