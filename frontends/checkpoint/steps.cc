@@ -74,7 +74,7 @@ absl::StatusOr<std::vector<Found>> Find(const StepName& series,
     if (!info.ok() || info->kind != FileKind::kDirectory) continue;
     bool committed = false;
     // The second is one of Python's without collectives.
-    for (const char* const index : {kIndexFile, "__0.metadata"}) {
+    for (const char* const index : {kIndexFile, kFirstRankIndexFile}) {
       const absl::Status status =
           files.Stat(JoinFile(directory, index)).status();
       if (!status.ok() && !absl::IsNotFound(status)) return status;

@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/frontends/checkpoint/convert.h"
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "dsd/core/base/float_cast.h"
+#include "dsd/core/base/status_macros.h"
+#include "dsd/core/value/flatten.h"
+#include "dsd/frontends/checkpoint/checkpoint_impl.h"
+#include "dsd/frontends/checkpoint/dcp/object_item.h"
+#include "dsd/frontends/checkpoint/export.h"
+#include "dsd/frontends/checkpoint/file_names.h"
+#include "dsd/frontends/checkpoint/live_state.h"
+
+namespace dsd::checkpoint {
+namespace {
+
+// The tensors of a checkpoint under other names and of other dtypes.
+class ConvertedEndpoint final : public Endpoint {
+ public:
+  explicit ConvertedEndpoint(std::unique_ptr<CheckpointEndpoint> source)
+      : source_(std::move(source)) {}
+
+  // Once for each tensor of the source, in order.
+  absl::Status Add(std::string name, DType dtype) {
+    const TensorSpec& from = source_->catalog()[catalog_.size()];
+    elements_left_ += from.layout.whole().num_elements();
+    return catalog_.Add({std::move(name), dtype, from.layout});
+  }
+
+  const Catalog& catalog() const override { return catalog_; }
+
+  absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
+                    DType dtype, absl::Span<std::byte> out) override {
+    const DType stored = source_->catalog()[tensor].dtype;
+    if (dtype == stored) {
+      DSD_RETURN_IF_ERROR(source_->Read(tensor, box, begin, end, stored, out));
+    } else {
+      stored_.resize((end - begin) * ItemSize(stored));
+      DSD_RETURN_IF_ERROR(source_->Read(tensor, box, begin, end, stored,
+                                        absl::MakeSpan(stored_)));
+      CastFloats(stored, stored_, dtype, out);
+    }
+    // Before what is written can count.
+    elements_left_ -= end - begin;
+    if (elements_left_ > 0) return absl::OkStatus();
+    return source_->Verify().status();
+  }
+
+  absl::Status Write(size_t, const Box&, int64_t, int64_t, DType,
+                     absl::Span<const std::byte>) override {
+    return absl::UnimplementedError("a checkpoint is not written in place");
+  }
+
+ private:
+  const std::unique_ptr<CheckpointEndpoint> source_;
+  Catalog catalog_;
+  std::vector<std::byte> stored_;
+  int64_t elements_left_ = 0;
+};
+
+class Converter {
+ public:
+  Converter(const std::string& source, const std::string& target,
+            const ConvertOptions& options)
+      : source_(source),
+        target_(target),
+        options_(options),
+        fs_(options.env->files()) {}
+
+  absl::StatusOr<ConvertReport> Run() {
+    const std::optional<Format> format =
+        options_.format.has_value() ? options_.format : GuessFormat(target_);
+    if (!format.has_value()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("what to make of \"", target_,
+                       "\"? Its name does not say: give a format"));
+    }
+    report_.to = *format;
+    if (options_.dtype.has_value() && !IsCastable(*options_.dtype)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("tensors cannot be cast to ", DTypeName(*options_.dtype),
+                       ", only to float64, float32, float16 and bfloat16"));
+    }
+    DSD_RETURN_IF_ERROR(CheckTarget());
+    OpenOptions open;
+    open.verify = options_.verify;
+    open.env = options_.env;
+    DSD_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(source_, open));
+    report_.from = checkpoint_->format();
+    if (!checkpoint_->unreadable().empty()) {
+      std::vector<std::string> keys;
+      for (const auto& [key, dtype] : checkpoint_->unreadable()) {
+        keys.push_back(absl::StrCat(key, ": ", dtype));
+      }
+      return absl::FailedPreconditionError(
+          absl::StrCat("tensors of \"", source_,
+                       "\" cannot be read: ", ListKeys(std::move(keys))));
+    }
+    DSD_RETURN_IF_ERROR(MakeState());
+    const bool is_new = absl::IsNotFound(fs_.Stat(target_).status());
+    const absl::Status written = Write();
+    // Save leaves a directory that it has made.
+    if (!written.ok() && is_new) fs_.Remove(target_).IgnoreError();
+    DSD_RETURN_IF_ERROR(written);
+    return std::move(report_);
+  }
+
+ private:
+  absl::Status CheckTarget() {
+    if (target_.empty()) {
+      return absl::InvalidArgumentError("the target's path is empty");
+    }
+    const absl::StatusOr<FileInfo> info = fs_.Stat(target_);
+    if (absl::IsNotFound(info.status())) return absl::OkStatus();
+    const auto names = fs_.List(target_);
+    if (names.ok() && names->empty()) return absl::OkStatus();
+    if (!options_.overwrite) {
+      return absl::AlreadyExistsError(
+          absl::StrCat("\"", target_,
+                       "\" is there already; choose another path or allow "
+                       "overwriting"));
+    }
+    if (report_.to != Format::kDcp) return absl::OkStatus();
+    // A DCP checkpoint replaces only its own kind.
+    const absl::StatusOr<Format> there = DetectFormat(fs_, target_);
+    if (!names.ok() || (there.ok() && *there != Format::kDcp)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("\"", target_,
+                       "\" is no directory of a DCP checkpoint; choose "
+                       "another path"));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status MakeState() {
+    absl::flat_hash_map<std::string, std::vector<std::string>> sources;
+    const auto new_path = [&](const std::string& key, const Path& path) {
+      const std::string renamed = options_.rename.Apply(key);
+      sources[renamed].push_back(key);
+      report_.renamed += renamed != key;
+      return RenamedPath(path, renamed);
+    };
+    DSD_ASSIGN_OR_RETURN(std::unique_ptr<CheckpointEndpoint> endpoint,
+                         checkpoint_->MakeEndpoint());
+    const Catalog& catalog = checkpoint_->catalog();
+    std::vector<DType> dtypes;
+    for (size_t i = 0; i < catalog.size(); ++i) {
+      const DType from = catalog[i].dtype;
+      const DType to = IsCastable(from) ? options_.dtype.value_or(from) : from;
+      report_.cast += from != to;
+      dtypes.push_back(to);
+      state_.tensor_paths.push_back(
+          new_path(catalog[i].fqn, checkpoint_->tensor_path(i)));
+    }
+    DSD_RETURN_IF_ERROR(MakeObjects(new_path));
+    std::vector<std::string> merged;
+    for (auto& [key, from] : sources) {
+      if (from.size() < 2) continue;
+      merged.push_back(absl::StrCat(absl::StrJoin(from, ", "), " -> ", key));
+    }
+    if (!merged.empty()) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "keys become one by renaming: ", ListKeys(std::move(merged))));
+    }
+    tensors_ = std::make_unique<ConvertedEndpoint>(std::move(endpoint));
+    for (size_t i = 0; i < catalog.size(); ++i) {
+      DSD_RETURN_IF_ERROR(
+          tensors_->Add(JoinPath(state_.tensor_paths[i]), dtypes[i]));
+    }
+    state_.tensors = tensors_.get();
+    return absl::OkStatus();
+  }
+
+  template <class NewPath>
+  absl::Status MakeObjects(NewPath new_path) {
+    std::vector<std::string> homeless;
+    for (size_t i = 0; i < checkpoint_->objects().size(); ++i) {
+      const StoredObject& stored = checkpoint_->objects()[i];
+      absl::StatusOr<Object> value = checkpoint_->ReadObject(i);
+      DSD_RETURN_IF_ERROR(value.status());
+      if (report_.to == Format::kSafetensors ||
+          !dcp::EncodeObjectPickle(*value).ok()) {
+        homeless.push_back(stored.key);
+        continue;
+      }
+      state_.objects.push_back(
+          {new_path(stored.key, stored.path), *std::move(value)});
+    }
+    std::sort(homeless.begin(), homeless.end());
+    if (!homeless.empty() && !options_.drop_objects) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(homeless.size(),
+                       report_.to == Format::kSafetensors
+                           ? " objects, for which safetensors has no place: "
+                           : " objects of classes that cannot be written: ",
+                       absl::StrJoin(homeless, ", "), "; allow dropping them"));
+    }
+    report_.dropped_objects = std::move(homeless);
+    return absl::OkStatus();
+  }
+
+  absl::Status Write() {
+    SaveReport saved;
+    if (report_.to == Format::kDcp) {
+      SaveOptions save;
+      save.call = options_.call;
+      save.overwrite = options_.overwrite;
+      save.env = options_.env;
+      DSD_ASSIGN_OR_RETURN(saved, Save(target_, state_, nullptr, save));
+    } else {
+      ExportOptions save;
+      save.call = options_.call;
+      save.overwrite = options_.overwrite;
+      save.max_file_bytes = options_.max_file_bytes;
+      save.env = options_.env;
+      if (!checkpoint_->attributes().empty()) {
+        save.attributes = checkpoint_->attributes();
+      }
+      DSD_ASSIGN_OR_RETURN(saved,
+                           Export(target_, report_.to, state_, nullptr, save));
+    }
+    if (report_.to != Format::kSafetensors) {
+      for (const auto& [key, value] : checkpoint_->attributes()) {
+        if (key != "format") report_.dropped_attributes.push_back(key);
+      }
+    }
+    report_.tensors = saved.tensors;
+    report_.objects = saved.objects;
+    report_.payload_bytes = saved.payload_bytes;
+    report_.file_bytes = saved.file_bytes_all;
+    report_.leftovers = std::move(saved.leftovers);
+    return absl::OkStatus();
+  }
+
+  const std::string source_;
+  const std::string target_;
+  const ConvertOptions& options_;
+  FileSystem& fs_;
+  std::shared_ptr<const Checkpoint> checkpoint_;
+  std::unique_ptr<ConvertedEndpoint> tensors_;
+  State state_;
+  ConvertReport report_;
+};
+
+}  // namespace
+
+std::optional<Format> GuessFormat(absl::string_view path) {
+  if (absl::EndsWith(path, kSafetensorsSuffix)) return Format::kSafetensors;
+  for (const absl::string_view suffix : {".pt", ".pth", ".bin", ".ckpt"}) {
+    if (absl::EndsWith(path, suffix)) return Format::kTorchArchive;
+  }
+  return std::nullopt;
+}
+
+absl::StatusOr<ConvertReport> Convert(const std::string& source,
+                                      const std::string& target,
+                                      const ConvertOptions& options) {
+  return Converter(source, target, options).Run();
+}
+
+}  // namespace dsd::checkpoint
