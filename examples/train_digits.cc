@@ -312,7 +312,7 @@ absl::Status PrintSummary(const std::string& checkpoint_dir) {
   const std::string directory = fs::absolute(checkpoint_dir).string();
   std::ostringstream table, error;
   const char* const arguments[] = {"dsd", "ls", "--", directory.c_str()};
-  if (dsd::cli::Run(4, arguments, table, error, IsTerminal()) != 0) {
+  if (dsd::cli::Run(4, arguments, table, error, {IsTerminal()}) != 0) {
     return absl::DataLossError(error.str());
   }
   std::cout << "\nThe checkpoint is in " << directory << "\n\n"

@@ -18,10 +18,14 @@ enum ExitCode : int {
   kExitOutput = 4,      // the output could not be written
 };
 
-// Runs the program with these arguments and returns its exit code. `styled`:
-// out is a terminal that shows bold text.
+// What those who look at the streams can see.
+struct Terminal {
+  bool styled = false;  // out is a terminal that shows bold text
+};
+
+// Runs the program with these arguments and returns its exit code.
 int Run(int argc, const char* const* argv, std::ostream& out, std::ostream& err,
-        bool styled);
+        const Terminal& terminal = {});
 
 }  // namespace dsd::cli
 

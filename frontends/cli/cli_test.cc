@@ -42,8 +42,7 @@ Result RunDsd(std::vector<std::string> arguments) {
     argv.push_back(argument.c_str());
   }
   std::ostringstream out, err;
-  const int code =
-      Run(static_cast<int>(argv.size()), argv.data(), out, err, false);
+  const int code = Run(static_cast<int>(argv.size()), argv.data(), out, err);
   return {code, out.str(), err.str()};
 }
 

@@ -15,9 +15,10 @@ int main(int argc, char** argv) {
     std::cerr << "dsd: cannot go to \"" << directory << "\"\n";
     return dsd::cli::kExitUsage;
   }
-  const bool styled =
+  dsd::cli::Terminal terminal;
+  terminal.styled =
       isatty(STDOUT_FILENO) != 0 && std::getenv("NO_COLOR") == nullptr;
-  const int code = dsd::cli::Run(argc, argv, std::cout, std::cerr, styled);
+  const int code = dsd::cli::Run(argc, argv, std::cout, std::cerr, terminal);
   if (std::cout.flush()) return code;
   std::cerr << "dsd: the output could not be written\n";
   return dsd::cli::kExitOutput;

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dsd/frontends/cli/verb.h"
+
+#include <variant>
+
+#include "CLI/CLI.hpp"
+#include "absl/strings/str_cat.h"
+
+namespace dsd::cli {
+
+using checkpoint::Checkpoint;
+
+absl::Span<const Verb> Verbs() {
+  static constexpr Verb kVerbs[] = {
+      {"ls", "List keys: type, shape, size, shards, value", &DeclareLs},
+      {"verify", "Check every byte: archives, CRCs, pickles, index, digests",
+       &DeclareVerify},
+      {"digest", "Digest each key's content, whatever files it lies in",
+       &DeclareDigest},
+  };
+  return kVerbs;
+}
+
+std::string Context::Bold(absl::string_view text) const {
+  return terminal.styled ? absl::StrCat("\033[1m", text, "\033[0m")
+                         : std::string(text);
+}
+
+void Context::Print(const Json& value) {
+  out << value.dump(2, ' ', false, Json::error_handler_t::replace) << "\n";
+}
+
+void Context::Remark(absl::string_view text) { err << "dsd: " << text << "\n"; }
+
+ExitCode Context::Fail(const absl::Status& error) {
+  if (json) {
+    Print({{"error", std::string(error.message())},
+           {"code", absl::StatusCodeToString(error.code())}});
+  } else {
+    Remark(error.message());
+  }
+  if (absl::IsInvalidArgument(error)) return kExitUsage;
+  return absl::IsDataLoss(error) ? kExitProblems : kExitUnreadable;
+}
+
+void AddCheckpoint(CLI::App& app, std::string* directory) {
+  app.add_option("directory", *directory, "The checkpoint's directory")
+      ->required();
+}
+
+absl::StatusOr<std::shared_ptr<const Checkpoint>> OpenAnyway(
+    const std::string& directory, absl::Status* problem) {
+  checkpoint::OpenOptions options;
+  auto opened = Checkpoint::Open(directory, options);
+  if (!absl::IsDataLoss(opened.status())) return opened;
+  *problem = opened.status();
+  options.verify = false;
+  return Checkpoint::Open(directory, options);
+}
+
+Json PathJson(const Path& path) {
+  Json out = Json::array();
+  for (const PathSegment& segment : path) {
+    std::visit([&out](const auto& v) { out.push_back(v); }, segment);
+  }
+  return out;
+}
+
+}  // namespace dsd::cli
