@@ -3,8 +3,6 @@
 // A real checkpoint, damaged at random in its index, its data or its digests:
 // a typed error, or the right result. Never a crash, never much memory.
 
-#include <sys/resource.h>
-
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -16,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/fake_env.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/checkpoint/random_damage.h"
 #include "dsd/frontends/checkpoint/test_state.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "dsd/testing/harness/test_seed.h"
@@ -54,60 +53,6 @@ std::vector<ObjectEntry> Objects() {
             std::string("betas")},
            Object(Object::Tuple{{Object(0.9), Object(0.999)}})},
           {{std::string("blob")}, Object(Bytes{std::string(300, '\xfe')})}};
-}
-
-// One of: flipped bits, a cut, bytes put in, taken out or overwritten, with
-// random bytes, with what integers overflow at, or with a part of a file.
-std::string Damage(std::string bytes, const std::string& other,
-                   std::mt19937_64& random) {
-  const auto below = [&random](size_t end) {
-    return static_cast<size_t>(random() % end);
-  };
-  for (size_t change = 1 + below(3); change > 0; --change) {
-    if (bytes.empty()) return bytes;
-    const size_t at = below(bytes.size());
-    switch (below(8)) {
-      case 0:
-      case 1:
-        bytes[at] = static_cast<char>(bytes[at] ^ (1 << below(8)));
-        break;
-      case 2:
-        bytes[at] = static_cast<char>(random());
-        break;
-      case 3:
-        bytes.resize(at);
-        break;
-      case 4:
-        bytes.erase(at, 1 + below(16));
-        break;
-      case 5:
-        bytes.insert(at, other, below(other.size()), below(64));
-        break;
-      case 6: {
-        const std::string part = other.substr(below(other.size()), below(64));
-        bytes.replace(at, part.size(), part);
-        break;
-      }
-      default: {
-        static constexpr uint64_t kEdges[] = {0,
-                                              0x7FFFFFFF,
-                                              0xFFFFFFFF,
-                                              0x7FFFFFFFFFFFFFFF,
-                                              0x8000000000000000,
-                                              0xFFFFFFFFFFFFFFFF};
-        const uint64_t edge = kEdges[below(std::size(kEdges))];
-        const size_t count = size_t{1} << below(4);
-        bytes.replace(at, count, reinterpret_cast<const char*>(&edge), count);
-      }
-    }
-  }
-  return bytes;
-}
-
-int64_t PeakMemoryBytes() {
-  rusage usage = {};
-  getrusage(RUSAGE_SELF, &usage);
-  return int64_t{usage.ru_maxrss} << 10;
 }
 
 class DamageTest : public testing::Test {

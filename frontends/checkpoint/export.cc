@@ -554,7 +554,11 @@ class Exporter {
     MemoryEndpoint target;
     TensorPairs pairs;
     int64_t at = 0;
-    window_.resize(kWindowBytes);
+    for (const Part& part : windows[rank_]) {
+      at += (part.end - part.begin) * ItemSize(catalog_[part.tensor].dtype);
+    }
+    if (static_cast<int64_t>(window_.size()) < at) window_.resize(at);
+    at = 0;
     for (int rank = 0; rank < size_; ++rank) {
       for (const Part& part : windows[rank]) {
         if (part.begin == part.end) continue;

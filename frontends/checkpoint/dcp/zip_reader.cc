@@ -3,6 +3,7 @@
 #include "dsd/frontends/checkpoint/dcp/zip_reader.h"
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -196,11 +197,7 @@ absl::StatusOr<ZipReader> ZipReader::Open(FileSlice* slice,
     absl::string_view name = directory.substr(0, name_bytes);
     absl::string_view extra = directory.substr(name_bytes, extra_bytes);
     directory.remove_prefix(name_bytes + extra_bytes + comment_bytes);
-    if ((flags & kFlagEncrypted) != 0 || method != 0) {
-      return absl::UnimplementedError(
-          absl::StrCat("zip archive: record \"", absl::CHexEscape(name),
-                       "\" is compressed or encrypted"));
-    }
+    record.is_plain = (flags & kFlagEncrypted) == 0 && method == 0;
 
     uint64_t packed = packed32, size = size32, header = header32;
     while (extra.size() >= 4) {
@@ -218,8 +215,9 @@ absl::StatusOr<ZipReader> ZipReader::Open(FileSlice* slice,
         field.remove_prefix(8);
       }
     }
-    if (packed != size || size > static_cast<uint64_t>(length) ||
-        header > directory_at) {
+    if (packed > static_cast<uint64_t>(length) || header > directory_at ||
+        (record.is_plain ? packed != size
+                         : size > std::numeric_limits<int64_t>::max())) {
       return Damaged(absl::StrCat("record \"", absl::CHexEscape(name),
                                   "\" has impossible sizes"));
     }
@@ -256,6 +254,11 @@ const ZipReader::Record* ZipReader::Find(absl::string_view name) const {
 }
 
 absl::StatusOr<int64_t> ZipReader::ContentOffset(const Record& record) const {
+  if (!record.is_plain) {
+    return absl::UnimplementedError(
+        absl::StrCat("zip archive: record \"", absl::CHexEscape(record.name),
+                     "\" is compressed or encrypted"));
+  }
   const int64_t name_bytes =
       static_cast<int64_t>(top_.size() + record.name.size());
   std::string header(kLocalHeaderBytes + name_bytes, '\0');

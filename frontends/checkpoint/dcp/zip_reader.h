@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Reads a zip archive that is a slice of a file, such as one item of a .distcp
-// file. Only stored records; every offset is checked against the slice.
+// file. Compressed and encrypted records are listed and not read; every offset
+// is checked against the slice.
 
 #ifndef DSD_FRONTENDS_CHECKPOINT_DCP_ZIP_READER_H_
 #define DSD_FRONTENDS_CHECKPOINT_DCP_ZIP_READER_H_
@@ -63,19 +64,20 @@ class ZipReader {
     std::string name;  // without the top directory
     int64_t header_at = 0;
     int64_t size_bytes = 0;
-    uint32_t crc = 0;  // 0: not computed by the writer, or really 0
+    uint32_t crc = 0;      // 0: not computed by the writer, or really 0
+    bool is_plain = true;  // neither compressed nor encrypted
   };
 
   // Reads the directory at the end of `slice`, which is borrowed.
   // Errors: DataLoss (not a zip archive, or damaged: says where);
-  // Unimplemented (compressed, encrypted); ResourceExhausted over
-  // `max_records`.
+  // ResourceExhausted over `max_records`.
   static absl::StatusOr<ZipReader> Open(FileSlice* slice, int64_t max_records);
 
   const std::vector<Record>& records() const { return records_; }
   const Record* Find(absl::string_view name) const;
 
   // Where the content starts in the slice. Reads and checks the local header.
+  // Unimplemented for a record that is not plain.
   absl::StatusOr<int64_t> ContentOffset(const Record& record) const;
 
   // The content; checks the CRC, if there is one. ResourceExhausted over
