@@ -213,8 +213,8 @@ TEST(CliTest, HelpAndUsage) {
   const Result unknown = RunDsd({"explode", "x"});
   EXPECT_EQ(unknown.exit_code, kExitUsage);
   EXPECT_EQ(unknown.err,
-            "dsd: there is no command \"explode\", expected ls, verify or "
-            "digest\n");
+            "dsd: there is no command \"explode\", expected ls, verify, digest "
+            "or convert\n");
   EXPECT_EQ(RunDsd({"ls", "x", "--frobnicate"}).exit_code, kExitUsage);
 }
 

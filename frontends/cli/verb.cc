@@ -18,6 +18,8 @@ absl::Span<const Verb> Verbs() {
        &DeclareVerify},
       {"digest", "Digest each key's content, whatever files it lies in",
        &DeclareDigest},
+      {"convert", "Make a checkpoint of another format, names or dtype",
+       &DeclareConvert},
   };
   return kVerbs;
 }

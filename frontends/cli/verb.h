@@ -60,6 +60,7 @@ struct Verb {
 // In the order of --help.
 absl::Span<const Verb> Verbs();
 
+VerbBody DeclareConvert(CLI::App& app);
 VerbBody DeclareDigest(CLI::App& app);
 VerbBody DeclareLs(CLI::App& app);
 VerbBody DeclareVerify(CLI::App& app);
