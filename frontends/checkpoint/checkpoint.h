@@ -175,6 +175,9 @@ class Saver {
   // DeadlineExceeded for `options`, then it goes on.
   absl::StatusOr<SaveReport> Wait(const CallOptions& options = {});
 
+  // Waits as Wait, and leaves it to Wait or the next save to say how it ended.
+  absl::Status AwaitEnd(const CallOptions& options = {});
+
   // Of this rank's bytes of the save that was started last.
   Progress progress() const;
   bool running() const;
@@ -203,7 +206,8 @@ struct LoadOptions {
   // stored key. Empty: all are stored under their own.
   std::function<std::optional<std::string>(absl::string_view key)> stored_key;
   // Whether what is read is compared with the digests that dsd stores beside
-  // the data. Checkpoints written by Python have none and load unverified.
+  // the data. Checkpoints written by Python have none: there the CRCs of those
+  // records are compared that one rank reads as a whole.
   bool verify = true;
   Env* env = nullptr;  // as in SaveOptions
 };

@@ -153,6 +153,10 @@ absl::StatusOr<SaveReport> Saver::Wait(const CallOptions& options) {
   return *impl_->result;
 }
 
+absl::Status Saver::AwaitEnd(const CallOptions& options) {
+  return impl_->AwaitEnd(options);
+}
+
 Progress Saver::progress() const {
   return {impl_->bytes_done, impl_->bytes_total};
 }

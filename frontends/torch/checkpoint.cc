@@ -51,6 +51,19 @@ absl::StatusOr<checkpoint::SaveReport> SaveCheckpoint(
   return checkpoint::Save(directory, ToState(flat), comm, options);
 }
 
+absl::Status StartCheckpoint(checkpoint::Saver& saver,
+                             const std::string& directory,
+                             const StateDict& state,
+                             const checkpoint::SaveOptions& options) {
+  // The saver's lane is free for this once an earlier save has ended; how that
+  // ended is Start's to tell.
+  DSD_RETURN_IF_ERROR(saver.AwaitEnd(options.call));
+  DSD_ASSIGN_OR_RETURN(FlatState flat,
+                       FlattenTogether(absl::StrCat("save \"", directory, "\""),
+                                       state, saver.comm(), options.call));
+  return saver.Start(directory, ToState(flat), options);
+}
+
 absl::StatusOr<checkpoint::LoadReport> LoadCheckpoint(
     const std::string& directory, StateDict* state, Communicator* comm,
     const checkpoint::LoadOptions& options) {

@@ -14,6 +14,7 @@
 
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/base/call_options.h"
 #include "dsd/core/comm/communicator.h"
@@ -29,6 +30,15 @@ namespace dsd {
 absl::StatusOr<checkpoint::SaveReport> SaveCheckpoint(
     const std::string& directory, const StateDict& state,
     Communicator* comm = nullptr, const checkpoint::SaveOptions& options = {});
+
+// SaveCheckpoint in the background: returns when what this rank stores of
+// `state` has been copied; training may go on. `saver.Wait()` says how it
+// ended. Collective over the ranks of the saver. Errors: of Saver::Start, and
+// of Flatten, the same verdict on every rank.
+absl::Status StartCheckpoint(checkpoint::Saver& saver,
+                             const std::string& directory,
+                             const StateDict& state,
+                             const checkpoint::SaveOptions& options = {});
 
 // Fills `*state` in place, as Python's dcp.load: its keys, layouts and types
 // say what is wanted, on any number of ranks. Tensors are written where they

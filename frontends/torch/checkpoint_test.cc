@@ -139,6 +139,39 @@ TEST(CheckpointTest, OneRankLoadsInPlace) {
   EXPECT_TRUE(a->whole == b->whole);
 }
 
+TEST(CheckpointTest, TrainingGoesOnWhileASaveIsUnderWay) {
+  const std::string directory = NewDirectory();
+  ASSERT_THAT(
+      RunRankThreads(
+          2,
+          [&](Communicator& comm) -> absl::Status {
+            DSD_ASSIGN_OR_RETURN(const auto saver,
+                                 checkpoint::Saver::Create(&comm));
+            Trained live;
+            DSD_RETURN_IF_ERROR(live.Init(2, comm.rank(), 0.1));
+            DSD_ASSIGN_OR_RETURN(
+                const StateDict state,
+                JobState(live.net, *live.optimizer, &comm, 500));
+            DSD_ASSIGN_OR_RETURN(const auto before,
+                                 ComputeDigests(state, &comm));
+            for (int i = 0; i < 2; ++i) {
+              DSD_RETURN_IF_ERROR(StartCheckpoint(*saver, directory, state));
+            }
+            for (at::Tensor& param : live.net.parameters()) {
+              param.detach().zero_();
+            }
+            DSD_RETURN_IF_ERROR(saver->Wait().status());
+            DSD_ASSIGN_OR_RETURN(const auto opened,
+                                 checkpoint::Checkpoint::Open(directory));
+            DSD_ASSIGN_OR_RETURN(const auto saved,
+                                 checkpoint::ComputeDigests(*opened));
+            return saved.whole == before.whole
+                       ? absl::OkStatus()
+                       : absl::InternalError("other values");
+          }),
+      AllOk());
+}
+
 TEST(CheckpointTest, FourRanksToTwoAndToNew) {
   const std::string directory = NewDirectory();
   Digest128 digest;
