@@ -206,6 +206,7 @@ absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(
       DSD_RETURN_IF_ERROR(OpenTorchArchive(impl.get()));
       break;
   }
+  impl->check_crcs = options.verify && !impl->has_digests;
   return std::shared_ptr<const Checkpoint>(new Checkpoint(std::move(impl)));
 }
 

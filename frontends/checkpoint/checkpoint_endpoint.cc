@@ -20,6 +20,8 @@
 namespace dsd::checkpoint {
 namespace {
 
+constexpr int64_t kPieceBytes = int64_t{512} << 10;
+
 class EndpointImpl final : public CheckpointEndpoint {
  public:
   EndpointImpl(std::shared_ptr<const Checkpoint> checkpoint)
@@ -49,12 +51,19 @@ class EndpointImpl final : public CheckpointEndpoint {
           "stored ", DTypeName(spec.dtype), " cannot be converted to ",
           DTypeName(dtype), " while reading"));
     }
-    DSD_RETURN_IF_ERROR(ReadElements(tensor, box, begin, end, out));
+    // In pieces that are still in the cache when they are digested.
     Tensor& state = tensors_[tensor];
-    if (!state.expected.has_value()) return absl::OkStatus();
-    state.elements_read += end - begin;
-    state.digest.AddBox(spec.shape(), ItemSize(dtype), box.lo, box.hi, begin,
-                        end, out);
+    const int64_t step = kPieceBytes / ItemSize(dtype);
+    for (int64_t at = begin; at < end; at += step) {
+      const int64_t until = std::min(end, at + step);
+      const auto piece = out.subspan((at - begin) * ItemSize(dtype),
+                                     (until - at) * ItemSize(dtype));
+      DSD_RETURN_IF_ERROR(ReadElements(tensor, box, at, until, piece));
+      if (!state.expected.has_value()) continue;
+      state.elements_read += until - at;
+      state.digest.AddBox(spec.shape(), ItemSize(dtype), box.lo, box.hi, at,
+                          until, piece);
+    }
     return absl::OkStatus();
   }
 

@@ -48,6 +48,8 @@ struct Checkpoint::Impl {
   // Written by dsd, and its digests are there and in use. Then all bytes of the
   // data files are known: what is no payload is what dsd writes around it.
   bool has_digests = false;
+  // Without digests: the CRC of a record that is read as a whole is compared.
+  bool check_crcs = false;
   StoredDigests digests;
   // Where the bytes before an item begin that belong to no item, by position in
   // index.locations and index.objects; and the length of each file.

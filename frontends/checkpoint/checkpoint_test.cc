@@ -828,6 +828,19 @@ TEST(CheckpointTest, AnIndexPerRankIsOneCheckpoint) {
   EXPECT_TRUE(verified.problems.empty());
   EXPECT_TRUE(verified.unreferenced.empty());
 
+  // There are no digests, but a CRC of each record.
+  const StoredChunk chunk =
+      (*opened)->Chunks(*(*opened)->catalog().Find("w"))[1];
+  const std::string path = JoinFile(kDir, chunk.file);
+  const std::string data = *env.fake_files().Content(path);
+  std::string damaged = data;
+  damaged[chunk.offset_bytes + 704] ^= 1;
+  env.fake_files().SetContent(path, damaged);
+  EXPECT_THAT(load(), IsStatus(absl::StatusCode::kDataLoss,
+                               "the CRC of its elements differs"));
+  EXPECT_THAT(load(), IsStatus(absl::StatusCode::kDataLoss, path));
+  env.fake_files().SetContent(path, data);
+
   // Ranks that contradict each other, and one that is not there.
   tensors[0].layout = Rows({8, 3}, 2);
   write(1, 101);

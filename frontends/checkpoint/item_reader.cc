@@ -234,6 +234,9 @@ absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
   if (chunk.row_major) {
     DSD_RETURN_IF_ERROR(ReadRuns(chunk, chunk_box, box, begin, end, out))
         << chunk.where;
+    if (impl_.check_crcs && box == chunk_box) {
+      DSD_RETURN_IF_ERROR(CheckCrc(chunk, begin, end, out)) << chunk.where;
+    }
   } else {
     // Strided elements: what they span is read whole, once.
     if (chunk.span.empty()) {
@@ -265,6 +268,24 @@ absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
   }
   if (!chunk.item.is_plain()) chunk.item.Normalize(out);
   return absl::OkStatus();
+}
+
+absl::Status ItemReader::CheckCrc(Chunk& chunk, int64_t begin, int64_t end,
+                                  absl::Span<const std::byte> bytes) {
+  const dcp::TensorItem& item = chunk.item;
+  if (item.record_crc == 0 || begin != chunk.crc_end) return absl::OkStatus();
+  chunk.crc = dcp::Crc32(
+      chunk.crc, absl::string_view(reinterpret_cast<const char*>(bytes.data()),
+                                   bytes.size()));
+  chunk.crc_end = end;
+  // A record may be longer than its tensor, and is checked by no more than
+  // that.
+  if (end * ItemSize(item.dtype) != item.record_bytes ||
+      item.data_at != item.record_at || chunk.crc == item.record_crc) {
+    return absl::OkStatus();
+  }
+  return absl::DataLossError(
+      "the CRC of its elements differs: the bytes are damaged");
 }
 
 absl::Status ItemReader::ReadRuns(Chunk& chunk, const Box& chunk_box,

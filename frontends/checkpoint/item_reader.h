@@ -40,6 +40,9 @@ class ItemReader {
     dcp::FileSlice slice;
     dcp::TensorItem item;
     bool row_major = true;  // elements back to back
+    // The CRC of elements [0, crc_end), as long as they are read in order.
+    uint32_t crc = 0;
+    int64_t crc_end = 0;
     std::string span;       // all elements or nothing yet, if not row_major
     std::string where;      // for errors
   };
@@ -78,6 +81,8 @@ class ItemReader {
   void ForgetChunks();
   absl::Status CheckGap(uint32_t file, int64_t begin, int64_t end);
   absl::Status OpenOwn(Chunk& chunk, DType dtype, const Dims& shape);
+  absl::Status CheckCrc(Chunk& chunk, int64_t begin, int64_t end,
+                        absl::Span<const std::byte> bytes);
   absl::Status ReadRuns(Chunk& chunk, const Box& chunk_box, const Box& box,
                         int64_t begin, int64_t end, absl::Span<std::byte> out);
 
