@@ -4,11 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "ATen/core/Tensor.h"
+#include "ATen/ops/empty.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -17,6 +19,7 @@
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/box.h"
 #include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/tensor/torch_types.h"
 
 namespace dsd {
 namespace {
@@ -133,13 +136,23 @@ void ForEachTensor(
 }
 
 absl::StatusOr<Object> ToObject(const Value& value) {
-  return Convert<TensorValue, NoTensor>(value, ScalarToObject);
+  return Convert<TensorValue, HostTensor>(value, ScalarToObject);
 }
 
 Value FromObject(const Object& object) {
-  // An Object has no tensor leaf in practice; None stands for it.
-  return *Convert<NoTensor, TensorValue>(
-      object, [](NoTensor) -> absl::StatusOr<Value> { return Value(); });
+  return *Convert<HostTensor, TensorValue>(
+      object, [](const HostTensor& from) -> absl::StatusOr<Value> {
+        absl::StatusOr<Value> tensor =
+            TorchToStatus([&]() -> absl::StatusOr<Value> {
+              at::Tensor to = at::empty(
+                  from.shape(), at::TensorOptions(ToScalarType(from.dtype())));
+              std::memcpy(to.data_ptr(), from.bytes().data(),
+                          from.bytes().size());
+              return Value(TensorValue(std::move(to)));
+            });
+        // Only for want of memory.
+        return tensor.ok() ? *std::move(tensor) : Value();
+      });
 }
 
 }  // namespace dsd

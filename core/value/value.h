@@ -9,12 +9,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "absl/strings/string_view.h"
+#include "dsd/core/base/dtype.h"
 
 namespace dsd {
 
@@ -186,11 +188,41 @@ class BasicValue {
       node_;
 };
 
-// A tree without tensors.
-struct NoTensor {
-  friend bool operator==(NoTensor, NoTensor) { return true; }
+// A tensor as plain data, such as one that lies inside an object in a file: all
+// of it, in host memory. Immutable, cheap to copy.
+class HostTensor {
+ public:
+  HostTensor() = default;  // float32 of shape [0]
+  // `bytes`: the elements, row-major.
+  HostTensor(DType dtype, std::vector<int64_t> shape, std::string bytes)
+      : rep_(std::make_shared<const Rep>(
+            Rep{dtype, std::move(shape), std::move(bytes)})) {}
+
+  DType dtype() const { return rep_ ? rep_->dtype : DType::kFloat32; }
+  std::vector<int64_t> shape() const {
+    return rep_ ? rep_->shape : std::vector<int64_t>{0};
+  }
+  absl::string_view bytes() const {
+    return rep_ ? absl::string_view(rep_->bytes) : absl::string_view();
+  }
+
+  friend bool operator==(const HostTensor& a, const HostTensor& b) {
+    return a.rep_ == b.rep_ ||
+           (a.dtype() == b.dtype() && a.shape() == b.shape() &&
+            a.bytes() == b.bytes());
+  }
+
+ private:
+  struct Rep {
+    DType dtype;
+    std::vector<int64_t> shape;
+    std::string bytes;
+  };
+  std::shared_ptr<const Rep> rep_;
 };
-using Object = BasicValue<NoTensor>;
+
+// A tree as files have it.
+using Object = BasicValue<HostTensor>;
 
 }  // namespace dsd
 

@@ -177,7 +177,7 @@ TEST(ValueTest, KindsAreToldApart) {
   EXPECT_EQ(Object(Object::Tuple{}).kind_name(), "tuple");
   EXPECT_EQ(Object(Object::Dict{}).kind_name(), "dict");
   EXPECT_EQ(Object(Opaque{"m.C"}).kind_name(), "m.C");
-  EXPECT_EQ(Object(NoTensor()).kind_name(), "tensor");
+  EXPECT_EQ(Object(HostTensor()).kind_name(), "tensor");
   EXPECT_TRUE(Object(Object::Tuple{}).is_container());
   EXPECT_FALSE(Object("x").is_container());
 }

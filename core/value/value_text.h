@@ -15,6 +15,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
 #include "dsd/core/value/value.h"
 
@@ -134,8 +135,13 @@ std::string ValueText(
 
 inline std::string ValueText(const Object& value,
                              const ValueTextOptions& options = {}) {
-  return ValueText<NoTensor>(
-      value, [](NoTensor) { return std::string("<tensor>"); }, options);
+  return ValueText<HostTensor>(
+      value,
+      [](const HostTensor& tensor) {
+        return absl::StrCat("<tensor ", DTypeName(tensor.dtype()), " [",
+                            absl::StrJoin(tensor.shape(), ", "), "]>");
+      },
+      options);
 }
 
 }  // namespace dsd

@@ -156,7 +156,7 @@ absl::StatusOr<dcp::Metadata> OpenRankIndexes(Env* env,
     std::optional<std::string> first;
     for (const dcp::RankObject& object : objects) {
       const absl::StatusOr<std::string> pickle =
-          ItemReader(&ranks[object.rank]).ReadObjectPickle(object.object);
+          ItemReader(&ranks[object.rank]).ReadStoredObject(object.object);
       // What cannot be read cannot be told apart: each is kept.
       if (!pickle.ok()) return false;
       if (!first.has_value()) first = *pickle;

@@ -386,7 +386,7 @@ std::string ItemReader::WhereObject(size_t object) const {
   return Where(info.key, "", info.location);
 }
 
-absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
+absl::StatusOr<std::string> ItemReader::ReadStoredObject(size_t object) {
   const dcp::ObjectEntryInfo& info = impl_.index.objects[object];
   const std::string where = WhereObject(object);
   const auto transform = impl_.index.object_transforms.find(object);
@@ -407,7 +407,7 @@ absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
   absl::StatusOr<dcp::FileSlice> slice =
       dcp::FileSlice::Create(*file, begin, length);
   DSD_RETURN_IF_ERROR(slice.status()) << where;
-  absl::StatusOr<std::string> pickle = dcp::ReadObjectPickle(&*slice);
+  absl::StatusOr<std::string> pickle = dcp::ReadStoredObject(&*slice);
   if (decoded == nullptr) stats_.overhead_bytes += slice->bytes_read();
   DSD_RETURN_IF_ERROR(pickle.status()) << where;
   if (!impl_.has_digests) return pickle;
@@ -428,8 +428,8 @@ absl::StatusOr<std::string> ItemReader::ReadObjectPickle(size_t object) {
 
 absl::StatusOr<dcp::ObjectItem> ItemReader::ReadObject(size_t object) {
   if (impl_.format != Format::kDcp) return impl_.values[object];
-  DSD_ASSIGN_OR_RETURN(const std::string pickle, ReadObjectPickle(object));
-  absl::StatusOr<dcp::ObjectItem> item = dcp::DecodeObjectPickle(pickle);
+  DSD_ASSIGN_OR_RETURN(const std::string stored, ReadStoredObject(object));
+  absl::StatusOr<dcp::ObjectItem> item = dcp::DecodeStoredObject(stored);
   DSD_RETURN_IF_ERROR(item.status()) << WhereObject(object);
   return item;
 }

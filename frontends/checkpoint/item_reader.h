@@ -43,8 +43,8 @@ class ItemReader {
     // The CRC of elements [0, crc_end), as long as they are read in order.
     uint32_t crc = 0;
     int64_t crc_end = 0;
-    std::string span;       // all elements or nothing yet, if not row_major
-    std::string where;      // for errors
+    std::string span;   // all elements or nothing yet, if not row_major
+    std::string where;  // for errors
   };
 
   // Opens chunk `chunk` of tensor `entry` of the index. Valid until the next
@@ -59,8 +59,9 @@ class ItemReader {
   // The CRC-32 of the record with the chunk's elements, as it is in the file.
   absl::StatusOr<uint32_t> RecordCrc(Chunk& chunk);
 
-  // The pickle of an object (DCP only), or the decoded object.
-  absl::StatusOr<std::string> ReadObjectPickle(size_t object);
+  // What an object is made of (DCP only; see dcp::ReadStoredObject), or the
+  // decoded object.
+  absl::StatusOr<std::string> ReadStoredObject(size_t object);
   absl::StatusOr<dcp::ObjectItem> ReadObject(size_t object);
 
   // The path of a data file, quoted, for errors.

@@ -263,7 +263,7 @@ class Loader {
     if (rank_ == 0) {
       for (const WantedObject& object : wanted_objects_) {
         absl::StatusOr<std::string> pickle =
-            reader.ReadObjectPickle(object.stored);
+            reader.ReadStoredObject(object.stored);
         status = pickle.status();
         if (!status.ok()) break;
         out.Text(*pickle);
@@ -296,7 +296,7 @@ class Loader {
     DSD_RETURN_IF_ERROR(status);
     RecordReader in(bytes);
     for (const WantedObject& object : wanted_objects_) {
-      absl::StatusOr<dcp::ObjectItem> item = dcp::DecodeObjectPickle(in.Text());
+      absl::StatusOr<dcp::ObjectItem> item = dcp::DecodeStoredObject(in.Text());
       DSD_RETURN_IF_ERROR(item.status()) << reader.WhereObject(object.stored);
       objects.push_back(std::move(item->value));
     }

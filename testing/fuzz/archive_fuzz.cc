@@ -29,8 +29,8 @@ void ReadTensor(const std::string& bytes) {
   int64_t elements = 1;
   for (size_t d = 0; d < item->shape.size(); ++d) {
     elements *= item->shape[d];
-    last += (item->shape[d] - 1) * item->strides[d] *
-            dsd::ItemSize(item->dtype);
+    last +=
+        (item->shape[d] - 1) * item->strides[d] * dsd::ItemSize(item->dtype);
   }
   if (elements == 0) return;
   if (item->data_at < 0 ||
@@ -43,9 +43,9 @@ void ReadObject(const std::string& bytes) {
   dsd::dcp::MemoryFile file(bytes);
   absl::StatusOr<dsd::dcp::FileSlice> slice =
       dsd::dcp::FileSlice::Create(&file, 0, file.size_bytes());
-  const absl::StatusOr<std::string> pickle =
-      dsd::dcp::ReadObjectPickle(&*slice);
-  if (pickle.ok()) dsd::dcp::DecodeObjectPickle(*pickle).status().IgnoreError();
+  const absl::StatusOr<std::string> stored =
+      dsd::dcp::ReadStoredObject(&*slice);
+  if (stored.ok()) dsd::dcp::DecodeStoredObject(*stored).status().IgnoreError();
 }
 
 }  // namespace

@@ -243,9 +243,9 @@ TEST(TensorItemTest, EveryTruncationAndFlipIsATypedErrorOrTheSameTensor) {
 absl::StatusOr<ObjectItem> ReadObject(const std::string& bytes) {
   MemoryFile file(bytes);
   auto slice = FileSlice::Create(&file, 0, bytes.size());
-  const auto pickle = ReadObjectPickle(&*slice);
+  const auto pickle = ReadStoredObject(&*slice);
   if (!pickle.ok()) return pickle.status();
-  return DecodeObjectPickle(*pickle);
+  return DecodeStoredObject(*pickle);
 }
 
 Object Nested(int depth) {
@@ -328,6 +328,79 @@ TEST(ObjectItemTest, UnknownClassesAreInert) {
                      "c__builtin__\nset\n](K\x01"
                      "e\x85R."s) == Object(Opaque{"set"}));
   EXPECT_TRUE(decode("\x80\x02}NK\x01s."s) == Object(Opaque{"dict"}));
+}
+
+// A tuple (tensor, the same tensor's second row, 5), with strides to choose.
+std::string ArchiveWithTensors(const Dims& size, const Dims& stride,
+                               const std::string& payload) {
+  std::string pickle;
+  PickleWriter p(2, &pickle);
+  const auto tensor = [&](int64_t offset, const Dims& sizes,
+                          const Dims& strides) {
+    p.Global("torch._utils", "_rebuild_tensor_v2");
+    p.Mark();
+    p.Mark();
+    p.Text("storage");
+    p.Global("torch", "ShortStorage");
+    p.Text("0");
+    p.Text("cpu");
+    p.Int(6);
+    p.Tuple(5);
+    p.PersistentId();
+    p.Int(offset);
+    for (const Dims& dims : {sizes, strides}) {
+      p.Mark();
+      for (const int64_t value : dims) p.Int(value);
+      p.Tuple(4);
+    }
+    p.Bool(false);
+    p.Global("collections", "OrderedDict");
+    p.Tuple(0);
+    p.Reduce();
+    p.Tuple(6);
+    p.Reduce();
+  };
+  tensor(0, size, stride);
+  tensor(3, {3}, {1});
+  p.Int(5);
+  p.Tuple(3);
+  p.Stop();
+  std::string out;
+  ZipWriter zip(&out);
+  zip.AddRecord("data.pkl", pickle);
+  zip.AddRecord("data/0", payload);
+  zip.AddRecord("version", "3\n");
+  zip.Finish();
+  return out;
+}
+
+TEST(ObjectItemTest, TensorsInsideAreData) {
+  const std::string payload("a.b.c.d.e.f.", 12);
+  const auto item = ReadObject(ArchiveWithTensors({3, 2}, {1, 3}, payload));
+  ASSERT_TRUE(item.ok()) << item.status();
+  EXPECT_TRUE(
+      item->value ==
+      Object(Object::Tuple{
+          {Object(HostTensor(DType::kInt16, {3, 2}, "a.d.b.e.c.f.")),
+           Object(HostTensor(DType::kInt16, {3}, "d.e.f.")), Object(5)}}));
+  // Their elements are in the digest.
+  const auto other =
+      ReadObject(ArchiveWithTensors({3, 2}, {1, 3}, "a.b.c.d.e.g."));
+  EXPECT_TRUE(other->digest != item->digest);
+  // It is data to look at, not one to write.
+  EXPECT_FALSE(EncodeObjectPickle(item->value).ok());
+
+  EXPECT_EQ(
+      ReadObject(ArchiveWithTensors({4, 2}, {1, 3}, payload)).status().code(),
+      absl::StatusCode::kDataLoss);
+  EXPECT_EQ(
+      ReadObject(ArchiveWithTensors({3, 2}, {1, 3}, "a.b.c.")).status().code(),
+      absl::StatusCode::kDataLoss);
+  // A petabyte, of one element.
+  EXPECT_EQ(ReadObject(ArchiveWithTensors({1 << 30, 1 << 20}, {0, 0}, payload))
+                .status()
+                .code(),
+            absl::StatusCode::kResourceExhausted);
 }
 
 TEST(ObjectItemTest, BombsAreRefused) {

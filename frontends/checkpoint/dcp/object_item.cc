@@ -3,16 +3,20 @@
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <utility>
 #include <variant>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
+#include "dsd/core/base/checked_int.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/frontends/checkpoint/dcp/memory_file.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_reader.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
 #include "dsd/frontends/checkpoint/dcp/tensor_item.h"
@@ -47,7 +51,8 @@ std::string ClassName(PickleValue global) {
 
 class ObjectDecoder {
  public:
-  explicit ObjectDecoder(ObjectBudget* budget) : budget_(*budget) {}
+  ObjectDecoder(ObjectBudget* budget, const ReadTensorFn& read_tensor)
+      : budget_(*budget), read_tensor_(read_tensor) {}
 
   absl::StatusOr<Object> Decode(PickleValue value, int depth = 0) {
     if (depth > kMaxObjectDepth) {
@@ -176,8 +181,19 @@ class ObjectDecoder {
         call.args().size() == 0) {
       return Object(Bytes{});
     }
-    if (IsTensorCall(call)) return Object(Opaque{"torch.Tensor"});
+    if (IsTensorCall(call)) return DecodeTensor(call);
     return Object(Opaque{ClassName(function)});
+  }
+
+  absl::StatusOr<Object> DecodeTensor(PickleValue call) {
+    if (!read_tensor_) return Object(Opaque{"torch.Tensor"});
+    absl::StatusOr<HostTensor> tensor = read_tensor_(call);
+    if (absl::IsUnimplemented(tensor.status())) {
+      return Object(Opaque{"torch.Tensor"});
+    }
+    DSD_RETURN_IF_ERROR(tensor.status());
+    DSD_RETURN_IF_ERROR(Spend(tensor->bytes().size()));
+    return Object(*std::move(tensor));
   }
 
   absl::StatusOr<Object> Latin1(absl::string_view utf8) {
@@ -199,6 +215,7 @@ class ObjectDecoder {
   }
 
   ObjectBudget& budget_;
+  const ReadTensorFn& read_tensor_;
 };
 
 absl::Status EncodeValue(const Object& value, int depth, PickleWriter& pickle);
@@ -286,30 +303,128 @@ absl::Status EncodeValue(const Object& value, int depth, PickleWriter& pickle) {
 
 }  // namespace
 
-absl::StatusOr<std::string> ReadObjectPickle(FileSlice* slice) {
+namespace {
+
+constexpr absl::string_view kStoragePrefix = "data/";
+
+// The elements of a view, row-major, out of the content of its record.
+std::string Gather(const TensorItem& item, absl::string_view record) {
+  const int64_t item_size = ItemSize(item.dtype);
+  const Dims strides = RowMajorStrides(item.shape);
+  int64_t elements = 1;
+  for (const int64_t extent : item.shape) elements *= extent;
+  std::string out(elements * item_size, '\0');
+  for (int64_t i = 0; i < elements; ++i) {
+    int64_t from = item.data_at - item.record_at;
+    for (size_t d = 0; d < item.shape.size(); ++d) {
+      from += i / strides[d] % item.shape[d] * item.strides[d] * item_size;
+    }
+    std::memcpy(&out[i * item_size], record.data() + from, item_size);
+  }
+  item.Normalize(
+      absl::MakeSpan(reinterpret_cast<std::byte*>(out.data()), out.size()));
+  return out;
+}
+
+absl::StatusOr<HostTensor> ReadHostTensor(const ZipReader& zip,
+                                          PickleValue value,
+                                          int64_t max_bytes) {
+  DSD_ASSIGN_OR_RETURN(const TensorView view, ReadTensorView(value));
+  const ZipReader::Record* const record =
+      zip.Find(absl::StrCat(kStoragePrefix, view.storage_key));
+  if (record == nullptr) {
+    return absl::DataLossError(absl::StrCat("stored object: no record \"data/",
+                                            absl::CHexEscape(view.storage_key),
+                                            "\""));
+  }
+  DSD_ASSIGN_OR_RETURN(const int64_t at, zip.ContentOffset(*record));
+  DSD_ASSIGN_OR_RETURN(const bool big_endian, IsBigEndian(zip));
+  DSD_ASSIGN_OR_RETURN(const TensorItem item,
+                       PlaceTensor(view, *record, at, big_endian));
+  // Strides of 0 make much of little.
+  const auto elements = CheckedProduct(item.shape);
+  const auto bytes = elements.has_value()
+                         ? CheckedMul(*elements, ItemSize(item.dtype))
+                         : std::nullopt;
+  if (!bytes.has_value() || *bytes > max_bytes) {
+    return absl::ResourceExhaustedError(
+        "stored object: a tensor in it is larger than its bytes have room for");
+  }
+  DSD_ASSIGN_OR_RETURN(const absl::string_view content,
+                       zip.Content(*record, kMaxObjectBytes));
+  return HostTensor(item.dtype,
+                    std::vector<int64_t>(item.shape.begin(), item.shape.end()),
+                    Gather(item, content));
+}
+
+absl::StatusOr<Pickle> ParseObject(absl::string_view bytes) {
+  PickleLimits limits;
+  limits.allow_persistent_ids = true;
+  limits.max_int_bytes = 255;
+  return Pickle::Parse(bytes, limits);
+}
+
+absl::StatusOr<absl::string_view> PickleIn(const ZipReader& zip) {
+  const ZipReader::Record* const record = zip.Find("data.pkl");
+  if (record == nullptr) {
+    return absl::DataLossError("stored object: no record data.pkl");
+  }
+  return zip.Content(*record, kMaxObjectBytes);
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> ReadStoredObject(FileSlice* slice) {
   if (slice->length() > kMaxObjectBytes) {
     return absl::ResourceExhaustedError(
         absl::StrCat("stored object: ", slice->length(),
                      " bytes, the limit is ", kMaxObjectBytes));
   }
   // Small for most, and then one read is cheaper than several.
-  DSD_RETURN_IF_ERROR(slice->Fetch(0, slice->length()).status());
+  DSD_ASSIGN_OR_RETURN(const absl::string_view archive,
+                       slice->Fetch(0, slice->length()));
   DSD_ASSIGN_OR_RETURN(const ZipReader zip,
                        ZipReader::Open(slice, kMaxRecords));
-  const ZipReader::Record* const record = zip.Find("data.pkl");
-  if (record == nullptr) {
-    return absl::DataLossError("stored object: no record data.pkl");
+  DSD_ASSIGN_OR_RETURN(const absl::string_view pickle, PickleIn(zip));
+  for (const ZipReader::Record& record : zip.records()) {
+    if (absl::StartsWith(record.name, kStoragePrefix)) {
+      return std::string(archive);
+    }
   }
-  DSD_ASSIGN_OR_RETURN(const absl::string_view bytes,
-                       zip.Content(*record, kMaxObjectBytes));
-  return std::string(bytes);
+  return std::string(pickle);
+}
+
+absl::StatusOr<ObjectItem> DecodeStoredObject(absl::string_view stored) {
+  // A pickle does not begin with what an archive begins with.
+  if (!absl::StartsWith(stored, "PK")) return DecodeObjectPickle(stored);
+  MemoryFile file((std::string(stored)));
+  DSD_ASSIGN_OR_RETURN(FileSlice slice,
+                       FileSlice::Create(&file, 0, file.size_bytes()));
+  DSD_ASSIGN_OR_RETURN(const ZipReader zip,
+                       ZipReader::Open(&slice, kMaxRecords));
+  DSD_ASSIGN_OR_RETURN(const absl::string_view bytes, PickleIn(zip));
+  DSD_ASSIGN_OR_RETURN(const Pickle pickle, ParseObject(bytes));
+  ObjectBudget budget(file.size_bytes());
+  DSD_ASSIGN_OR_RETURN(
+      ObjectItem item,
+      DecodeObjectValue(pickle.root(), bytes, &budget, [&](PickleValue value) {
+        return ReadHostTensor(zip, value, budget.bytes_left);
+      }));
+  // With the elements; other records have names that differ from writer to
+  // writer.
+  std::string content(bytes);
+  for (const ZipReader::Record& record : zip.records()) {
+    if (!absl::StartsWith(record.name, kStoragePrefix)) continue;
+    DSD_ASSIGN_OR_RETURN(const absl::string_view elements,
+                         zip.Content(record, kMaxObjectBytes));
+    absl::StrAppend(&content, record.name, ":", elements);
+  }
+  item.digest = ObjectDigest(content);
+  return item;
 }
 
 absl::StatusOr<ObjectItem> DecodeObjectPickle(absl::string_view bytes) {
-  PickleLimits limits;
-  limits.allow_persistent_ids = true;
-  limits.max_int_bytes = 255;
-  DSD_ASSIGN_OR_RETURN(const Pickle pickle, Pickle::Parse(bytes, limits));
+  DSD_ASSIGN_OR_RETURN(const Pickle pickle, ParseObject(bytes));
   ObjectBudget budget(static_cast<int64_t>(bytes.size()));
   return DecodeObjectValue(pickle.root(), bytes, &budget);
 }
@@ -321,9 +436,11 @@ ObjectBudget::ObjectBudget(int64_t pickle_bytes)
 
 absl::StatusOr<ObjectItem> DecodeObjectValue(PickleValue value,
                                              absl::string_view pickle,
-                                             ObjectBudget* budget) {
+                                             ObjectBudget* budget,
+                                             const ReadTensorFn& read_tensor) {
   ObjectItem item;
-  DSD_ASSIGN_OR_RETURN(item.value, ObjectDecoder(budget).Decode(value));
+  DSD_ASSIGN_OR_RETURN(item.value,
+                       ObjectDecoder(budget, read_tensor).Decode(value));
   // By the value where it has a canonical form, else by the bytes.
   const absl::StatusOr<std::string> canonical = EncodeObjectPickle(item.value);
   item.digest = ObjectDigest(canonical.ok() ? *canonical : pickle);

@@ -7,6 +7,7 @@
 #define DSD_FRONTENDS_CHECKPOINT_DCP_OBJECT_ITEM_H_
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -23,6 +24,7 @@ inline constexpr int kMaxObjectDepth = 200;
 
 // A decoded object and the digest of its value. Objects of classes that are not
 // plain data become Opaque, each alone: a list with one in it is a list.
+// Tensors are HostTensors where their elements are at hand.
 struct ObjectItem {
   Object value;
   Digest128 digest;
@@ -41,13 +43,23 @@ struct ObjectBudget {
   int64_t bytes_left;
 };
 
-// One value of a pickle that has more than it; `pickle` are the bytes of all.
-absl::StatusOr<ObjectItem> DecodeObjectValue(PickleValue value,
-                                             absl::string_view pickle,
-                                             ObjectBudget* budget);
+// Gives the elements of a tensor in a pickle. Unimplemented for kinds of
+// tensors that have no plain form.
+using ReadTensorFn =
+    std::function<absl::StatusOr<HostTensor>(PickleValue tensor)>;
 
-// The pickle in a stored object's archive, by the same limits.
-absl::StatusOr<std::string> ReadObjectPickle(FileSlice* slice);
+// One value of a pickle that has more than it; `pickle` are the bytes of all.
+// Without `read_tensor`, tensors are Opaque.
+absl::StatusOr<ObjectItem> DecodeObjectValue(
+    PickleValue value, absl::string_view pickle, ObjectBudget* budget,
+    const ReadTensorFn& read_tensor = {});
+
+// What a stored object is made of, by the same limits: the pickle in its
+// archive, or the archive itself if there are tensors in it.
+absl::StatusOr<std::string> ReadStoredObject(FileSlice* slice);
+
+// Decodes what ReadStoredObject gives.
+absl::StatusOr<ObjectItem> DecodeStoredObject(absl::string_view stored);
 
 // The pickle of a value: the same bytes for equal values.
 // Errors: InvalidArgument for an Opaque other than a dtype of torch's, text

@@ -167,7 +167,7 @@ std::vector<ObjectEntry> FlatObjects() {
   root.Set(PathSegment(std::string("objects")), Objects());
   const Object tree(std::move(root));
   std::vector<ObjectEntry> out;
-  VisitLeaves<NoTensor>(tree, [&](const Path& path, const Object& value) {
+  VisitLeaves<HostTensor>(tree, [&](const Path& path, const Object& value) {
     out.push_back({path, value});
   });
   return out;
@@ -321,9 +321,14 @@ TEST_F(ReadsPythonTest, ObjectsAreEqualAndStrangeOnesInert) {
   ordered.Set(PathSegment(std::string("a")), Object(1));
   EXPECT_TRUE(objects["strange.ordered"] ==
               Object(Object::Tuple{{Object(ordered)}}));
+  const std::vector<float> ones = {1, 1};
   EXPECT_TRUE(
       objects["strange.tensors"] ==
-      Object(Object::Tuple{{Object(Opaque{"torch.Tensor"}), Object(5)}}));
+      Object(Object::Tuple{
+          {Object(HostTensor(
+               DType::kFloat32, {2},
+               std::string(reinterpret_cast<const char*>(ones.data()), 8))),
+           Object(5)}}));
 }
 
 // Four ranks write, each a part; Python loads, in all its ways.
