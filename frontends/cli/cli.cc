@@ -9,7 +9,7 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
+#include "dsd/frontends/cli/near_keys.h"
 #include "dsd/frontends/cli/value_text.h"
 #include "dsd/frontends/cli/verb.h"
 
@@ -18,24 +18,21 @@ namespace {
 
 constexpr char kFooter[] =
     "A checkpoint is a directory that torch.distributed.checkpoint or dsd "
-    "wrote. "
-    "Nothing\nin it is executed.\n\n"
+    "wrote. Nothing\nin it is executed.\n\n"
     "Exit codes:\n"
     "  0  done; verify: no problems; diff: the same\n"
     "  1  problems in the checkpoint's content, all listed; diff: they differ\n"
     "  2  wrong arguments\n"
-    "  3  no checkpoint there, not complete, or it cannot be opened; diff: "
-    "not\n"
-    "     all could be compared\n"
+    "  3  no checkpoint there, not complete, or it cannot be opened; diff: not "
+    "all\n     could be compared\n"
     "  4  the output could not be written\n";
 
-// "ls, verify or digest".
-std::string VerbNames() {
+std::string UnknownCommand(absl::string_view name) {
   std::vector<absl::string_view> names;
   for (const Verb& verb : Verbs()) names.push_back(verb.name);
-  const absl::string_view last = names.back();
-  names.pop_back();
-  return absl::StrCat(absl::StrJoin(names, ", "), " or ", last);
+  const std::string near = DidYouMean(names, name);
+  return absl::StrCat("there is no command \"", Printable(name), "\"",
+                      near.empty() ? "; dsd --help lists all" : near);
 }
 
 }  // namespace
@@ -45,29 +42,49 @@ int Run(int argc, const char* const* argv, std::ostream& out, std::ostream& err,
   Context context{out, err, terminal};
   CLI::App app("Looks into distributed checkpoints.", "dsd");
   app.require_subcommand(1);
-  app.get_formatter()->column_width(28);
+  const auto formatter = app.get_formatter();
+  formatter->column_width(26);
+  for (const auto& [label, text] : {std::make_pair("Positionals", "Arguments"),
+                                    std::make_pair("INT:POSITIVE", "N"),
+                                    std::make_pair("INT:NONNEGATIVE", "N"),
+                                    std::make_pair("SUBCOMMAND", "COMMAND"),
+                                    std::make_pair("OPTIONS", "options"),
+                                    std::make_pair("REQUIRED", " ")}) {
+    formatter->label(label, text);
+  }
+  app.set_help_flag("-h,--help", "Print this and exit");
   std::vector<std::pair<const CLI::App*, VerbBody>> bodies;
   for (const Verb& verb : Verbs()) {
     CLI::App* const command =
         app.add_subcommand(std::string(verb.name), std::string(verb.summary));
+    command->group("Commands");
     bodies.emplace_back(command, verb.declare(*command));
-    command->add_flag("--json", context.json, "Print JSON");
+    if (verb.has_json) {
+      command->add_flag("--json", context.json, "Print JSON");
+    }
     const std::string notes = command->get_footer();
-    command->footer(absl::StrCat(notes, notes.empty() ? "" : "\n\n", kFooter));
+    command->footer(absl::StrCat(notes, notes.empty() ? "" : "\n\n",
+                                 "dsd --help has the exit codes."));
   }
   app.footer(kFooter);
   try {
     app.parse(argc, argv);
-  } catch (const CLI::RequiredError& error) {
-    if (argc > 1 && app.get_subcommands().empty()) {
-      context.Remark(absl::StrCat("there is no command \"", Printable(argv[1]),
-                                  "\", expected ", VerbNames()));
-      return kExitUsage;
-    }
-    app.exit(error, out, err);
-    return kExitUsage;
+  } catch (const CLI::Success& help) {
+    app.exit(help, out, err);
+    return kExitOk;
   } catch (const CLI::ParseError& error) {
-    return app.exit(error, out, err) == 0 ? kExitOk : kExitUsage;
+    const std::vector<CLI::App*> chosen = app.get_subcommands();
+    if (argc < 2) {
+      err << app.help();
+    } else if (chosen.empty() && argv[1][0] != '-') {
+      context.Remark(UnknownCommand(argv[1]));
+    } else {
+      context.Remark(absl::StrCat(
+          Printable(error.what()), "; see dsd ",
+          chosen.empty() ? "" : absl::StrCat(chosen[0]->get_name(), " "),
+          "--help"));
+    }
+    return kExitUsage;
   }
 
   for (const auto& [command, body] : bodies) {

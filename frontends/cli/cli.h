@@ -20,7 +20,8 @@ enum ExitCode : int {
 
 // What those who look at the streams can see.
 struct Terminal {
-  bool styled = false;  // out is a terminal that shows bold text
+  bool styled = false;    // out is a terminal that shows bold text
+  bool progress = false;  // err is a terminal
 };
 
 // Runs the program with these arguments and returns its exit code.

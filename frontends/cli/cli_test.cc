@@ -11,14 +11,20 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "absl/time/time.h"
 #include "dsd/core/base/env.h"
+#include "dsd/core/base/fake_env.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/core/transfer/endpoint.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/cli/progress.h"
+#include "dsd/frontends/cli/test_checkpoint.h"
 #include "dsd/frontends/cli/text_table.h"
 #include "dsd/frontends/cli/value_text.h"
+#include "dsd/frontends/cli/verb.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
@@ -28,23 +34,10 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using ::testing::StartsWith;
 
-struct Result {
-  int exit_code;
-  std::string out;
-  std::string err;
-};
-
-Result RunDsd(std::vector<std::string> arguments) {
-  std::vector<const char*> argv = {"dsd"};
-  for (const std::string& argument : arguments) {
-    argv.push_back(argument.c_str());
-  }
-  std::ostringstream out, err;
-  const int code = Run(static_cast<int>(argv.size()), argv.data(), out, err);
-  return {code, out.str(), err.str()};
-}
+using Result = RunResult;
 
 // A checkpoint of two tensors and three objects, in a directory of its own.
 std::string MakeCheckpoint() {
@@ -124,6 +117,69 @@ TEST(CliTest, ListsAsJson) {
   EXPECT_EQ(json["totals"]["bytes"], 2412);
   EXPECT_EQ(json["objects"][0]["value"], 1234);
   EXPECT_EQ(json["digests"], true);
+}
+
+TEST(CliTest, ListsKeys) {
+  const std::string dir = MakeCheckpoint();
+  EXPECT_EQ(RunDsd({"ls", "--keys", dir}).out,
+            "model.layer.bias\nmodel.layer.weight\nnote\n"
+            "optim.param_groups.0.betas\nstep\n");
+  EXPECT_EQ(RunDsd({"ls", "--keys", "--match", "bias", dir}).out,
+            "model.layer.bias\n");
+}
+
+TEST(CliTest, Summarizes) {
+  const std::string dir = MakeCheckpoint();
+  const Result result = RunDsd({"info", "--top", "1", dir});
+  EXPECT_EQ(result.exit_code, kExitOk);
+  EXPECT_THAT(
+      result.out,
+      AllOf(HasSubstr("tensors  2, 2.36 KiB, 603 elements, 2 shards (none in "
+                      "several)\n"),
+            HasSubstr("float32        2       603  2.36 KiB  100.0%\n"),
+            HasSubstr("model.layer.weight  float32  [3, 200]  2.34 KiB"),
+            Not(HasSubstr("model.layer.bias"))));
+  const auto json = nlohmann::json::parse(RunDsd({"info", "--json", dir}).out);
+  EXPECT_EQ(json["dtypes"]["float32"]["elements"], 603);
+  EXPECT_EQ(json["objects"], 3);
+  EXPECT_EQ(json["largest"].size(), 2u);
+  const std::string file = json["files"].begin().key();
+  ASSERT_TRUE(Env::Real()->files().Remove(dir + "/" + file).ok());
+  const Result torn = RunDsd({"info", dir});
+  EXPECT_EQ(torn.exit_code, kExitProblems);
+  EXPECT_THAT(torn.out, HasSubstr("1, 0 B, 1 MISSING"));
+}
+
+TEST(CliTest, ErrorsAreTextAndJson) {
+  const Result result = RunDsd({"ls", "--json", "/no/such/place"});
+  EXPECT_THAT(result.err, StartsWith("dsd: no checkpoint at"));
+  EXPECT_EQ(nlohmann::json::parse(result.out)["code"], "NOT_FOUND");
+}
+
+TEST(ProgressTest, IsForTerminalsAndForWhatTakesLong) {
+  FakeEnv env;
+  std::ostringstream out, err;
+  Context context{out, err};
+  context.env = &env;
+  {
+    ProgressBar silent(context, "reading", 100);
+    env.Advance(absl::Seconds(9));
+    silent.Add(50);
+  }
+  EXPECT_EQ(err.str(), "");
+  context.terminal.progress = true;
+  {
+    ProgressBar bar(context, "reading", 4 << 20);
+    bar.Add(1 << 20);
+    EXPECT_EQ(err.str(), "");
+    env.Advance(absl::Seconds(2));
+    bar.Add(1 << 20);
+    EXPECT_THAT(err.str(),
+                HasSubstr("\r\033[Kreading ████████████░░░░░░░░░░░░  50%  2.00 "
+                          "MiB of 4.00 MiB  1.00 MiB/s"));
+  }
+  EXPECT_TRUE(absl::EndsWith(err.str(), "\r\033[K"));
+  EXPECT_EQ(out.str(), "");
 }
 
 TEST(CliTest, VerifiesAndNamesDamage) {
@@ -213,8 +269,11 @@ TEST(CliTest, HelpAndUsage) {
   const Result unknown = RunDsd({"explode", "x"});
   EXPECT_EQ(unknown.exit_code, kExitUsage);
   EXPECT_EQ(unknown.err,
-            "dsd: there is no command \"explode\", expected ls, verify, digest "
-            "or convert\n");
+            "dsd: there is no command \"explode\"; dsd --help lists all\n");
+  EXPECT_EQ(RunDsd({"verfy", "x"}).err,
+            "dsd: there is no command \"verfy\"; did you mean \"verify\"?\n");
+  EXPECT_EQ(RunDsd({"ls"}).err,
+            "dsd: checkpoint is required; see dsd ls --help\n");
   EXPECT_EQ(RunDsd({"ls", "x", "--frobnicate"}).exit_code, kExitUsage);
 }
 

@@ -13,6 +13,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/frontends/cli/selection.h"
 #include "dsd/frontends/cli/text_table.h"
 #include "dsd/frontends/cli/value_text.h"
 #include "dsd/frontends/cli/verb.h"
@@ -28,6 +29,7 @@ constexpr size_t kValueColumn = 40;
 struct Arguments {
   std::string directory;
   bool tree = false;
+  bool keys = false;
   std::string match;
 };
 
@@ -117,6 +119,18 @@ absl::StatusOr<ExitCode> List(const Arguments& arguments, Context& context) {
   const auto wanted = [&arguments](absl::string_view key) {
     return absl::StrContains(key, arguments.match);
   };
+
+  if (arguments.keys && !context.json) {
+    std::vector<absl::string_view> keys;
+    for (const absl::string_view key : AllKeys(stored)) {
+      if (wanted(key)) keys.push_back(key);
+    }
+    std::sort(keys.begin(), keys.end());
+    for (const absl::string_view key : keys) {
+      context.out << Printable(key) << "\n";
+    }
+    return exit_code;
+  }
 
   std::vector<Entry> entries;
   Json tensors = Json::array(), objects = Json::array(),
@@ -251,6 +265,7 @@ absl::StatusOr<ExitCode> List(const Arguments& arguments, Context& context) {
 VerbBody DeclareLs(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   AddCheckpoint(app, &arguments->directory);
+  app.add_flag("--keys", arguments->keys, "Only the keys, one a line");
   app.add_flag("--tree", arguments->tree, "Show the nesting of the keys");
   app.add_option("--match", arguments->match,
                  "Only keys that contain this text");

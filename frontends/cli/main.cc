@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <iostream>
 
+#include "absl/strings/string_view.h"
 #include "dsd/frontends/cli/cli.h"
 
 int main(int argc, char** argv) {
@@ -16,8 +17,12 @@ int main(int argc, char** argv) {
     return dsd::cli::kExitUsage;
   }
   dsd::cli::Terminal terminal;
-  terminal.styled =
-      isatty(STDOUT_FILENO) != 0 && std::getenv("NO_COLOR") == nullptr;
+  const char* const no_colour = std::getenv("NO_COLOR");
+  const char* const name = std::getenv("TERM");
+  const bool is_dumb = name != nullptr && absl::string_view(name) == "dumb";
+  terminal.styled = isatty(STDOUT_FILENO) != 0 && !is_dumb &&
+                    (no_colour == nullptr || *no_colour == '\0');
+  terminal.progress = isatty(STDERR_FILENO) != 0 && !is_dumb;
   const int code = dsd::cli::Run(argc, argv, std::cout, std::cerr, terminal);
   if (std::cout.flush()) return code;
   std::cerr << "dsd: the output could not be written\n";

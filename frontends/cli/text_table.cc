@@ -11,11 +11,17 @@
 namespace dsd::cli {
 namespace {
 
-// Columns that a terminal needs, for text of the usual scripts: code points.
+// Columns that a terminal needs, for text of the usual scripts: code points,
+// without what marks colours.
 size_t Width(absl::string_view text) {
-  return std::count_if(text.begin(), text.end(), [](char c) {
-    return (static_cast<unsigned char>(c) & 0xC0) != 0x80;
-  });
+  size_t width = 0;
+  bool is_mark = false;
+  for (const char c : text) {
+    if (c == '\033') is_mark = true;
+    width += !is_mark && (static_cast<unsigned char>(c) & 0xC0) != 0x80;
+    if (c == 'm') is_mark = false;
+  }
+  return width;
 }
 
 }  // namespace

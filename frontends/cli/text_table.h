@@ -31,7 +31,7 @@ class TextTable {
   // `headings` and `aligns` are of one length.
   TextTable(std::vector<std::string> headings, std::vector<Align> aligns);
 
-  // One cell per column.
+  // One cell per column. Text as Printable gives it, or marked by Context.
   void AddRow(std::vector<std::string> cells);
 
   // With `styled`, the headings are bold.

@@ -14,18 +14,34 @@ using checkpoint::Checkpoint;
 absl::Span<const Verb> Verbs() {
   static constexpr Verb kVerbs[] = {
       {"ls", "List keys: type, shape, size, shards, value", &DeclareLs},
+      {"info", "Summarize: totals, types, files, largest tensors",
+       &DeclareInfo},
+      {"cat", "Show values and statistics of tensors, and objects",
+       &DeclareCat},
+      {"diff", "Compare two checkpoints, whatever their layouts", &DeclareDiff},
       {"verify", "Check every byte: archives, CRCs, pickles, index, digests",
        &DeclareVerify},
       {"digest", "Digest each key's content, whatever files it lies in",
        &DeclareDigest},
       {"convert", "Make a checkpoint of another format, names or dtype",
        &DeclareConvert},
+      {"plan", "Explain what a reshard would move between which ranks",
+       &DeclarePlan},
+      {"plot", "Draw who holds which part of which tensor", &DeclarePlot},
+      {"completion", "Print the completion script of a shell",
+       &DeclareCompletion, false},
   };
   return kVerbs;
 }
 
 std::string Context::Bold(absl::string_view text) const {
   return terminal.styled ? absl::StrCat("\033[1m", text, "\033[0m")
+                         : std::string(text);
+}
+
+std::string Context::Coloured(absl::string_view text, Colour colour) const {
+  return terminal.styled ? absl::StrCat("\033[", static_cast<int>(colour), "m",
+                                        text, "\033[0m")
                          : std::string(text);
 }
 
@@ -36,18 +52,18 @@ void Context::Print(const Json& value) {
 void Context::Remark(absl::string_view text) { err << "dsd: " << text << "\n"; }
 
 ExitCode Context::Fail(const absl::Status& error) {
+  Remark(error.message());
   if (json) {
     Print({{"error", std::string(error.message())},
            {"code", absl::StatusCodeToString(error.code())}});
-  } else {
-    Remark(error.message());
   }
   if (absl::IsInvalidArgument(error)) return kExitUsage;
   return absl::IsDataLoss(error) ? kExitProblems : kExitUnreadable;
 }
 
-void AddCheckpoint(CLI::App& app, std::string* directory) {
-  app.add_option("directory", *directory, "The checkpoint's directory")
+void AddCheckpoint(CLI::App& app, std::string* directory, const char* name) {
+  app.add_option(name, *directory, "The checkpoint's directory")
+      ->option_text(" ")
       ->required();
 }
 

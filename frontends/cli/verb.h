@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
+#include "dsd/core/base/env.h"
 #include "dsd/core/value/value.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/cli/cli.h"
@@ -28,15 +29,19 @@ namespace dsd::cli {
 
 using Json = nlohmann::ordered_json;
 
+enum class Colour { kRed = 31, kGreen = 32, kYellow = 33 };
+
 // Where one run of a verb prints to, and how.
 struct Context {
   std::ostream& out;  // results
   std::ostream& err;  // errors and remarks, each line begins with "dsd: "
   Terminal terminal;
   bool json = false;  // results are one JSON value
+  Env* env = Env::Real();
 
-  // `text` for people, bold where that can be seen.
+  // `text` for people, marked where that can be seen.
   std::string Bold(absl::string_view text) const;
+  std::string Coloured(absl::string_view text, Colour colour) const;
   void Print(const Json& value);
   // A remark that does not end the run.
   void Remark(absl::string_view text);
@@ -55,18 +60,26 @@ struct Verb {
   // Declares arguments and options at `app`, which outlives the body; the body
   // finds their values. app.footer(), if set, is text for --help.
   VerbBody (*declare)(CLI::App& app);
+  bool has_json = true;  // --json makes sense for it
 };
 
 // In the order of --help.
 absl::Span<const Verb> Verbs();
 
+VerbBody DeclareCat(CLI::App& app);
+VerbBody DeclareCompletion(CLI::App& app);
 VerbBody DeclareConvert(CLI::App& app);
+VerbBody DeclareDiff(CLI::App& app);
 VerbBody DeclareDigest(CLI::App& app);
+VerbBody DeclareInfo(CLI::App& app);
 VerbBody DeclareLs(CLI::App& app);
+VerbBody DeclarePlan(CLI::App& app);
+VerbBody DeclarePlot(CLI::App& app);
 VerbBody DeclareVerify(CLI::App& app);
 
 // The positional argument of most verbs, required.
-void AddCheckpoint(CLI::App& app, std::string* directory);
+void AddCheckpoint(CLI::App& app, std::string* directory,
+                   const char* name = "checkpoint");
 
 // Opens what can be opened: without its digests if these are damaged, or do not
 // fit the index, which goes to `problem`.

@@ -58,7 +58,7 @@ absl::StatusOr<ExitCode> Verify(const std::string& directory,
   }
   for (const Problem& problem : problems) {
     const std::string text(problem.status.message());
-    context.out << context.Bold("problem");
+    context.out << context.Coloured("problem", Colour::kRed);
     // Most texts say where; the others are short.
     if (!problem.key.empty() &&
         !absl::StrContains(text, absl::CHexEscape(problem.key))) {

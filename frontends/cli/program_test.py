@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The dsd program as a process: pipes, terminals, permissions, exit codes.
+
+    program_test.py DSD EXAMPLE_CHECKPOINT
+"""
+
+import ctypes
+import json
+import os
+import pty
+import subprocess
+import sys
+import tempfile
+import unittest
+
+DSD = EXAMPLE = FOLDER = None
+
+
+def run(*arguments, env=None, **options):
+  return subprocess.run([DSD, *arguments], cwd=FOLDER, capture_output=True, text=True, check=False,
+                        env={"PATH": os.environ.get("PATH", "/bin"), **(env or {})}, timeout=120, **options)
+
+
+def on_terminal(*arguments, env):
+  """What a terminal gets of the output."""
+  controller, terminal = pty.openpty()
+  process = subprocess.Popen([DSD, *arguments], cwd=FOLDER, stdout=terminal, stderr=subprocess.DEVNULL, env=env)
+  os.close(terminal)
+  shown = b""
+  while True:
+    try:
+      part = os.read(controller, 65536)
+    except OSError:  # the other end is closed
+      break
+    if not part:
+      break
+    shown += part
+  os.close(controller)
+  process.wait()
+  return shown.decode()
+
+
+def obey_permissions():
+  """Takes from root what lets it go everywhere; the program that is started next does not get it back."""
+  if os.geteuid() != 0:
+    return
+  drop, override, search = 24, 1, 2  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+  for capability in (override, search):
+    assert ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0) == 0
+
+
+class ProgramTest(unittest.TestCase):
+
+  def test_a_closed_pipe_is_quiet(self):
+    # More than a pipe holds.
+    done = subprocess.run(["bash", "-c", '"$0" cat run1 model.embed.weight --full | head -n 1', DSD], cwd=FOLDER,
+                          capture_output=True, text=True, check=False)
+    self.assertTrue(done.stdout.startswith("model.embed.weight  bfloat16"))
+    self.assertEqual(done.stdout.count("\n"), 1)
+    self.assertEqual(done.stderr, "")
+
+  def test_output_that_cannot_be_written(self):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+      done = subprocess.run([DSD, "ls", "run1"], cwd=FOLDER, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    self.assertEqual(done.returncode, 4)
+    self.assertEqual(done.stderr, "dsd: the output could not be written\n")
+
+  def test_colours_are_for_terminals(self):
+    self.assertNotIn("\033", run("ls", "run1").stdout)
+    self.assertIn("\033[1m", on_terminal("ls", "run1", env={"TERM": "xterm"}))
+    for env in ({"TERM": "xterm", "NO_COLOR": "1"}, {"TERM": "dumb"}):
+      self.assertNotIn("\033", on_terminal("ls", "run1", env=env))
+    self.assertIn("\033[31m-\033[0m", on_terminal("diff", "run1", "run2", env={"TERM": "xterm"}))
+
+  def test_every_reading_command_prints_json(self):
+    for arguments in (["ls", "run1"], ["info", "run1"], ["cat", "run1", "step"], ["diff", "run1", "run2"],
+                      ["verify", "run1"], ["digest", "run1"], ["plan", "run1", "--to", "2"],
+                      ["plot", "run1", "-o", "plot.svg"]):
+      done = run(*arguments, "--json")
+      self.assertIsInstance(json.loads(done.stdout), dict, arguments)
+      self.assertEqual(done.stderr, "", arguments)
+
+  def test_bad_input_of_every_command(self):
+    os.makedirs(os.path.join(FOLDER, "empty"), exist_ok=True)
+    with open(os.path.join(FOLDER, "file"), "w", encoding="utf-8") as file:
+      file.write("no checkpoint")
+    broken = os.path.join(FOLDER, "broken")
+    os.makedirs(broken, exist_ok=True)
+    with open(os.path.join(broken, ".metadata"), "wb") as file:
+      file.write(b"\x80\x04garbage")
+    for command in (["ls", "X"], ["info", "X"], ["cat", "X", "k"], ["cat", "X"], ["diff", "X", "run1"],
+                    ["diff", "run1", "X"], ["verify", "X"], ["digest", "X"], ["plan", "X", "--to", "2"],
+                    ["plot", "X", "-o", "plot.svg"]):
+      for place, words in (("nowhere", "no checkpoint at"), ("empty", "no checkpoint at"), ("file", "file"),
+                           ("broken", ".metadata")):
+        arguments = [place if a == "X" else a for a in command]
+        done = run(*arguments)
+        self.assertIn(done.returncode, (1, 3), arguments)
+        if command[0] == "diff":
+          self.assertEqual(done.returncode, 3, arguments)
+        self.assertIn(words, done.stderr + done.stdout, arguments)
+        for line in done.stderr.splitlines():
+          self.assertTrue(line.startswith("dsd: "), (arguments, line))
+        as_json = run(*arguments, "--json")
+        self.assertEqual(as_json.returncode, done.returncode, arguments)
+        json.loads(as_json.stdout)
+      for wrong in ([command[0]], [command[0], "--frobnicate"], command + ["a", "b", "--to"]):
+        if wrong[0] == "cat" and len(wrong) > 2:
+          continue
+        done = run(*wrong)
+        self.assertEqual(done.returncode, 2, wrong)
+        self.assertTrue(done.stderr.startswith("dsd: "), (wrong, done.stderr))
+        self.assertEqual(done.stdout, "", wrong)
+
+  def test_no_permission(self):
+    closed = os.path.join(FOLDER, "closed")
+    subprocess.run(["cp", "-r", os.path.join(FOLDER, "run1"), closed], check=True)
+    os.chmod(closed, 0)
+    done = run("ls", closed, preexec_fn=obey_permissions)
+    os.chmod(closed, 0o700)
+    self.assertEqual(done.returncode, 3)
+    self.assertIn("ermission denied", done.stderr)
+
+  def test_help(self):
+    done = run("--help")
+    self.assertEqual(done.returncode, 0)
+    self.assertEqual(done.stderr, "")
+    for line in done.stdout.splitlines():
+      self.assertLessEqual(len(line), 88, line)
+    for command in [line.split()[0] for line in done.stdout.split("Commands:\n")[1].split("\n\n")[0].splitlines()]:
+      done = run(command, "--help")
+      self.assertEqual(done.returncode, 0)
+      self.assertIn("Usage: dsd %s" % command, done.stdout)
+    nothing = run()
+    self.assertEqual(nothing.returncode, 2)
+    self.assertEqual(nothing.stdout, "")
+    self.assertIn("Usage: dsd", nothing.stderr)
+
+
+if __name__ == "__main__":
+  DSD, EXAMPLE = (os.path.abspath(a) for a in sys.argv[1:3])
+  FOLDER = tempfile.mkdtemp(dir=os.environ.get("TEST_TMPDIR"))
+  subprocess.run([EXAMPLE, FOLDER], check=True)
+  unittest.main(argv=sys.argv[:1])
