@@ -17,8 +17,9 @@ namespace dsd::cli {
 namespace {
 
 constexpr char kFooter[] =
-    "A checkpoint is a directory that torch.distributed.checkpoint or dsd "
-    "wrote. Nothing\nin it is executed.\n\n"
+    "A checkpoint is a directory of torch.distributed.checkpoint or dsd, a "
+    "safetensors\nfile or a directory of them, or a file of torch.save. "
+    "Nothing in it is executed.\n\n"
     "Exit codes:\n"
     "  0  done; verify: no problems; diff: the same\n"
     "  1  problems in the checkpoint's content, all listed; diff: they differ\n"

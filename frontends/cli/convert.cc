@@ -13,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/frontends/cli/progress.h"
 #include "dsd/frontends/cli/text_table.h"
 #include "dsd/frontends/cli/value_text.h"
 #include "dsd/frontends/cli/verb.h"
@@ -104,9 +105,21 @@ absl::Status NameOption(const absl::Status& status) {
 
 absl::StatusOr<ExitCode> RunConvert(const Arguments& arguments,
                                     Context& context) {
-  DSD_ASSIGN_OR_RETURN(const ConvertOptions options, OptionsOf(arguments));
+  DSD_ASSIGN_OR_RETURN(ConvertOptions options, OptionsOf(arguments));
+  options.env = context.env;
+  std::unique_ptr<ProgressBar> bar;
+  int64_t done = 0;
+  options.call.progress = [&](const Progress& progress) {
+    if (bar == nullptr) {
+      bar = std::make_unique<ProgressBar>(context, "converting",
+                                          progress.bytes_total);
+    }
+    bar->Add(progress.bytes_done - done);
+    done = progress.bytes_done;
+  };
   const absl::StatusOr<ConvertReport> report =
       checkpoint::Convert(arguments.source, arguments.target, options);
+  bar.reset();
   if (!report.ok()) return NameOption(report.status());
   if (context.json) {
     context.Print({{"source", arguments.source},

@@ -23,6 +23,18 @@ using checkpoint::Checkpoint;
 using checkpoint::StoredChunk;
 using Align = TextTable::Align;
 
+std::string FormatText(checkpoint::Format format) {
+  switch (format) {
+    case checkpoint::Format::kDcp:
+      return "DCP, of torch.distributed.checkpoint";
+    case checkpoint::Format::kSafetensors:
+      return "safetensors";
+    case checkpoint::Format::kTorchArchive:
+      return "archive of torch.save";
+  }
+  return "";
+}
+
 struct Arguments {
   std::string directory;
   int64_t top = 10;
@@ -114,7 +126,7 @@ Json InfoJson(const Checkpoint& stored, const Facts& facts, size_t top) {
     largest.push_back({{"key", spec.fqn}, {"bytes", BytesOf(spec)}});
   }
   return {{"directory", stored.directory()},
-          {"format", "dcp"},
+          {"format", std::string(FormatName(stored.format()))},
           {"save_id", stored.save_id()},
           {"digests", stored.has_digests()},
           {"tensors", facts.tensors.items},
@@ -140,7 +152,7 @@ void PrintInfo(const Checkpoint& stored, const Facts& facts, size_t top,
     on_disk += std::max<int64_t>(file.file_bytes, 0);
     missing += file.file_bytes < 0;
   }
-  line("format", "DCP, of torch.distributed.checkpoint");
+  line("format", FormatText(stored.format()));
   line("save",
        absl::StrCat(stored.save_id().empty() ? "without an id"
                                              : Printable(stored.save_id()),

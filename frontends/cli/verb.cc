@@ -62,7 +62,7 @@ ExitCode Context::Fail(const absl::Status& error) {
 }
 
 void AddCheckpoint(CLI::App& app, std::string* directory, const char* name) {
-  app.add_option(name, *directory, "The checkpoint's directory")
+  app.add_option(name, *directory, "The checkpoint's directory or file")
       ->option_text(" ")
       ->required();
 }

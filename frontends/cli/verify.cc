@@ -18,6 +18,19 @@ namespace {
 using checkpoint::Problem;
 using checkpoint::VerifyReport;
 
+// Of each format, all that there is to check, but for digests.
+absl::string_view WhatIsChecked(checkpoint::Format format) {
+  switch (format) {
+    case checkpoint::Format::kDcp:
+      return "archives, CRCs, index";
+    case checkpoint::Format::kSafetensors:
+      return "headers";
+    case checkpoint::Format::kTorchArchive:
+      return "archive, CRCs, pickle";
+  }
+  return "";
+}
+
 absl::StatusOr<ExitCode> Verify(const std::string& directory,
                                 Context& context) {
   ExitCode exit_code = kExitOk;
@@ -78,7 +91,8 @@ absl::StatusOr<ExitCode> Verify(const std::string& directory,
     context.out << "checked " << Plural(report.tensors, "tensor") << " in "
                 << Plural(report.chunks, "shard") << ", "
                 << Plural(report.objects, "object") << ", "
-                << FormatBytes(report.bytes) << ": archives, CRCs, index"
+                << FormatBytes(report.bytes) << ": "
+                << WhatIsChecked((*opened)->format())
                 << (has_digests ? absl::StrCat(", ", Plural(report.compared,
                                                             "content digest"))
                                 : std::string(" (it has no content digests)"))
