@@ -238,8 +238,8 @@ TEST(CliTest, DigestsDependOnContentOnly) {
   EXPECT_THAT(lines[5], HasSubstr("  (all of it)"));
   const auto json =
       nlohmann::json::parse(RunDsd({"digest", "--json", MakeCheckpoint()}).out);
-  EXPECT_EQ(json["whole"], lines[5].substr(0, 16));
-  EXPECT_EQ(json["keys"]["model.layer.bias"], lines[0].substr(0, 16));
+  EXPECT_EQ(json["whole"], lines[5].substr(0, 32));
+  EXPECT_EQ(json["keys"]["model.layer.bias"], lines[0].substr(0, 32));
 }
 
 TEST(CliTest, SaysWhyThereIsNothing) {
