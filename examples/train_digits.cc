@@ -234,7 +234,8 @@ struct Record {
 
   absl::Status Write(const std::string& path) const {
     Json keys = Json::object();
-    for (const auto& [key, digest] : digests.keys) keys[key] = DigestHex(digest);
+    for (const auto& [key, digest] : digests.keys)
+      keys[key] = DigestHex(digest);
     const Json json = {{"save_id", save_id},
                        {"save_step", save_step},
                        {"ranks", world_size},

@@ -97,8 +97,8 @@ class PosixWritable final : public WritableFile {
                           static_cast<uint64_t>(offset) | data.size()) %
                                  kDirectAlignment ==
                              0;
-      const ssize_t n = pwrite(is_direct ? direct : fd_, data.data(),
-                               data.size(), offset);
+      const ssize_t n =
+          pwrite(is_direct ? direct : fd_, data.data(), data.size(), offset);
       if (n < 0) {
         if (errno == EINTR) continue;
         if (is_direct && errno == EINVAL) {  // not on this file system
