@@ -40,14 +40,14 @@ class Stream {
   // whole item belongs to the piece in which it starts, so pieces are not all
   // of one length.
   template <class Touch>
-  absl::Status Next(int64_t bytes, Touch touch) {
+  void Next(int64_t bytes, Touch touch) {
     int64_t done = 0;
     while (done < bytes) {
       const Move& move = plan_.moves[moves_[at_]];
       const int64_t item_size = ItemSize(move.wire_dtype);
       const int64_t left = move.box.num_elements() - element_;
       const int64_t count = std::min(left, (bytes - done) / item_size);
-      DSD_RETURN_IF_ERROR(touch(move, element_, element_ + count, done));
+      touch(move, element_, element_ + count, done);
       done += count * item_size;
       element_ += count;
       if (element_ == move.box.num_elements()) {
@@ -55,7 +55,6 @@ class Stream {
         element_ = 0;
       }
     }
-    return absl::OkStatus();
   }
 
   // Bytes of the next piece: at most `limit`, whole items, and 0 at the end.
@@ -279,23 +278,26 @@ class Executor {
     std::vector<MessagePiece> packed;
     for (int k = 0;; ++k) {
       const int64_t bytes = stream.NextPieceBytes(options_.chunk_bytes);
+      std::vector<std::pair<MessagePiece, MessagePiece>> pairs;
+      stream.Next(bytes, [&](const Move& move, int64_t begin, int64_t end,
+                             int64_t offset) {
+        pairs.push_back({{&source_, move.source_tensor, &move.box, begin, end,
+                          move.wire_dtype, offset},
+                         {&target_, move.target_tensor, &move.box, begin, end,
+                          move.wire_dtype, offset}});
+      });
       std::vector<MessagePiece> targets;
       std::vector<MessagePiece> sources;
-      DSD_RETURN_IF_ERROR(stream.Next(
-          bytes,
-          [&](const Move& move, int64_t begin, int64_t end, int64_t offset) {
-            MessagePiece from = {&source_, move.source_tensor, &move.box, begin,
-                                 end,      move.wire_dtype,    offset};
-            MessagePiece to = from;
-            to.endpoint = &target_;
-            to.tensor = move.target_tensor;
-            stats_.bytes_local += from.bytes();
-            DSD_ASSIGN_OR_RETURN(const bool done, CopyDirectly(from, to));
-            if (done) return Report(from.bytes());
-            sources.push_back(from);
-            targets.push_back(to);
-            return absl::OkStatus();
-          }));
+      for (const auto& [from, to] : pairs) {
+        stats_.bytes_local += from.bytes();
+        DSD_ASSIGN_OR_RETURN(const bool done, CopyDirectly(from, to));
+        if (done) {
+          DSD_RETURN_IF_ERROR(Report(from.bytes()));
+          continue;
+        }
+        sources.push_back(from);
+        targets.push_back(to);
+      }
       if (!sources.empty()) {
         DSD_RETURN_IF_ERROR(staging_->Pack(k % 2, on_device, sources));
       }
@@ -516,18 +518,13 @@ class Executor {
   // Makes the next bytes of a stream pieces_.
   void TakePieces(Stream& stream, int64_t bytes, bool incoming) {
     pieces_.clear();
-    stream
-        .Next(
-            bytes,
-            [&](const Move& move, int64_t begin, int64_t end, int64_t offset) {
-              const bool in_target = incoming || IsRelayed(move);
-              pieces_.push_back(
-                  {in_target ? &target_ : &source_,
-                   in_target ? move.target_tensor : move.source_tensor,
-                   &move.box, begin, end, move.wire_dtype, offset});
-              return absl::OkStatus();
-            })
-        .IgnoreError();  // there is none
+    stream.Next(bytes, [&](const Move& move, int64_t begin, int64_t end,
+                           int64_t offset) {
+      const bool in_target = incoming || IsRelayed(move);
+      pieces_.push_back({in_target ? &target_ : &source_,
+                         in_target ? move.target_tensor : move.source_tensor,
+                         &move.box, begin, end, move.wire_dtype, offset});
+    });
   }
 
   // Where a message of pieces_ lies already; null if it needs staging.

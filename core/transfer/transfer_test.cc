@@ -83,6 +83,23 @@ class Ranks {
   std::vector<std::unique_ptr<Communicator>> comms_;
 };
 
+// Redistributes the tensors on all ranks, and checks what has arrived.
+std::vector<absl::Status> MoveAndCheck(Ranks& ranks,
+                                       const std::vector<TensorCase>& tensors,
+                                       const TransferOptions& options,
+                                       std::vector<TransferStats>& stats) {
+  return ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+    Side source;
+    Side target;
+    DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+    DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+    DSD_ASSIGN_OR_RETURN(
+        stats[rank],
+        Redistribute(source.endpoint, target.endpoint, &comm, options));
+    return CheckSide(tensors, rank, target);
+  });
+}
+
 TEST(TransferTest, RandomPairsMoveTheLowerBoundAndArriveRight) {
   Random random(test::TestSeed());
   for (int size = 1; size <= 4; ++size) {
@@ -93,17 +110,7 @@ TEST(TransferTest, RandomPairsMoveTheLowerBoundAndArriveRight) {
       const int64_t chunks[] = {16, 100, 1000, int64_t{4} << 20};
       options.chunk_bytes = chunks[Uniform(random, 0, 3)];
       std::vector<TransferStats> stats(size);
-      const auto statuses =
-          ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
-            Side source;
-            Side target;
-            DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
-            DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
-            DSD_ASSIGN_OR_RETURN(
-                stats[rank],
-                Redistribute(source.endpoint, target.endpoint, &comm, options));
-            return CheckSide(tensors, rank, target);
-          });
+      const auto statuses = MoveAndCheck(ranks, tensors, options, stats);
       int64_t sent = 0;
       int64_t missing = 0;
       for (int rank = 0; rank < size; ++rank) {
@@ -156,17 +163,7 @@ TEST(TransferTest, LargeTensorsAreRelayed) {
     std::vector<TransferStats> stats(size);
     TransferOptions options;
     options.chunk_bytes = 10000;
-    const auto statuses =
-        ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
-          Side source;
-          Side target;
-          DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
-          DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
-          DSD_ASSIGN_OR_RETURN(
-              stats[rank],
-              Redistribute(source.endpoint, target.endpoint, &comm, options));
-          return CheckSide(tensors, rank, target);
-        });
+    const auto statuses = MoveAndCheck(ranks, tensors, options, stats);
     for (int rank = 0; rank < size; ++rank) {
       ASSERT_TRUE(statuses[rank].ok()) << statuses[rank];
       EXPECT_EQ(stats[rank].bytes_received, rank == 0 ? 0 : 4 * kElements);
@@ -196,17 +193,7 @@ TEST(TransferTest, MuchOfOneBoxNeedsNoStaging) {
       std::vector<TransferStats> stats(2);
       TransferOptions options;
       options.chunk_bytes = chunk_bytes;
-      const auto statuses =
-          ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
-            Side source;
-            Side target;
-            DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
-            DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
-            DSD_ASSIGN_OR_RETURN(
-                stats[rank],
-                Redistribute(source.endpoint, target.endpoint, &comm, options));
-            return CheckSide(tensors, rank, target);
-          });
+      const auto statuses = MoveAndCheck(ranks, tensors, options, stats);
       for (int rank = 0; rank < 2; ++rank) {
         ASSERT_TRUE(statuses[rank].ok()) << statuses[rank];
         if (with_small) {
