@@ -2,9 +2,6 @@
 //
 // Saving and loading beside PyTorch in the same run, and beside what the disk
 // and the memory reach at most. Fails if anything comes out wrong.
-//
-// usage: checkpoint_benchmark PYTHON PEER [--quick] [--directory=/tmp]
-//            [--rows=9,10,10s,12,17]   (10: with 11 and 13; 10s: small tensors)
 
 #include <fcntl.h>
 #include <time.h>
@@ -37,6 +34,7 @@
 #include "dsd/core/transfer/endpoint.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/checkpoint/dcp/metadata.h"
+#include "dsd/testing/benchmarks/measure.h"
 #include "dsd/testing/harness/rank_processes.h"
 #include "nlohmann/json.hpp"
 
@@ -47,75 +45,26 @@ using Json = nlohmann::json;
 
 bool same = true;  // whether all that came out is right
 
-void Must(const absl::Status& status) {
-  if (status.ok()) return;
-  std::cerr << status << std::endl;
-  std::exit(1);
-}
-template <class T>
-T Must(absl::StatusOr<T> result) {
-  Must(result.status());
-  return *std::move(result);
-}
-
-struct Seconds {
-  double wall = 0;
-  double cpu = 0;
-};
-
-double CpuSeconds() {
-  timespec time;
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
-  return static_cast<double>(time.tv_sec) +
-         1e-9 * static_cast<double>(time.tv_nsec);
-}
-
 // The run with the least wall time. `prepare` is not measured.
-Seconds Measure(int runs, const std::function<void()>& prepare,
-                const std::function<void()>& work) {
+Seconds Least(int runs, const std::function<void()>& prepare,
+              const std::function<void()>& work) {
   Seconds best;
   for (int i = 0; i < runs; ++i) {
     prepare();
-    const double cpu = CpuSeconds();
-    const absl::Time start = absl::Now();
-    work();
-    const Seconds now = {absl::ToDoubleSeconds(absl::Now() - start),
-                         CpuSeconds() - cpu};
+    const Seconds now = Measure(work);
     if (i == 0 || now.wall < best.wall) best = now;
   }
   return best;
 }
 
-double RssMiB() {
-  int64_t total = 0, resident = 0;
-  FILE* const file = std::fopen("/proc/self/statm", "r");
-  if (file == nullptr || std::fscanf(file, "%ld %ld", &total, &resident) != 2) {
-    std::exit(1);
-  }
-  std::fclose(file);
-  return static_cast<double>(resident * sysconf(_SC_PAGESIZE)) / (1 << 20);
-}
-
 std::string peer_command;  // NOLINT: set once, by main
 std::string root;          // NOLINT
 
-Json RunPeer(const std::string& words, int runs = 1) {
+// The run of the peer with the least wall time.
+Json LeastOfPeer(const std::string& words, int runs = 1) {
   Json best;
   for (int i = 0; i < runs; ++i) {
-    const std::string command = absl::StrCat(peer_command, " ", words);
-    FILE* const pipe = popen(command.c_str(), "r");
-    std::string text;
-    char buffer[4096];
-    size_t size = 0;
-    while (pipe != nullptr &&
-           (size = fread(buffer, 1, sizeof(buffer), pipe)) > 0) {
-      text.append(buffer, size);
-    }
-    if (pipe == nullptr || pclose(pipe) != 0) {
-      std::cerr << "the peer failed: " << command << std::endl;
-      std::exit(1);
-    }
-    Json now = Json::parse(text);
+    Json now = RunPeer(absl::StrCat(peer_command, " ", words));
     if (i == 0 || now.value("wall", 0.0) < best.value("wall", 0.0)) best = now;
   }
   return best;
@@ -211,7 +160,7 @@ void BigIndex(int tensors, int chunks) {
   Must(Env::Real()->files().CreateDirs(path));
   const std::string file = absl::StrCat(path, "/dsd");
   int64_t bytes = 0;
-  const Seconds write = Measure(
+  const Seconds write = Least(
       3, [] {},
       [&] {
         FILE* const out = std::fopen(file.c_str(), "wb");
@@ -233,16 +182,16 @@ void BigIndex(int tensors, int chunks) {
   };
   double grown = 0;
   dcp::Metadata back;
-  const Seconds read = Measure(
+  const Seconds read = Least(
       3, [&] { back = dcp::Metadata(); },
       [&] {
-        const double before = RssMiB();
+        const double before = MemoryMiB();
         back = read_file(file);
-        grown = std::max(grown, RssMiB() - before);
+        grown = std::max(grown, MemoryMiB() - before);
       });
   const Json peer =
-      RunPeer(absl::StrCat("metadata ", path, " ", tensors, " ", chunks));
-  const Seconds read_theirs = Measure(
+      LeastOfPeer(absl::StrCat("metadata ", path, " ", tensors, " ", chunks));
+  const Seconds read_theirs = Least(
       3, [] {}, [&] { read_file(path + "/torch"); });
   absl::PrintF("9. index of %d chunks: PyTorch's has %.1f MB, dsd's %.1f MB\n",
                tensors * chunks, peer["bytes"].get<double>() / 1e6,
@@ -263,7 +212,7 @@ double DirectWriteSeconds(int64_t bytes) {
   constexpr int64_t kPiece = int64_t{8} << 20;
   AlignedBuffer buffer(kPiece);
   std::memset(buffer.data(), 1, kPiece);
-  return Measure(
+  return Least(
              3, [] {},
              [&] {
                const std::string path = Fresh("raw");
@@ -285,7 +234,7 @@ Seconds Memcpy(int64_t bytes) {
   AlignedBuffer from(bytes), to(bytes);
   std::memset(from.data(), 1, bytes);
   std::memset(to.data(), 2, bytes);
-  return Measure(
+  return Least(
       5, [] {}, [&] { std::memcpy(to.data(), from.data(), bytes); });
 }
 
@@ -301,11 +250,11 @@ void SaveAndLoad(const std::string& what, int tensors, int64_t elements,
   for (int i = 0; i < std::min(runs, 2); ++i) {
     theirs = Fresh("torch");
     const Seconds now =
-        ToSeconds(RunPeer(absl::StrCat("save ", theirs, " ", words)));
+        ToSeconds(LeastOfPeer(absl::StrCat("save ", theirs, " ", words)));
     if (i == 0 || now.wall < peer.wall) peer = now;
   }
   Tensors source(tensors, layout, 0, true);
-  const Seconds save = Measure(
+  const Seconds save = Least(
       runs, [] { Fresh("dsd"); },
       [&] { Must(checkpoint::Save(ours, source.state)); });
   Row(absl::StrCat("10. durable save of ", what), peer, save);
@@ -324,7 +273,7 @@ void SaveAndLoad(const std::string& what, int tensors, int64_t elements,
   const auto load = [&](bool verify) {
     checkpoint::LoadOptions options;
     options.verify = verify;
-    return Measure(
+    return Least(
         runs, [] {},
         [&] { Must(checkpoint::Load(ours, target.state, nullptr, options)); });
   };
@@ -333,7 +282,7 @@ void SaveAndLoad(const std::string& what, int tensors, int64_t elements,
   const Seconds verified = load(true);
   Verdict("load", target.IsRight());
   const Json peer_load =
-      RunPeer(absl::StrCat("load ", ours, " ", words), std::min(runs, 2));
+      LeastOfPeer(absl::StrCat("load ", ours, " ", words), std::min(runs, 2));
   Verdict("PyTorch's load", peer_load["right"]);
   Row(absl::StrCat("11. load of ", what, ", warm cache, verified"),
       ToSeconds(peer_load), verified);
@@ -345,7 +294,7 @@ void SaveAndLoad(const std::string& what, int tensors, int64_t elements,
         copy / verified.wall);
     const auto saver = Must(checkpoint::Saver::Create());
     Must(saver->Start(ours, source.state));
-    const Seconds blocked = Measure(
+    const Seconds blocked = Least(
         std::min(runs, 3), [&] { Must(saver->Wait()); },
         [&] { Must(saver->Start(ours, source.state)); });
     Must(saver->Wait());
@@ -434,9 +383,10 @@ void Reshard(int64_t bytes) {
     right &= result.values["right"] == "1";
     read = result.values["read"];
   }
-  const Json peer = RunPeer(absl::StrCat("reshard ", directory, " 2 ", kTensors,
-                                         " ", rows, " ", kColumns),
-                            2);
+  const Json peer =
+      LeastOfPeer(absl::StrCat("reshard ", directory, " 2 ", kTensors, " ",
+                               rows, " ", kColumns),
+                  2);
   Row("12. load of 1 GiB on 2 ranks, saved on 4, warm cache", ToSeconds(peer),
       ours);
   absl::PrintF("    %s bytes read from storage over all ranks, of %d\n", read,
@@ -455,7 +405,7 @@ void Digests(int64_t bytes) {
   // In CPU seconds: one core is meant, whatever else runs.
   const double copy = Memcpy(bytes).cpu;
   for (const DigestVersion version : {DigestVersion::k2, DigestVersion::k1}) {
-    const double seconds = Measure(
+    const double seconds = Least(
                                5, [] {},
                                [&] {
                                  ContentDigest digest(bytes, version);
@@ -472,7 +422,7 @@ void Digests(int64_t bytes) {
   for (const int64_t width : {64, 512}) {
     const int64_t rows = bytes / 4 / 4096;
     const double seconds =
-        Measure(
+        Least(
             3, [] {},
             [&] {
               ContentDigest digest(rows * 4096 * 4);
@@ -512,32 +462,16 @@ int main(int argc, char** argv) {
   const std::string program = dsd::RequestedRankProgram();
   if (!program.empty()) return dsd::RankMain(program);
   dsd::AllowRankProcesses();
-  bool quick = false;
+  dsd::CommandLine line("Save and load of checkpoints beside PyTorch");
   std::string parent = "/tmp";
   std::vector<std::string> rows;
-  std::vector<std::string> words;
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    if (word == "--quick") {
-      quick = true;
-    } else if (absl::StartsWith(word, "--directory=")) {
-      parent = word.substr(word.find('=') + 1);
-    } else if (absl::StartsWith(word, "--rows=")) {
-      rows = absl::StrSplit(word.substr(word.find('=') + 1), ',');
-    } else {
-      words.push_back(word);
-    }
-  }
-  if (words.size() != 2) {
-    std::cerr << "usage: checkpoint_benchmark PYTHON PEER [--quick] "
-                 "[--directory=/tmp] [--rows=9,10,10s,12,17]"
-              << std::endl;
-    return 2;
-  }
-  dsd::peer_command = words[0] + " " + words[1];
+  line.app.add_option("--directory", parent, "where files are written");
+  line.app.add_option("--rows", rows, "of 9, 10, 10s, 12, 17")->delimiter(',');
+  CLI11_PARSE(line.app, argc, argv);
+  dsd::peer_command = line.peer();
   dsd::root = absl::StrCat(parent, "/dsd_checkpoint_benchmark_", getpid());
   std::filesystem::create_directories(dsd::root);
-  const int result = dsd::Run(rows, quick);
+  const int result = dsd::Run(rows, line.quick);
   std::filesystem::remove_all(dsd::root);
   return result;
 }

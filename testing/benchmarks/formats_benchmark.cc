@@ -2,8 +2,6 @@
 //
 // Safetensors files beside Python's safetensors, archives beside torch.save, in
 // the same run and on the same disk. Fails if anything comes out wrong.
-//
-// usage: formats_benchmark PYTHON PEER [--quick] [--directory=/tmp]
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -183,19 +181,13 @@ void ConvertAll(const std::string& directory, int64_t elements) {
 }
 
 int Main(int argc, char** argv) {
-  if (argc < 3) {
-    std::fprintf(stderr,
-                 "usage: formats_benchmark PYTHON PEER [--quick] "
-                 "[--directory=/tmp]\n");
-    return 2;
-  }
-  const std::string peer = absl::StrCat(argv[1], " ", argv[2]);
+  CommandLine line("Safetensors and torch.save archives beside PyTorch");
   std::string root = "/tmp";
+  line.app.add_option("--directory", root, "where files are written");
+  CLI11_PARSE(line.app, argc, argv);
+  const std::string peer = line.peer();
   int64_t elements = (int64_t{1} << 30) / 4 / kTensors;
-  for (int i = 3; i < argc; ++i) {
-    if (absl::StartsWith(argv[i], "--directory=")) root = argv[i] + 12;
-    if (std::string(argv[i]) == "--quick") elements /= 16;
-  }
+  if (line.quick) elements /= 16;
   const std::string directory =
       absl::StrCat(root, "/formats_benchmark_", getpid());
   std::filesystem::create_directories(directory);

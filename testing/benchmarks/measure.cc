@@ -34,8 +34,10 @@ double PeakMiB() { return StatusMiB("VmHWM:"); }
 
 double ResetPeakMiB() {
   std::ofstream("/proc/self/clear_refs") << "5";
-  return StatusMiB("VmRSS:");
+  return MemoryMiB();
 }
+
+double MemoryMiB() { return StatusMiB("VmRSS:"); }
 
 nlohmann::json RunPeer(const std::string& command) {
   std::cerr << "# " << command << std::endl;

@@ -10,12 +10,32 @@
 #include <string>
 #include <utility>
 
+#include "CLI/CLI.hpp"
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "nlohmann/json.hpp"
 
 namespace dsd {
+
+// What the benchmarks beside a peer are started with: the two words of the
+// command that runs the peer, and --quick. They add options of their own to
+// `app` before CLI11_PARSE(app, argc, argv).
+struct CommandLine {
+  explicit CommandLine(const std::string& what) : app(what) {
+    app.add_option("python", python, "runs the peer")->required();
+    app.add_option("peer", script, "the peer's program")->required();
+    app.add_flag("--quick", quick, "a fraction of the sizes");
+  }
+
+  std::string peer() const { return python + " " + script; }
+
+  CLI::App app;
+  std::string python;
+  std::string script;
+  bool quick = false;
+};
 
 struct Seconds {
   double wall = 0;
@@ -28,8 +48,9 @@ double CpuSeconds();
 // The largest memory that this process has had, since the last reset if there
 // was one.
 double PeakMiB();
-// Returns the memory that it has now.
-double ResetPeakMiB();
+double ResetPeakMiB();  // returns MemoryMiB()
+// The memory that it has now.
+double MemoryMiB();
 
 template <class Fn>
 Seconds Measure(Fn&& fn) {
@@ -40,11 +61,15 @@ Seconds Measure(Fn&& fn) {
 }
 
 // The value, or the end of the program.
+inline void Must(const absl::Status& status) {
+  if (status.ok()) return;
+  std::cerr << status << std::endl;
+  std::exit(1);
+}
 template <class T>
 T Must(absl::StatusOr<T> result) {
-  if (result.ok()) return *std::move(result);
-  std::cerr << result.status() << std::endl;
-  std::exit(1);
+  Must(result.status());
+  return *std::move(result);
 }
 
 // Runs a command of the shell that prints JSON; the end of the program if it

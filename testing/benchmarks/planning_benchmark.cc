@@ -3,8 +3,6 @@
 // Planning: a save of many chunks beside PyTorch's planner in the same run, one
 // rank of a large world, and how many bytes plans move. Fails if results differ
 // from PyTorch's or from the lower bound.
-//
-// usage: planning_benchmark PYTHON PEER [--quick]
 
 #include <algorithm>
 #include <cstdint>
@@ -258,19 +256,7 @@ int Run(const std::string& peer, bool quick) {
 }  // namespace dsd
 
 int main(int argc, char** argv) {
-  bool quick = false;
-  std::vector<std::string> words;
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    if (word == "--quick") {
-      quick = true;
-    } else {
-      words.push_back(word);
-    }
-  }
-  if (words.size() != 2) {
-    std::cerr << "usage: planning_benchmark PYTHON PEER [--quick]" << std::endl;
-    return 2;
-  }
-  return dsd::Run(words[0] + " " + words[1], quick);
+  dsd::CommandLine line("Planning beside PyTorch");
+  CLI11_PARSE(line.app, argc, argv);
+  return dsd::Run(line.peer(), line.quick);
 }

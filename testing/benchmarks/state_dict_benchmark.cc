@@ -3,8 +3,6 @@
 // Get and set of many small tensors, beside PyTorch doing the same in the same
 // run. Prints wall and CPU seconds and the ratio of the walls, and fails if the
 // results differ.
-//
-// usage: state_dict_benchmark PYTHON PEER [--quick] [--no-peer-set | --no-peer]
 
 #include <algorithm>
 #include <cstdint>
@@ -380,27 +378,11 @@ int main(int argc, char** argv) {
   const std::string program = dsd::RequestedRankProgram();
   if (!program.empty()) return dsd::RankMain(program);
   dsd::AllowRankProcesses();
-  bool quick = false;
-  bool with_peer = true;
-  bool peer_set = true;
-  std::vector<std::string> words;
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    if (word == "--quick") {
-      quick = true;
-    } else if (word == "--no-peer") {
-      with_peer = false;
-    } else if (word == "--no-peer-set") {
-      peer_set = false;
-    } else {
-      words.push_back(word);
-    }
-  }
-  if (words.size() != 2) {
-    std::cerr << "usage: state_dict_benchmark PYTHON PEER [--quick] "
-                 "[--no-peer-set | --no-peer]"
-              << std::endl;
-    return 2;
-  }
-  return dsd::Run(words[0] + " " + words[1], quick, with_peer, peer_set);
+  dsd::CommandLine line("Get and set of many small tensors beside PyTorch");
+  bool no_peer = false;
+  bool no_peer_set = false;
+  line.app.add_flag("--no-peer", no_peer, "without PyTorch");
+  line.app.add_flag("--no-peer-set", no_peer_set, "without PyTorch's set");
+  CLI11_PARSE(line.app, argc, argv);
+  return dsd::Run(line.peer(), line.quick, !no_peer, !no_peer_set);
 }

@@ -4,8 +4,6 @@
 // same in the same run: a full gather, a state of rank 0 spread to shards, and
 // a push from one layout to another. Prints wall seconds, ratios and how much
 // memory grew, and fails if results differ.
-//
-// usage: transfer_benchmark PYTHON PEER [--quick] [--large]
 
 #include <stdlib.h>
 
@@ -420,23 +418,9 @@ int main(int argc, char** argv) {
   const std::string program = dsd::RequestedRankProgram();
   if (!program.empty()) return dsd::RankMain(program);
   dsd::AllowRankProcesses();
-  bool quick = false;
+  dsd::CommandLine line("Large tensors between ranks beside PyTorch");
   bool large = false;
-  std::vector<std::string> words;
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    if (word == "--quick") {
-      quick = true;
-    } else if (word == "--large") {
-      large = true;
-    } else {
-      words.push_back(word);
-    }
-  }
-  if (words.size() != 2) {
-    std::cerr << "usage: transfer_benchmark PYTHON PEER [--quick] [--large]"
-              << std::endl;
-    return 2;
-  }
-  return dsd::Benchmark(words[0] + " " + words[1], quick, large);
+  line.app.add_flag("--large", large, "4 and 8 GiB too");
+  CLI11_PARSE(line.app, argc, argv);
+  return dsd::Benchmark(line.peer(), line.quick, large);
 }

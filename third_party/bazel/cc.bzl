@@ -59,6 +59,30 @@ def dsd_cc_binary(name, copts = [], **kwargs):
     """
     cc_binary(name = name, copts = _copts(copts), **kwargs)
 
+def dsd_cc_sized_tests(stem, size, amount, long_amount, **kwargs):
+    """The test `<stem>_test` of `amount` cases, and, tagged t3, `<stem>_long_test` of `long_amount`.
+
+    Args:
+      stem: <stem>_test.cc has a main function of its own, whose argument is the amount.
+      size: of the first; the second is enormous.
+      amount: None: as without an argument.
+      long_amount: of the second.
+      **kwargs: as for dsd_cc_test.
+    """
+    for name, args, test_size, tags in [
+        (stem + "_test", [] if amount == None else [str(amount)], size, []),
+        (stem + "_long_test", [str(long_amount)], "enormous", ["t3"]),
+    ]:
+        dsd_cc_test(
+            name = name,
+            size = test_size,
+            srcs = [stem + "_test.cc"],
+            args = args,
+            main = "@com_google_googletest//:gtest",
+            tags = tags,
+            **kwargs
+        )
+
 def dsd_cc_test(
         name,
         copts = [],
