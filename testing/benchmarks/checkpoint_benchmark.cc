@@ -13,7 +13,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
-#include <functional>
 #include <iostream>
 #include <memory>
 #include <string>
@@ -44,18 +43,6 @@ namespace {
 using Json = nlohmann::json;
 
 bool same = true;  // whether all that came out is right
-
-// The run with the least wall time. `prepare` is not measured.
-Seconds Least(int runs, const std::function<void()>& prepare,
-              const std::function<void()>& work) {
-  Seconds best;
-  for (int i = 0; i < runs; ++i) {
-    prepare();
-    const Seconds now = Measure(work);
-    if (i == 0 || now.wall < best.wall) best = now;
-  }
-  return best;
-}
 
 std::string peer_command;  // NOLINT: set once, by main
 std::string root;          // NOLINT
@@ -160,7 +147,7 @@ void BigIndex(int tensors, int chunks) {
   Must(Env::Real()->files().CreateDirs(path));
   const std::string file = absl::StrCat(path, "/dsd");
   int64_t bytes = 0;
-  const Seconds write = Least(
+  const Seconds write = LeastOf(
       3, [] {},
       [&] {
         FILE* const out = std::fopen(file.c_str(), "wb");
@@ -182,7 +169,7 @@ void BigIndex(int tensors, int chunks) {
   };
   double grown = 0;
   dcp::Metadata back;
-  const Seconds read = Least(
+  const Seconds read = LeastOf(
       3, [&] { back = dcp::Metadata(); },
       [&] {
         const double before = MemoryMiB();
@@ -191,7 +178,7 @@ void BigIndex(int tensors, int chunks) {
       });
   const Json peer =
       LeastOfPeer(absl::StrCat("metadata ", path, " ", tensors, " ", chunks));
-  const Seconds read_theirs = Least(
+  const Seconds read_theirs = LeastOf(
       3, [] {}, [&] { read_file(path + "/torch"); });
   absl::PrintF("9. index of %d chunks: PyTorch's has %.1f MB, dsd's %.1f MB\n",
                tensors * chunks, peer["bytes"].get<double>() / 1e6,
@@ -212,7 +199,7 @@ double DirectWriteSeconds(int64_t bytes) {
   constexpr int64_t kPiece = int64_t{8} << 20;
   AlignedBuffer buffer(kPiece);
   std::memset(buffer.data(), 1, kPiece);
-  return Least(
+  return LeastOf(
              3, [] {},
              [&] {
                const std::string path = Fresh("raw");
@@ -234,7 +221,7 @@ Seconds Memcpy(int64_t bytes) {
   AlignedBuffer from(bytes), to(bytes);
   std::memset(from.data(), 1, bytes);
   std::memset(to.data(), 2, bytes);
-  return Least(
+  return LeastOf(
       5, [] {}, [&] { std::memcpy(to.data(), from.data(), bytes); });
 }
 
@@ -254,7 +241,7 @@ void SaveAndLoad(const std::string& what, int tensors, int64_t elements,
     if (i == 0 || now.wall < peer.wall) peer = now;
   }
   Tensors source(tensors, layout, 0, true);
-  const Seconds save = Least(
+  const Seconds save = LeastOf(
       runs, [] { Fresh("dsd"); },
       [&] { Must(checkpoint::Save(ours, source.state)); });
   Row(absl::StrCat("10. durable save of ", what), peer, save);
@@ -273,7 +260,7 @@ void SaveAndLoad(const std::string& what, int tensors, int64_t elements,
   const auto load = [&](bool verify) {
     checkpoint::LoadOptions options;
     options.verify = verify;
-    return Least(
+    return LeastOf(
         runs, [] {},
         [&] { Must(checkpoint::Load(ours, target.state, nullptr, options)); });
   };
@@ -294,7 +281,7 @@ void SaveAndLoad(const std::string& what, int tensors, int64_t elements,
         copy / verified.wall);
     const auto saver = Must(checkpoint::Saver::Create());
     Must(saver->Start(ours, source.state));
-    const Seconds blocked = Least(
+    const Seconds blocked = LeastOf(
         std::min(runs, 3), [&] { Must(saver->Wait()); },
         [&] { Must(saver->Start(ours, source.state)); });
     Must(saver->Wait());
@@ -405,7 +392,7 @@ void Digests(int64_t bytes) {
   // In CPU seconds: one core is meant, whatever else runs.
   const double copy = Memcpy(bytes).cpu;
   for (const DigestVersion version : {DigestVersion::k2, DigestVersion::k1}) {
-    const double seconds = Least(
+    const double seconds = LeastOf(
                                5, [] {},
                                [&] {
                                  ContentDigest digest(bytes, version);
@@ -422,7 +409,7 @@ void Digests(int64_t bytes) {
   for (const int64_t width : {64, 512}) {
     const int64_t rows = bytes / 4 / 4096;
     const double seconds =
-        Least(
+        LeastOf(
             3, [] {},
             [&] {
               ContentDigest digest(rows * 4096 * 4);

@@ -38,17 +38,6 @@ constexpr int kRuns = 3;
 
 bool same = true;  // whether all that came out is right
 
-template <class Prepare, class Work>
-Seconds Least(Prepare prepare, Work work) {
-  Seconds least;
-  for (int run = 0; run < kRuns; ++run) {
-    prepare();
-    const Seconds now = Measure(work);
-    if (run == 0 || now.wall < least.wall) least = now;
-  }
-  return least;
-}
-
 void Row(const std::string& what, const Json& theirs, const Seconds& ours) {
   const double wall = theirs["wall"].get<double>();
   absl::PrintF(
@@ -98,17 +87,17 @@ double DirectWriteSeconds(const std::string& path, int64_t bytes) {
   if (posix_memalign(&memory, 4096, kPiece) != 0) return 0;
   std::memset(memory, 1, kPiece);
   bool done = true;
-  const Seconds seconds =
-      Least([&] { std::filesystem::remove(path); },
-            [&] {
-              const int fd = open(
-                  path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_DIRECT, 0600);
-              for (int64_t at = 0; at < bytes; at += kPiece) {
-                done &= pwrite(fd, memory, kPiece, at) == kPiece;
-              }
-              done &= fsync(fd) == 0;
-              close(fd);
-            });
+  const Seconds seconds = LeastOf(
+      kRuns, [&] { std::filesystem::remove(path); },
+      [&] {
+        const int fd =
+            open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_DIRECT, 0600);
+        for (int64_t at = 0; at < bytes; at += kPiece) {
+          done &= pwrite(fd, memory, kPiece, at) == kPiece;
+        }
+        done &= fsync(fd) == 0;
+        close(fd);
+      });
   std::filesystem::remove(path);
   std::free(memory);
   return done ? seconds.wall : 0;
@@ -126,9 +115,9 @@ void WriteAndRead(const std::string& peer, const std::string& directory,
   const Json python = RunPeer(
       absl::StrCat(peer, " write ", theirs, " ", kTensors, " ", elements));
   Tensors source(elements, true);
-  const Seconds write =
-      Least([&] { std::filesystem::remove(ours); },
-            [&] { Must(checkpoint::Export(ours, format, source.state)); });
+  const Seconds write = LeastOf(
+      kRuns, [&] { std::filesystem::remove(ours); },
+      [&] { Must(checkpoint::Export(ours, format, source.state)); });
   Row(number + "durable write", python["durable"], write);
   absl::PrintF(
       "    Python without fsync: %.3f s, of which dsd's write is %.2fx\n",
@@ -152,8 +141,8 @@ void WriteAndRead(const std::string& peer, const std::string& directory,
           read_theirs["right"].get<bool>() && read_ours["right"].get<bool>());
   Tensors target(elements, false);
   for (const std::string& path : {ours, theirs}) {
-    const Seconds read =
-        Least([] {}, [&] { Must(checkpoint::Load(path, target.state)); });
+    const Seconds read = LeastOf(
+        kRuns, [] {}, [&] { Must(checkpoint::Load(path, target.state)); });
     Row(absl::StrCat(number, "read of ", path == ours ? "dsd's" : "Python's"),
         path == ours ? read_ours["read"] : read_theirs["read"], read);
     Verdict("what was read", target == source);
@@ -165,8 +154,8 @@ void ConvertAll(const std::string& directory, int64_t elements) {
   options.overwrite = true;
   for (const std::string to : {"c.pt", "c.safetensors"}) {
     const double before = PeakMiB();
-    const Seconds seconds = Least(
-        [] {},
+    const Seconds seconds = LeastOf(
+        kRuns, [] {},
         [&] {
           Must(checkpoint::Convert(directory + "/python.safetensors",
                                    absl::StrCat(directory, "/", to), options));

@@ -60,6 +60,18 @@ Seconds Measure(Fn&& fn) {
   return {absl::ToDoubleSeconds(absl::Now() - start), CpuSeconds() - cpu};
 }
 
+// The run with the least wall time. `prepare` is not measured.
+template <class Prepare, class Work>
+Seconds LeastOf(int runs, Prepare&& prepare, Work&& work) {
+  Seconds least;
+  for (int run = 0; run < runs; ++run) {
+    prepare();
+    const Seconds now = Measure(work);
+    if (run == 0 || now.wall < least.wall) least = now;
+  }
+  return least;
+}
+
 // The value, or the end of the program.
 inline void Must(const absl::Status& status) {
   if (status.ok()) return;
