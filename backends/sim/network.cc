@@ -3,6 +3,7 @@
 #include "dsd/backends/sim/network.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <optional>
@@ -64,7 +65,14 @@ class Network::Hub : public std::enable_shared_from_this<Network::Hub> {
         size_(size),
         processes_(size, -1),
         newest_sent_(size, {absl::InfinitePast(), -1}),
-        links_(size * size) {}
+        links_(size * size) {
+    for (Link& link : links_) {
+      link.bytes_per_second =
+          network_.options_.bytes_per_second /
+          std::pow(network_.options_.slowest_link,
+                   static_cast<double>(scheduler_.Random(1001)) / 1000);
+    }
+  }
 
   absl::Mutex& mu() ABSL_LOCK_RETURNED(mu_) { return mu_; }
 
@@ -144,7 +152,7 @@ class Network::Hub : public std::enable_shared_from_this<Network::Hub> {
         message->data[*message->corrupt_at] ^= 1 << scheduler_.Random(8);
       }
       op->done = true;
-      leaves += TimeFor(op->size);
+      leaves += link.TimeFor(op->size);
       link.free_at = leaves;
     } else {
       message->sender = op;
@@ -174,18 +182,18 @@ class Network::Hub : public std::enable_shared_from_this<Network::Hub> {
     int64_t messages = 0;
     absl::Time free_at = absl::InfinitePast();
     absl::Time last_arrival = absl::InfinitePast();
+    double bytes_per_second = 0;
     bool broken = false;
     absl::Status error_at_from;
     absl::Status error_at_to;
+
+    absl::Duration TimeFor(size_t bytes) const {
+      return absl::Seconds(static_cast<double>(bytes) / bytes_per_second);
+    }
   };
 
   Link& LinkOf(int from, int to) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
     return links_[from * size_ + to];
-  }
-
-  absl::Duration TimeFor(size_t bytes) const {
-    return absl::Seconds(static_cast<double>(bytes) /
-                         network_.options_.bytes_per_second);
   }
 
   bool IsDead(int rank) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
@@ -235,8 +243,10 @@ class Network::Hub : public std::enable_shared_from_this<Network::Hub> {
         message->sender->done = op->done;
       };
     };
-    scheduler_.At(first + TimeFor(half), piece(0, half));
-    scheduler_.At(first + TimeFor(message->size), piece(half, message->size));
+    const Link& link = LinkOf(message->from, message->to);
+    scheduler_.At(first + link.TimeFor(half), piece(0, half));
+    scheduler_.At(first + link.TimeFor(message->size),
+                  piece(half, message->size));
   }
 
   // Bytes [begin, end) of `message` land.

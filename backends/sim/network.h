@@ -23,6 +23,9 @@ struct LinkOptions {
   absl::Duration latency = absl::Microseconds(20);
   absl::Duration jitter = absl::Microseconds(20);
   double bytes_per_second = 1e9;
+  // How many times slower than that a link may be: each draws its own, all
+  // orders alike.
+  double slowest_link = 1;
   // Messages up to here leave the sender's memory at once; longer ones are
   // taken from there when the receiver is ready.
   int64_t eager_bytes = 4096;

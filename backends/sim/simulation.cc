@@ -30,6 +30,10 @@ SimulationOptions SimulationOptions::FromSeed(uint64_t seed) {
   options.link.death_delay = absl::Milliseconds(one_of(0, 10, 500));
   options.control_plane.death_delay = absl::Milliseconds(one_of(0, 10, 500));
   options.store_at_rank0 = one_of(true, false);
+  // Slow links are slow enough alike.
+  if (options.link.bytes_per_second > 1e6) {
+    options.link.slowest_link = one_of(1.0, 10.0);
+  }
   return options;
 }
 

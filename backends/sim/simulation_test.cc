@@ -21,6 +21,7 @@ using ::testing::Each;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::Not;
+using ::testing::SizeIs;
 
 absl::Status SumOnce(Communicator& comm, size_t count) {
   std::vector<int32_t> data(count, comm.rank() + 1);
@@ -178,6 +179,36 @@ TEST(SimulationTest, DelaysAndReorderingAreHarmless) {
   EXPECT_GT(simulation.faults()[0].fired, 0);
 }
 
+TEST(SimulationTest, LinksMayBeOfDifferentSpeed) {
+  SimulationOptions options;
+  options.link.bytes_per_second = 1e6;
+  options.link.slowest_link = 100;
+  Simulation simulation(options);
+  std::vector<absl::Duration> took;
+  const Outcome outcome =
+      simulation.Run(6, [&](Communicator& comm) -> absl::Status {
+        std::vector<std::byte> data(100000);
+        for (int sender = 0; sender < 5; ++sender) {
+          const absl::Time start = comm.env()->Now();
+          if (comm.rank() == sender) {
+            DSD_RETURN_IF_ERROR(comm.Exchange({{sender + 1, data}}, {}, "x"));
+          } else if (comm.rank() == sender + 1) {
+            DSD_RETURN_IF_ERROR(
+                comm.Exchange({}, {{sender, absl::MakeSpan(data)}}, "x"));
+            took.push_back(comm.env()->Now() - start);
+          }
+          DSD_RETURN_IF_ERROR(comm.Barrier());
+        }
+        return absl::OkStatus();
+      });
+  ASSERT_THAT(outcome.Survivors(), AllOk());
+  ASSERT_THAT(took, SizeIs(5));
+  std::sort(took.begin(), took.end());
+  EXPECT_GT(took[0], absl::Milliseconds(99));
+  EXPECT_LT(took[4], absl::Seconds(11));
+  EXPECT_GT(took[4], 3 * took[0]);
+}
+
 // A rank that has a collective call behind it, and is in an exchange by then,
 // is not in disagreement with those that wait in the call.
 TEST(SimulationTest, ARankThatIsAheadIsNotTakenForOneThatDisagrees) {
@@ -206,6 +237,37 @@ TEST(SimulationTest, ARankThatIsAheadIsNotTakenForOneThatDisagrees) {
     }
   }
   EXPECT_TRUE(found);
+}
+
+// Rank 2 is late, rank 1 waits for it, rank 0 for rank 1: which is not to
+// blame, also when rank 2 is back before the time is over.
+TEST(SimulationTest, WhomAMissingRankWaitedForIsNamed) {
+  for (const absl::Duration late :
+       {absl::Milliseconds(9990), absl::Milliseconds(10005)}) {
+    Simulation simulation({});
+    const Outcome outcome =
+        simulation.Run(3, [&](Communicator& comm) -> absl::Status {
+          CallOptions options;
+          options.timeout = absl::Seconds(10);
+          const int rank = comm.rank();
+          std::vector<std::byte> data(1);
+          if (rank == 2) comm.env()->SleepUntil(comm.env()->Now() + late);
+          if (rank < 2) {
+            DSD_RETURN_IF_ERROR(comm.Exchange(
+                {}, {{rank + 1, absl::MakeSpan(data)}}, "pass on", options));
+          }
+          if (rank == 1) {
+            comm.env()->SleepUntil(comm.env()->Now() + absl::Milliseconds(50));
+          }
+          if (rank > 0) {
+            DSD_RETURN_IF_ERROR(
+                comm.Exchange({{rank - 1, data}}, {}, "pass on", options));
+          }
+          return comm.Barrier(options);
+        });
+    EXPECT_THAT(outcome.ranks[0].status,
+                IsStatus(absl::StatusCode::kDeadlineExceeded, "for rank 2"));
+  }
 }
 
 // Whoever gives up first answers the others' questions all the same.

@@ -564,7 +564,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::OpenLane(
                             /*collective=*/true);
     const absl::Status opened =
         core.engine->OpenLane(lane->id, active.deadline);
-    if (absl::IsDeadlineExceeded(opened)) return core.TimeIsOver(active, -1);
+    if (absl::IsDeadlineExceeded(opened)) return core.TimeIsOver(active);
     if (!opened.ok()) return core.EngineFailed(opened, active.call.text);
   }
   return absl::WrapUnique(new Communicator(std::move(lane)));
@@ -614,7 +614,7 @@ absl::Status Communicator::Shutdown(const CallOptions& options) {
   if (core.membership != nullptr) {
     const absl::Status left = core.membership->Leave(active->deadline);
     if (absl::IsDeadlineExceeded(left)) {
-      return core.TimeIsOver(*active, -1);
+      return core.TimeIsOver(*active);
     }
     if (!left.ok()) {
       core.Fail(left, /*tell=*/false);

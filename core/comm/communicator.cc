@@ -7,13 +7,11 @@
 #include <optional>
 #include <utility>
 
-#include "absl/algorithm/container.h"
+#include "absl/cleanup/cleanup.h"
 #include "absl/memory/memory.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
-#include "absl/strings/str_split.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/communicator_internal.h"
 #include "dsd/core/comm/duration_text.h"
@@ -21,6 +19,7 @@
 #include "dsd/core/comm/rank_list.h"
 #include "dsd/core/comm/rebuild.h"
 #include "dsd/core/comm/registry.h"
+#include "dsd/core/comm/whereabouts.h"
 #include "xxhash.h"
 
 namespace dsd {
@@ -199,94 +198,39 @@ absl::Status Communicator::Core::EngineFailed(const absl::Status& found,
 std::string Communicator::Core::Answer(absl::string_view question) {
   uint64_t lane;
   if (!absl::SimpleHexAtoi(question, &lane)) return "";
+  const absl::Time now = env->Now();
   absl::MutexLock lock(&mu);
-  const auto it = positions.find(lane);
-  if (it == positions.end()) return "0 0 \n";
-  const Position& position = it->second;
-  return absl::StrCat(position.collectives, " ", position.active, " ",
-                      position.call, "\n", position.collective);
+  return position.On(lane, now).Encode();
 }
 
-absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active, int peer,
-                                            absl::string_view found) {
-  int64_t mine = 0;
-  {
-    absl::MutexLock lock(&mu);
-    if (!error.ok()) mine = -1;
-    const auto it = positions.find(active.lane);
-    if (mine == 0 && it != positions.end()) mine = it->second.collectives;
-  }
-  if (mine < 0) return ErrorDuring(active.call.text);
+void Communicator::Core::WaitFor(uint64_t lane, int peer) {
+  const absl::Time now = env->Now();
+  absl::MutexLock lock(&mu);
+  position.WaitFor(lane, peer, now);
+}
 
+absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
+                                            std::string missing,
+                                            std::vector<int> peers) {
+  const std::string question = absl::StrCat(absl::Hex(active.lane));
+  const std::string own_answer = Answer(question);
+  if (!status().ok()) return ErrorDuring(active.call.text);
   std::vector<std::optional<std::string>> answers(size);
   if (membership != nullptr) {
-    answers = membership->Ask(absl::StrCat(absl::Hex(active.lane)),
-                              env->Now() + kAskPatience);
+    answers = membership->Ask(question, env->Now() + kAskPatience);
   }
-  std::vector<std::string> absent;     // have not made this call
-  std::vector<std::string> differing;  // have made another one instead
-  std::string peer_does = "does not answer";
-  for (int other = 0; other < size; ++other) {
-    if (other == rank) continue;
-    if (!active.members.empty() &&
-        !absl::c_linear_search(active.members, other)) {
-      continue;
-    }
-    if (!answers[other].has_value()) {
-      absent.push_back(absl::StrCat("rank ", other, " (does not answer)"));
-      continue;
-    }
-    std::vector<std::string> fields =
-        absl::StrSplit(*answers[other], absl::MaxSplits(' ', 2));
-    fields.resize(3);
-    const std::pair<std::string, std::string> calls =
-        absl::StrSplit(fields[2], absl::MaxSplits('\n', 1));
-    int64_t collectives = 0;
-    if (!absl::SimpleAtoi(fields[0], &collectives)) collectives = 0;
-    const bool idle = fields[1] == "0";
-    const std::string does =
-        idle ? "is in no call" : absl::StrCat("is in ", calls.first);
-    if (other == peer) peer_does = does;
-    if (collectives < mine) {
-      absent.push_back(absl::StrCat("rank ", other, " (", does, ")"));
-    } else if (collectives == mine && active.collective &&
-               calls.second != active.call.text) {
-      // Perhaps it has given up already.
-      differing.push_back(
-          absl::StrCat("rank ", other,
-                       idle || calls.first != calls.second
-                           ? absl::StrCat(" has called ", calls.second)
-                           : absl::StrCat(" ", does)));
+  answers[rank] = own_answer;
+  std::vector<std::optional<Whereabouts>> ranks(size);
+  for (int r = 0; r < size; ++r) {
+    if (answers[r].has_value()) {
+      ranks[r] = Whereabouts::Decode(*answers[r], size);
     }
   }
-  const auto list = [](std::vector<std::string> entries) {
-    const size_t all = entries.size();
-    if (all > kMaxRanksNamed) entries.resize(kMaxRanksNamed);
-    return absl::StrCat(
-        absl::StrJoin(entries, ", "),
-        all > entries.size()
-            ? absl::StrCat(" and ", all - entries.size(), " more")
-            : "");
-  };
-  std::string why;
-  absl::StatusCode code = absl::StatusCode::kDeadlineExceeded;
-  if (!absent.empty()) {
-    why = absl::StrCat("not called by ", list(absent));
-  } else if (!differing.empty()) {
-    code = absl::StatusCode::kFailedPrecondition;
-    why = absl::StrCat("ranks disagree: ", list(differing));
-  } else {
-    why = "all ranks have called it";
-  }
-  if (peer >= 0) {
-    absl::StrAppend(&why, "; no message came from rank ", peer,
-                    absent.empty() ? absl::StrCat(", which ", peer_does) : "");
-  }
-  if (!found.empty()) absl::StrAppend(&why, "; ", found);
   return FailDuring(
-      absl::Status(code, absl::StrCat(active.call.text, " ", Here(),
-                                      " did not finish within ",
-                                      DurationText(active.timeout), ": ", why)),
+      ExplainLateCall(
+          {active.call.text, active.collective, active.timeout, rank, Here(),
+           active.members, std::move(missing), std::move(peers)},
+          ranks),
       active.call.text);
 }
 
@@ -347,18 +291,13 @@ Communicator::ActiveCall::ActiveCall(const Lane& l, Call what,
       deadline(core->env->Now() + timeout),
       cancel(options.cancel) {
   absl::MutexLock lock(&core->mu);
-  Core::Position& position = core->positions[lane];
-  position.call = call.text;
-  if (collective) {
-    position.collective = call.text;
-    ++position.collectives;
-  }
-  ++position.active;
+  core->position.Begin(lane, call.text, collective, deadline - timeout,
+                       timeout);
 }
 
 Communicator::ActiveCall::~ActiveCall() {
   absl::MutexLock lock(&core->mu);
-  --core->positions[lane].active;
+  core->position.End(lane);
 }
 
 // --- PendingExchange ---
@@ -414,7 +353,10 @@ struct PendingExchange::Impl {
 
 absl::Status PendingExchange::Impl::Explain(const absl::Status& status,
                                             int peer) {
-  if (absl::IsDeadlineExceeded(status)) return core->TimeIsOver(*active, peer);
+  if (absl::IsDeadlineExceeded(status)) {
+    return core->TimeIsOver(
+        *active, absl::StrCat("no message came from rank ", peer), {peer});
+  }
   return core->EngineFailed(status, active->call.text);
 }
 
@@ -446,7 +388,9 @@ absl::Status PendingExchange::Impl::Check(const Incoming& in) {
 }
 
 absl::Status PendingExchange::Impl::WaitForAll() {
+  const absl::Cleanup waits_no_more = [&] { core->WaitFor(active->lane, -1); };
   for (const Incoming& in : incoming) {
+    core->WaitFor(active->lane, in.op.peer);
     if (const absl::Status status =
             batch->WaitReceived(in.envelope_index, active->deadline);
         !status.ok()) {
@@ -468,14 +412,17 @@ absl::Status PendingExchange::Impl::WaitForAll() {
     }
   }
   if (batch != nullptr) {
+    std::sort(receivers.begin(), receivers.end());
+    receivers.erase(std::unique(receivers.begin(), receivers.end()),
+                    receivers.end());
+    // Of several it is not known whose turn it is.
+    core->WaitFor(active->lane, receivers.size() == 1 ? receivers[0] : -1);
     const absl::Status status = batch->Wait(active->deadline);
     if (absl::IsDeadlineExceeded(status)) {
-      std::sort(receivers.begin(), receivers.end());
-      receivers.erase(std::unique(receivers.begin(), receivers.end()),
-                      receivers.end());
-      return core->TimeIsOver(*active, -1,
+      return core->TimeIsOver(*active,
                               absl::StrCat("not all messages to ",
-                                           RankList(receivers), " were taken"));
+                                           RankList(receivers), " were taken"),
+                              receivers);
     }
     if (!status.ok()) return Explain(status, -1);
   }
@@ -585,7 +532,7 @@ Communicator::Lane::Begin(Call call, const CallOptions& options,
   auto active =
       std::make_unique<ActiveCall>(*this, std::move(call), options, collective);
   if (active->timeout <= absl::ZeroDuration()) {
-    return core->TimeIsOver(*active, -1);
+    return core->TimeIsOver(*active);
   }
   if (active->cancel != nullptr && active->cancel->load()) {
     return core->FailDuring(core->Cancelled(active->call.text),
@@ -804,7 +751,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
   if (const absl::Status status = core->engine->Connect(active.deadline);
       !status.ok()) {
     return absl::IsDeadlineExceeded(status)
-               ? core->TimeIsOver(active, -1, status.message())
+               ? core->TimeIsOver(active, std::string(status.message()))
                : core->EngineFailed(status, "connect");
   }
   // Everybody is connected to everybody when it returns, or nobody uses it.

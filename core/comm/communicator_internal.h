@@ -13,7 +13,6 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
@@ -24,6 +23,7 @@
 #include "dsd/core/comm/engine.h"
 #include "dsd/core/comm/membership.h"
 #include "dsd/core/comm/store.h"
+#include "dsd/core/comm/whereabouts.h"
 
 namespace dsd {
 
@@ -68,22 +68,19 @@ struct Communicator::Core {
   // for the store's verdict, which knows better who is gone.
   absl::Status EngineFailed(const absl::Status& status, absl::string_view call);
 
-  // Ends a call whose time is over; asks the others where they are. `peer`:
-  // whose message is missing, or -1. `found`: what else there is to say.
-  absl::Status TimeIsOver(const ActiveCall& active, int peer,
-                          absl::string_view found = "");
+  // Ends a call whose time is over; asks the others where they are. See
+  // LateCall.
+  absl::Status TimeIsOver(const ActiveCall& active, std::string missing = "",
+                          std::vector<int> peers = {});
 
   // "on rank 1 of group "world"".
   std::string Here() const;
 
-  // What this rank does on a lane, for the others' error texts.
-  struct Position {
-    std::string call;         // the last one started
-    std::string collective;   // the last of those
-    int64_t collectives = 0;  // started
-    int active = 0;           // calls not finished
-  };
+  // For the others' error texts: what this rank does on the lane in question,
+  // and that a call there waits for a message of `peer` from now on, or for
+  // none (-1).
   std::string Answer(absl::string_view question);
+  void WaitFor(uint64_t lane, int peer);
 
   // Calls are cancelled by a flag that nobody announces, so a thread looks.
   void WatchCancel(const std::atomic<bool>* cancel, absl::string_view call);
@@ -108,7 +105,7 @@ struct Communicator::Core {
   // `engine`, for Fail, from the moment it may be cancelled.
   Engine* cancellable ABSL_GUARDED_BY(mu) = nullptr;
   absl::flat_hash_set<std::string> lane_names ABSL_GUARDED_BY(mu);
-  absl::flat_hash_map<uint64_t, Position> positions ABSL_GUARDED_BY(mu);
+  Position position ABSL_GUARDED_BY(mu);
   struct Watched {
     const std::atomic<bool>* cancel;
     std::string call;
