@@ -54,10 +54,10 @@ at::Tensor FakeModel::AddShard(std::string name, const at::Tensor& whole,
   return shard;
 }
 
-absl::StatusOr<std::vector<at::Tensor>> FakeModel::Tensors() {
-  std::vector<at::Tensor> tensors;
-  for (const auto& [name, tensor] : tensors_) tensors.push_back(tensor);
-  return tensors;
+absl::Status FakeModel::ForEachTensor(
+    absl::FunctionRef<void(const at::Tensor&)> visit) {
+  for (const auto& [name, tensor] : tensors_) visit(tensor);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<ModuleNode> FakeModel::Describe() {

@@ -12,6 +12,7 @@
 
 #include "ATen/core/Tensor.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/functional/function_ref.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/core/state_dict/sources.h"
 
@@ -32,7 +33,8 @@ class FakeModel : public ModelSource {
   size_t size() const { return tensors_.size(); }
   int describe_calls() const { return describe_calls_; }
 
-  absl::StatusOr<std::vector<at::Tensor>> Tensors() override;
+  absl::Status ForEachTensor(
+      absl::FunctionRef<void(const at::Tensor&)> visit) override;
   absl::StatusOr<ModuleNode> Describe() override;
 
  private:

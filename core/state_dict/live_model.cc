@@ -74,31 +74,31 @@ TensorIdentity IdentityOf(const at::Tensor& tensor) {
   return id;
 }
 
-bool LiveModel::IsUnchanged(const std::vector<at::Tensor>& tensors,
-                            const std::vector<ExtraState*>& extra_states,
-                            int64_t revision) const {
-  if (tables_built_ == 0 || tensors.size() != tensors_.size() ||
-      extra_states != extra_states_ || revision != revision_) {
-    return false;
-  }
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (!tensors[i].is_same(tensors_[i]) ||
-        !HasIdentity(tensors[i], identities_[i])) {
-      return false;
-    }
-  }
-  return true;
+absl::StatusOr<bool> LiveModel::HasSameTensors() const {
+  if (tables_built_ == 0) return false;
+  bool same = true;
+  size_t slot = 0;
+  DSD_RETURN_IF_ERROR(source_->ForEachTensor([&](const at::Tensor& tensor) {
+    same = same && slot < tensors_.size() && tensor.is_same(tensors_[slot]) &&
+           HasIdentity(tensor, identities_[slot]);
+    ++slot;
+  }));
+  return same && slot == tensors_.size();
 }
 
 absl::Status LiveModel::Refresh(Mover& mover) {
-  DSD_ASSIGN_OR_RETURN(std::vector<at::Tensor> tensors, source_->Tensors());
+  DSD_ASSIGN_OR_RETURN(const bool same_tensors, HasSameTensors());
   DSD_ASSIGN_OR_RETURN(std::vector<ExtraState*> extra_states,
                        source_->ExtraStates());
   const int64_t revision = source_->revision();
   const uint64_t shardings = ShardingTable::Global().generation();
-  if (IsUnchanged(tensors, extra_states, revision)) {
+  if (same_tensors && extra_states == extra_states_ && revision == revision_) {
     if (values_are_current_ && shardings == shardings_) return absl::OkStatus();
   } else {
+    std::vector<at::Tensor> tensors;
+    tensors.reserve(tensors_.size());
+    DSD_RETURN_IF_ERROR(source_->ForEachTensor(
+        [&](const at::Tensor& tensor) { tensors.push_back(tensor); }));
     DSD_ASSIGN_OR_RETURN(const ModuleNode tree, source_->Describe());
     DSD_ASSIGN_OR_RETURN(table_, FqnTable::Build(tree));
     ++tables_built_;

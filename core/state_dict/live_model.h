@@ -84,10 +84,8 @@ class LiveModel {
   int64_t version() const { return version_; }
 
  private:
-  // Whether table_ and group_of_ still hold for these.
-  bool IsUnchanged(const std::vector<at::Tensor>& tensors,
-                   const std::vector<ExtraState*>& extra_states,
-                   int64_t revision) const;
+  // Whether the source's are tensors_, at the same memory in the same shape.
+  absl::StatusOr<bool> HasSameTensors() const;
 
   ModelSource* source_;
   FqnTable table_;

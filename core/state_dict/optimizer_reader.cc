@@ -139,6 +139,27 @@ absl::Status CheckGroupState(const LiveModel& model,
   return absl::OkStatus();
 }
 
+void OptimizerReader::KeepCount(const std::vector<StateField>& fields,
+                                const StateDict& entries, Param& param) {
+  param.count = nullptr;
+  for (const StateField& field : fields) {
+    if (field.shape != StateField::Shape::kCount) continue;
+    const Value* const value = entries.Find(field.name);
+    const auto* tensor =
+        value == nullptr ? nullptr : value->get_if<TensorValue>();
+    if (tensor == nullptr) continue;
+    if (param.count != nullptr || !tensor->is_plain() || !tensor->defined() ||
+        !tensor->locals()[0].is_cpu() || tensor->locals()[0].numel() != 1 ||
+        tensor->locals()[0].itemsize() > sizeof(param.count_was)) {
+      param.live = false;
+      continue;
+    }
+    param.count = tensor->locals()[0].unsafeGetTensorImpl();
+    param.count_bytes = param.count->itemsize();
+    std::memcpy(&param.count_was, param.count->data(), param.count_bytes);
+  }
+}
+
 absl::StatusOr<StateDict> OptimizerReader::ReadParam(const LiveModel& model,
                                                      const Group& group,
                                                      size_t index,
@@ -158,6 +179,7 @@ absl::StatusOr<StateDict> OptimizerReader::ReadParam(const LiveModel& model,
       param.live = false;
     }
   }
+  KeepCount(group.fields, entries, param);
   const TensorValue& live = model.value(model_group);
   const bool has_shards =
       !live.is_plain() || ShardingTable::Global().generation() > 0;
@@ -198,6 +220,8 @@ absl::Status OptimizerReader::ReadAll(
       DSD_ASSIGN_OR_RETURN(group.fields,
                            optimizer->StateFields(group.hyperparameters));
       const absl::Span<const at::Tensor> params = optimizer->params(index);
+      std::vector<size_t> all;
+      optimizer->FindChangedStates(index, group.marks, all);
       group.params.reserve(params.size());
       state.Reserve(state.size() + params.size());
       Value::List names;
@@ -207,7 +231,7 @@ absl::Status OptimizerReader::ReadAll(
                              owners.Add(*optimizer, index, i));
         Param& param = group.params.emplace_back(
             Param{params[i].unsafeGetTensorImpl(), kNoEntry, !is_new,
-                  params[i].requires_grad(), true});
+                  params[i].requires_grad(), true, nullptr, 0, 0});
         if (!is_new) continue;
         const std::string& fqn = model.fqn(owners.model_group());
         names.push_back(Value(fqn));
@@ -267,8 +291,7 @@ absl::Status OptimizerReader::ReadChanges(const LiveModel& model, bool* all) {
     StateDict state;
   };
   std::vector<Change> changes;
-  const StateDict& state = *std::as_const(dict_).value(0).get_if<StateDict>();
-  const StateDict none;
+  std::vector<size_t> changed_states;
   for (Group& group : groups_) {
     DSD_ASSIGN_OR_RETURN(const ObjectDict hyperparameters,
                          group.optimizer->Hyperparameters(group.index));
@@ -278,22 +301,26 @@ absl::Status OptimizerReader::ReadChanges(const LiveModel& model, bool* all) {
     }
     const absl::Span<const at::Tensor> params =
         group.optimizer->params(group.index);
+    changed_states.clear();
+    group.optimizer->FindChangedStates(group.index, group.marks,
+                                       changed_states);
+    auto next_changed = changed_states.begin();
+    constexpr size_t kAhead = 16;
     for (size_t i = 0; i < params.size(); ++i) {
+      if (i + kAhead < params.size()) {
+        __builtin_prefetch(group.params[i + kAhead].count);
+      }
+      const bool changed =
+          next_changed != changed_states.end() && *next_changed == i;
+      if (changed) ++next_changed;
       Param& param = group.params[i];
       if (param.duplicate) continue;
       if (param.entry == kNoEntry) {
-        if (group.optimizer->HasState(group.index, i, none) &&
-            params[i].requires_grad() == param.trainable) {
-          continue;
-        }
+        if (!changed && params[i].requires_grad() == param.trainable) continue;
         *all = true;
         return absl::OkStatus();
       }
-      if (param.live &&
-          group.optimizer->HasState(
-              group.index, i, *state.value(param.entry).get_if<StateDict>())) {
-        continue;
-      }
+      if (param.live && !changed && param.IsCountAsItWas()) continue;
       param.trainable = params[i].requires_grad();
       DSD_ASSIGN_OR_RETURN(const size_t model_group, model.GroupOf(params[i]));
       DSD_ASSIGN_OR_RETURN(StateDict entries,

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -80,8 +81,19 @@ class OptimizerReader {
     uint32_t entry;  // index in the dict's "state"
     bool duplicate;  // a tied parameter's second place in the group
     bool trainable;
-    // Whether all that the entry says is live state.
+    // Whether all that the entry says is live state, or `count`.
     bool live;
+    // What the entry has as the number of steps, a copy, which a caller who has
+    // the dict may write to; and the bytes that it had. Null: nothing.
+    const c10::TensorImpl* count;
+    size_t count_bytes;
+    uint64_t count_was;
+
+    bool IsCountAsItWas() const {
+      return count == nullptr ||
+             (count->numel() == 1 && count->itemsize() == count_bytes &&
+              std::memcmp(&count_was, count->data(), count_bytes) == 0);
+    }
   };
   struct Group {
     OptimizerSource* optimizer;
@@ -89,6 +101,7 @@ class OptimizerReader {
     ObjectDict hyperparameters;
     std::vector<StateField> fields;
     std::vector<Param> params;
+    std::vector<uint64_t> marks;  // see OptimizerSource::FindChangedStates
   };
 
   absl::Status ReadAll(const LiveModel& model,
@@ -97,6 +110,9 @@ class OptimizerReader {
   absl::Status ReadChanges(const LiveModel& model, bool* all);
   bool HasSameParameters(const LiveModel& model,
                          absl::Span<OptimizerSource* const> optimizers) const;
+  // Sets `count`, or takes back `live` if that cannot say it.
+  static void KeepCount(const std::vector<StateField>& fields,
+                        const StateDict& entries, Param& param);
   // The state of a parameter; sets `live`.
   static absl::StatusOr<StateDict> ReadParam(const LiveModel& model,
                                              const Group& group, size_t index,

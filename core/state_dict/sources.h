@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -29,7 +30,8 @@ class ModelSource {
 
   // The live tensors as they are now, all defined, in a fixed order: the slot
   // of a tensor is its index. Called for every operation, so cheap.
-  virtual absl::StatusOr<std::vector<at::Tensor>> Tensors() = 0;
+  virtual absl::Status ForEachTensor(
+      absl::FunctionRef<void(const at::Tensor&)> visit) = 0;
 
   // Extra states in a fixed order: the slot of one is its index.
   virtual absl::StatusOr<std::vector<ExtraState*>> ExtraStates() {
@@ -102,12 +104,15 @@ class OptimizerSource {
   // Empty if there is none.
   virtual absl::StatusOr<StateDict> State(size_t group, size_t param) const = 0;
 
-  // Whether State() would return `entries`, which it has returned before, once
-  // more: the same tensors and equal values. False is always right; an answer
-  // that is cheaper than State() makes the second get of a session faster.
-  virtual bool HasState(size_t /*group*/, size_t /*param*/,
-                        const StateDict& /*entries*/) const {
-    return false;
+  // Adds to `changed`, in ascending order, the parameters of the group for
+  // which State() may return something else (other tensors or values) than when
+  // this was last called with these `marks`, which are the source's own notes
+  // and empty at first. Tensors may be told apart by address: the caller keeps
+  // those that State() has returned. Saying that all have changed is always
+  // right; a cheaper answer makes the second get of a session faster.
+  virtual void FindChangedStates(size_t group, std::vector<uint64_t>& /*marks*/,
+                                 std::vector<size_t>& changed) const {
+    for (size_t i = 0; i < params(group).size(); ++i) changed.push_back(i);
   }
 
   // What the state would be before the first step, in new tensors; the

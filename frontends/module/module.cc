@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/fqn/fqn_modifiers.h"
 #include "dsd/core/fqn/module_wrapper.h"
@@ -73,16 +75,47 @@ class InterfaceCast {
   bool found_ = false;
 };
 
-void Collect(const torch::nn::Module& module,
-             std::vector<at::Tensor>& tensors) {
+void PrefetchLines(const void* object, size_t bytes) {
+  constexpr size_t kLine = 64;
+  const char* const first = static_cast<const char*>(object);
+  for (size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(first + at);
+}
+
+// A model may have thousands of small modules, in each of which a walk waits
+// for memory again and again: for the module, its lists and its tensors. So it
+// asks for what it will need a few modules ahead, one step after another.
+void PrefetchModules(const std::vector<Contents::Modules::Item>& modules,
+                     size_t current) {
+  const auto ahead = [&](size_t distance) -> const torch::nn::Module* {
+    return current + distance < modules.size()
+               ? modules[current + distance].value().get()
+               : nullptr;
+  };
+  if (const auto* const module = ahead(6))
+    PrefetchLines(module, sizeof(*module));
+  if (const auto* const module = ahead(4)) {
+    const auto& items = Contents::Parameters(*module).items();
+    PrefetchLines(items.data(), items.size() * sizeof(items[0]));
+  }
+  if (const auto* const module = ahead(2)) {
+    for (const auto& item : Contents::Parameters(*module)) {
+      PrefetchLines(item.value().unsafeGetTensorImpl(), sizeof(at::TensorImpl));
+    }
+  }
+}
+
+void Walk(const torch::nn::Module& module,
+          absl::FunctionRef<void(const at::Tensor&)> visit) {
   for (const auto& item : Contents::Parameters(module)) {
-    if (item.value().defined()) tensors.push_back(item.value());
+    if (item.value().defined()) visit(item.value());
   }
   for (const auto& item : Contents::Buffers(module)) {
-    if (item.value().defined()) tensors.push_back(item.value());
+    if (item.value().defined()) visit(item.value());
   }
-  for (const auto& child : Contents::Children(module)) {
-    Collect(*child.value(), tensors);
+  const auto& children = Contents::Children(module).items();
+  for (size_t i = 0; i < children.size(); ++i) {
+    PrefetchModules(children, i);
+    Walk(*children[i].value(), visit);
   }
 }
 
@@ -150,12 +183,9 @@ ModuleNode DescribeNode(std::string name, const torch::nn::Module& module,
 
 }  // namespace
 
-absl::StatusOr<std::vector<at::Tensor>> TorchModuleSource::Tensors() {
-  return TorchToStatus([&] {
-    std::vector<at::Tensor> tensors;
-    Collect(*module_, tensors);
-    return tensors;
-  });
+absl::Status TorchModuleSource::ForEachTensor(
+    absl::FunctionRef<void(const at::Tensor&)> visit) {
+  return TorchToStatus([&] { Walk(*module_, visit); });
 }
 
 absl::StatusOr<std::vector<ExtraState*>> TorchModuleSource::ExtraStates() {

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/fqn/module_tree.h"
 #include "dsd/core/state_dict/extra_state.h"
@@ -36,7 +38,8 @@ class TorchModuleSource : public ModelSource {
                              std::string fqn_modifiers = "_fqn_modifiers")
       : module_(module), fqn_modifiers_(std::move(fqn_modifiers)) {}
 
-  absl::StatusOr<std::vector<at::Tensor>> Tensors() override;
+  absl::Status ForEachTensor(
+      absl::FunctionRef<void(const at::Tensor&)> visit) override;
   absl::StatusOr<std::vector<ExtraState*>> ExtraStates() override;
   int64_t revision() override;
   absl::StatusOr<ModuleNode> Describe() override;

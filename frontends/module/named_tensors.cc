@@ -9,13 +9,12 @@
 
 namespace dsd {
 
-absl::StatusOr<std::vector<at::Tensor>> NamedTensorsSource::Tensors() {
+absl::Status NamedTensorsSource::ForEachTensor(
+    absl::FunctionRef<void(const at::Tensor&)> visit) {
   return TorchToStatus([&] {
-    std::vector<at::Tensor> tensors;
-    for (NamedTensor& named : list_()) {
-      if (named.tensor.defined()) tensors.push_back(std::move(named.tensor));
+    for (const NamedTensor& named : list_()) {
+      if (named.tensor.defined()) visit(named.tensor);
     }
-    return tensors;
   });
 }
 

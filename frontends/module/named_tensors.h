@@ -21,6 +21,8 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/fqn/module_tree.h"
 #include "dsd/core/state_dict/sources.h"
@@ -42,7 +44,8 @@ class NamedTensorsSource : public ModelSource {
   explicit NamedTensorsSource(std::function<std::vector<NamedTensor>()> list)
       : list_(std::move(list)) {}
 
-  absl::StatusOr<std::vector<at::Tensor>> Tensors() override;
+  absl::Status ForEachTensor(
+      absl::FunctionRef<void(const at::Tensor&)> visit) override;
   // InvalidArgument for an empty FQN. Two tensors of one FQN are an error of
   // the operation.
   absl::StatusOr<ModuleNode> Describe() override;

@@ -7,6 +7,8 @@
 #ifndef DSD_FRONTENDS_OPTIMIZER_CODEC_H_
 #define DSD_FRONTENDS_OPTIMIZER_CODEC_H_
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -57,10 +59,13 @@ class OptimizerCodec {
   virtual absl::StatusOr<StateDict> GetState(
       const torch::optim::OptimizerParamState& state) const = 0;
 
-  // Whether GetState(state) would be `entries`, of which it was once the
-  // result. False is always right.
-  virtual bool HasState(const torch::optim::OptimizerParamState& /*state*/,
-                        const StateDict& /*entries*/) const {
+  // Marks tell cheaply whether a state is as it was: num_marks() words, which
+  // are equal for two states only if GetState gives the same tensors, told
+  // apart by address, and equal values. MarkState returns false for a state
+  // that it has no marks of. Without marks each get reads all states anew.
+  virtual size_t num_marks() const { return 0; }
+  virtual bool MarkState(const torch::optim::OptimizerParamState& /*state*/,
+                         absl::Span<uint64_t> /*marks*/) const {
     return false;
   }
 

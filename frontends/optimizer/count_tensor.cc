@@ -52,14 +52,4 @@ absl::StatusOr<at::Tensor> CountTensor(int64_t count) {
   });
 }
 
-bool IsCountTensor(const at::Tensor& tensor, int64_t count) {
-  if (!tensor.defined() || tensor.dim() != 0 || !tensor.is_cpu() ||
-      tensor.scalar_type() != TypeFor(count)) {
-    return false;
-  }
-  return tensor.scalar_type() == c10::kFloat
-             ? *tensor.const_data_ptr<float>() == static_cast<float>(count)
-             : *tensor.const_data_ptr<double>() == static_cast<double>(count);
-}
-
 }  // namespace dsd

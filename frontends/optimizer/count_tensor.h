@@ -16,9 +16,6 @@ namespace dsd {
 // if there is no memory.
 absl::StatusOr<at::Tensor> CountTensor(int64_t count);
 
-// Whether `tensor` has the type and value of CountTensor(count).
-bool IsCountTensor(const at::Tensor& tensor, int64_t count);
-
 }  // namespace dsd
 
 #endif  // DSD_FRONTENDS_OPTIMIZER_COUNT_TENSOR_H_

@@ -2,7 +2,10 @@
 
 #include "dsd/frontends/optimizer/optimizer.h"
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -58,12 +61,45 @@ absl::StatusOr<StateDict> TorchOptimizerSource::State(size_t group,
   return codec_->GetState(*state->second);
 }
 
-bool TorchOptimizerSource::HasState(size_t group, size_t param,
-                                    const StateDict& entries) const {
+void TorchOptimizerSource::FindChangedStates(
+    size_t group, std::vector<uint64_t>& marks,
+    std::vector<size_t>& changed) const {
+  // Whether a parameter has state, in front of the codec's.
+  enum : uint64_t { kNew, kNoState, kMarked, kUnknown };
+  const absl::Span<const at::Tensor> all = params(group);
+  const size_t words = 1 + codec_->num_marks();
+  if (marks.size() != all.size() * words)
+    marks.assign(all.size() * words, kNew);
   const auto& states = optimizer_->state();
-  const auto state = states.find(params(group)[param].unsafeGetTensorImpl());
-  return state == states.end() ? entries.empty()
-                               : codec_->HasState(*state->second, entries);
+  std::vector<uint64_t> now(words);
+  // Some states ahead of what is looked at are asked for from memory.
+  constexpr size_t kAhead = 16;
+  std::array<const torch::optim::OptimizerParamState*, kAhead> found;
+  for (size_t begin = 0; begin < all.size(); begin += kAhead) {
+    const size_t end = std::min(begin + kAhead, all.size());
+    for (size_t i = begin; i < end; ++i) {
+      const auto it = states.find(all[i].unsafeGetTensorImpl());
+      found[i - begin] = it == states.end() ? nullptr : it->second.get();
+      __builtin_prefetch(found[i - begin]);
+    }
+    for (size_t i = begin; i < end; ++i) {
+      std::fill(now.begin(), now.end(), 0);
+      if (found[i - begin] == nullptr) {
+        now[0] = kNoState;
+      } else {
+        now[0] =
+            codec_->MarkState(*found[i - begin], absl::MakeSpan(now).subspan(1))
+                ? kMarked
+                : kUnknown;
+      }
+      uint64_t* const before = &marks[i * words];
+      if (now[0] != kUnknown && std::equal(now.begin(), now.end(), before)) {
+        continue;
+      }
+      std::copy(now.begin(), now.end(), before);
+      changed.push_back(i);
+    }
+  }
 }
 
 absl::StatusOr<StateDict> TorchOptimizerSource::InertState(size_t group,

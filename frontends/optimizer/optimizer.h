@@ -6,6 +6,7 @@
 #define DSD_FRONTENDS_OPTIMIZER_OPTIMIZER_H_
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -42,8 +43,8 @@ class TorchOptimizerSource : public OptimizerSource {
       const ObjectDict& hyperparameters) const override;
   bool has_group_state() const override { return codec_->has_group_state(); }
   absl::StatusOr<StateDict> State(size_t group, size_t param) const override;
-  bool HasState(size_t group, size_t param,
-                const StateDict& entries) const override;
+  void FindChangedStates(size_t group, std::vector<uint64_t>& marks,
+                         std::vector<size_t>& changed) const override;
   absl::StatusOr<StateDict> InertState(size_t group,
                                        size_t param) const override;
   absl::Status CheckState(size_t group, const ObjectDict& hyperparameters,

@@ -21,6 +21,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/frontends/optimizer/codec.h"
@@ -143,32 +144,20 @@ class TypedCodec : public OptionsCodec<Optimizer, Options> {
     return entries;
   }
 
-  bool HasState(const torch::optim::OptimizerParamState& base,
-                const StateDict& entries) const override {
+  size_t num_marks() const override { return 1 + tensors_.size(); }
+
+  bool MarkState(const torch::optim::OptimizerParamState& base,
+                 absl::Span<uint64_t> marks) const override {
     if (typeid(base) != typeid(State)) return false;
     auto& state =
         const_cast<State&>(static_cast<const State&>(base));  // not written
     size_t i = 0;
-    const auto next = [&]() -> const at::Tensor* {
-      const auto* tensor = i < entries.size()
-                               ? entries.value(i).template get_if<TensorValue>()
-                               : nullptr;
-      ++i;
-      return tensor == nullptr || tensor->locals().size() != 1
-                 ? nullptr
-                 : &tensor->locals()[0];
-    };
-    if (step_ != nullptr) {
-      const at::Tensor* const step = next();
-      if (step == nullptr || !IsCountTensor(*step, step_(state))) return false;
-    }
+    marks[i++] = step_ == nullptr ? 0 : static_cast<uint64_t>(step_(state));
     for (const TensorField<Options, State>& field : tensors_) {
-      const at::Tensor& tensor = field.access(state);
-      if (!tensor.defined()) continue;
-      const at::Tensor* const entry = next();
-      if (entry == nullptr || !entry->is_same(tensor)) return false;
+      marks[i++] = reinterpret_cast<uintptr_t>(
+          field.access(state).unsafeGetTensorImpl());
     }
-    return i == entries.size();
+    return true;
   }
 
   absl::StatusOr<StateDict> InertState(

@@ -13,22 +13,23 @@
 namespace dsd {
 namespace {
 
-// Slots are counted in the order of the walk. `tensors` may be null.
+// Slots are counted in the order of the walk.
 ModuleNode Walk(std::string name, const torch::jit::Module& module,
-                size_t& slot, std::vector<at::Tensor>* tensors) {
+                size_t& slot,
+                absl::FunctionRef<void(const at::Tensor&)> visit) {
   ModuleNode node;
   node.name = std::move(name);
   const auto add = [&](const auto& items, EntryKind kind) {
     for (const auto& item : items) {
       if (!item.value.defined()) continue;
-      if (tensors != nullptr) tensors->push_back(item.value);
+      visit(item.value);
       node.tensors.push_back({item.name, kind, IdentityOf(item.value), slot++});
     }
   };
   add(module.named_parameters(/*recurse=*/false), EntryKind::kParameter);
   add(module.named_buffers(/*recurse=*/false), EntryKind::kBuffer);
   for (const auto& child : module.named_children()) {
-    node.children.push_back(Walk(child.name, child.value, slot, tensors));
+    node.children.push_back(Walk(child.name, child.value, slot, visit));
   }
   return node;
 }
@@ -40,19 +41,18 @@ ScriptModuleSource::ScriptModuleSource(const torch::jit::Module& module)
 
 ScriptModuleSource::~ScriptModuleSource() = default;
 
-absl::StatusOr<std::vector<at::Tensor>> ScriptModuleSource::Tensors() {
+absl::Status ScriptModuleSource::ForEachTensor(
+    absl::FunctionRef<void(const at::Tensor&)> visit) {
   return TorchToStatus([&] {
-    std::vector<at::Tensor> tensors;
     size_t slot = 0;
-    Walk("", *module_, slot, &tensors);
-    return tensors;
+    Walk("", *module_, slot, visit);
   });
 }
 
 absl::StatusOr<ModuleNode> ScriptModuleSource::Describe() {
   return TorchToStatus([&] {
     size_t slot = 0;
-    return Walk("", *module_, slot, nullptr);
+    return Walk("", *module_, slot, [](const at::Tensor&) {});
   });
 }
 

@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/base/call_options.h"
 #include "dsd/core/comm/communicator.h"
@@ -38,7 +40,8 @@ class ScriptModuleSource : public ModelSource {
   explicit ScriptModuleSource(const torch::jit::Module& module);
   ~ScriptModuleSource() override;
 
-  absl::StatusOr<std::vector<at::Tensor>> Tensors() override;
+  absl::Status ForEachTensor(
+      absl::FunctionRef<void(const at::Tensor&)> visit) override;
   absl::StatusOr<ModuleNode> Describe() override;
 
  private:
