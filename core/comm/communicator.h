@@ -267,6 +267,12 @@ struct WorldOptions {
   // rank). The signs come from a thread of their own, whatever the process
   // computes. Zero: only deadlines notice. Rank 0's counts.
   absl::Duration heartbeat_bound = absl::Seconds(30);
+  // In worlds of more than n ranks not all have a control connection to rank 0:
+  // ranks n, 2n, ... listen at ports of their own, on the interface towards
+  // rank 0, and relay for those up to the next of them. Where it is more, the
+  // square root of the world size takes the place of n. 0: none relays. Rank
+  // 0's counts.
+  int control_fan_out = 128;
   // The same on all ranks: which incarnation of the world this is. A process
   // that takes the place of one that died joins the others in the next one:
   // those who are left destroy the failed communicator and connect with the

@@ -147,16 +147,13 @@ std::vector<GroupTable::Event> GroupTable::Remove(MemberId member,
       group, absl::UnavailableError(absl::StrCat("rank ", rank, " ", how)), -1);
 }
 
-std::vector<GroupTable::Event> GroupTable::Silence(MemberId member,
-                                                   absl::string_view how) {
+std::vector<GroupTable::Event> GroupTable::Break(MemberId member,
+                                                 const absl::Status& status) {
   const auto seat = seats_.find(member);
   if (seat == seats_.end()) return {};
   Group& group = groups_.at(seat->second.group);
   if (!group.failure.ok()) return {};
-  return FailGroup(group,
-                   absl::UnavailableError(
-                       absl::StrCat("rank ", seat->second.rank, " ", how)),
-                   -1);
+  return FailGroup(group, status, -1);
 }
 
 std::vector<GroupTable::Event> GroupTable::Expire(absl::Time now) {

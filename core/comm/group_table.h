@@ -53,9 +53,8 @@ class GroupTable {
   // Unavailable: rank <r> <how>.
   std::vector<Event> Remove(MemberId member, absl::string_view how);
 
-  // The member gives no sign of life, and may never know it. The group fails
-  // with Unavailable: rank <r> <how>.
-  std::vector<Event> Silence(MemberId member, absl::string_view how);
+  // The group fails, as found by another: the member hears of it, too.
+  std::vector<Event> Break(MemberId member, const absl::Status& status);
 
   // Joins whose time is over.
   std::vector<Event> Expire(absl::Time now);

@@ -41,18 +41,20 @@ std::vector<std::string> Join(GroupTable& table, int rank, int size = 3,
                          facts, kPatience, kNow));
 }
 
+const absl::Status kSilent = absl::UnavailableError("rank 1 is silent");
+
 TEST(GroupTableTest, OneThatIsSilentFailsAllAndHearsOfIt) {
   GroupTable table;
   for (int rank = 0; rank < 3; ++rank) Join(table, rank);
   EXPECT_THAT(Text(table.Leave(10)), IsEmpty());
-  EXPECT_THAT(Text(table.Silence(11, "is silent")),
+  EXPECT_THAT(Text(table.Break(11, kSilent)),
               ElementsAre("10 left: UNAVAILABLE: rank 1 is silent",
                           "11 failed: UNAVAILABLE: rank 1 is silent",
                           "12 failed: UNAVAILABLE: rank 1 is silent"));
   // Once, and its end is nothing new.
-  EXPECT_THAT(Text(table.Silence(11, "is silent")), IsEmpty());
+  EXPECT_THAT(Text(table.Break(11, kSilent)), IsEmpty());
   EXPECT_THAT(Text(table.Remove(11, "died")), IsEmpty());
-  EXPECT_THAT(Text(table.Silence(99, "is silent")), IsEmpty());
+  EXPECT_THAT(Text(table.Break(99, kSilent)), IsEmpty());
 }
 
 // The others would wait for one that may never run again.
@@ -60,7 +62,7 @@ TEST(GroupTableTest, OneThatIsSilentWhileJoiningFailsAll) {
   GroupTable table;
   Join(table, 0);
   Join(table, 1);
-  EXPECT_THAT(Text(table.Silence(11, "is silent")),
+  EXPECT_THAT(Text(table.Break(11, kSilent)),
               ElementsAre("10 joined: UNAVAILABLE: rank 1 is silent",
                           "11 joined: UNAVAILABLE: rank 1 is silent"));
 }

@@ -310,6 +310,10 @@ absl::StatusOr<LaunchInfo> LaunchFromEnvironment(const EnvironmentMap& env) {
         reader.Number("DSD_HEARTBEAT_SECONDS", 0, kMaxHeartbeatSeconds));
     info.heartbeat_bound = absl::Seconds(seconds);
   }
+  if (reader.Has("DSD_CONTROL_FAN_OUT")) {
+    DSD_ASSIGN_OR_RETURN(info.control_fan_out,
+                         reader.Number("DSD_CONTROL_FAN_OUT", 0, kMax));
+  }
   for (const auto& [name, field] :
        {std::pair("DSD_TOKEN", &info.token),
         std::pair("DSD_TOKEN_FILE", &info.token_file)}) {

@@ -32,6 +32,9 @@ struct LaunchInfo {
   // WorldOptions::heartbeat_bound, from outside; zero: none, for work with a
   // debugger. Variable DSD_HEARTBEAT_SECONDS; rank 0's counts.
   std::optional<absl::Duration> heartbeat_bound;
+  // WorldOptions::control_fan_out, from outside. Variable DSD_CONTROL_FAN_OUT;
+  // rank 0's counts.
+  std::optional<int> control_fan_out;
   // The secret of the job, the same for all ranks, or empty: with it only those
   // who know it can take part in its store. Variable DSD_TOKEN; or
   // DSD_TOKEN_FILE, the path of a file that holds it.

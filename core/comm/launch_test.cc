@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gmock/gmock.h"
@@ -218,6 +219,21 @@ TEST(LaunchTest, HeartbeatsWhateverTheLauncher) {
   for (const char* bad : {"", "-1", "soon", "86401"}) {
     EXPECT_EQ(
         LaunchFromEnvironment({{"DSD_HEARTBEAT_SECONDS", bad}}).status().code(),
+        absl::StatusCode::kInvalidArgument);
+  }
+}
+
+TEST(LaunchTest, TheFanOutOfControlConnections) {
+  EXPECT_EQ(LaunchFromEnvironment({})->control_fan_out, std::nullopt);
+  for (const auto& [text, number] :
+       {std::pair("0", 0), std::pair("2", 2), std::pair("4096", 4096)}) {
+    EXPECT_EQ(
+        LaunchFromEnvironment({{"DSD_CONTROL_FAN_OUT", text}})->control_fan_out,
+        number);
+  }
+  for (const char* bad : {"", "-1", "few"}) {
+    EXPECT_EQ(
+        LaunchFromEnvironment({{"DSD_CONTROL_FAN_OUT", bad}}).status().code(),
         absl::StatusCode::kInvalidArgument);
   }
 }

@@ -3,6 +3,7 @@
 #include "dsd/core/comm/rebuild.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -73,6 +74,7 @@ class RollCall {
     // A connection of its own, for the number that the rank has from now on.
     TcpStoreOptions client = ClientOf(server_rank_);
     client.rank = static_cast<int>(place - roll.ranks.begin());
+    client.may_relay = true;
     DSD_ASSIGN_OR_RETURN(roll.store, ConnectTcpStore(env_, client, deadline_));
     if (server_ != nullptr) {
       roll.store = MakeServedStore(std::move(server_), std::move(roll.store));
@@ -116,6 +118,10 @@ class RollCall {
     options.heartbeat_bound = standby_.launch.heartbeat_bound.value_or(
         standby_.options.heartbeat_bound);
     options.last_group = absl::StrCat(kWorldGroup, "#", generation_);
+    // How many will be left is not known yet.
+    DSD_ASSIGN_OR_RETURN(
+        options.fan_out,
+        ControlFanOut(standby_.launch, standby_.options, size_));
     DSD_ASSIGN_OR_RETURN(server_,
                          TcpStoreServer::Start(env_, options, deadline_));
     server_rank_ = rank_;
@@ -164,19 +170,17 @@ class RollCall {
 
 }  // namespace
 
-std::string AddressText(const Address& address) {
-  return absl::StrCat(address.port, " ", address.host);
-}
-
-absl::StatusOr<Address> ParseAddress(absl::string_view text) {
-  Address address;
-  const size_t space = text.find(' ');
-  if (space == absl::string_view::npos ||
-      !absl::SimpleAtoi(text.substr(0, space), &address.port)) {
-    return absl::DataLossError("no address");
+absl::StatusOr<int> ControlFanOut(const LaunchInfo& launch,
+                                  const WorldOptions& options, int world_size) {
+  const int least = launch.control_fan_out.value_or(options.control_fan_out);
+  if (least < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("WorldOptions::control_fan_out is ", least,
+                     ", expected a number of ranks, or 0 for all"));
   }
-  address.host = std::string(text.substr(space + 1));
-  return address;
+  if (least == 0 || world_size <= least) return 0;
+  // Where neither rank 0 nor those who relay have more than needed.
+  return std::max(least, static_cast<int>(std::ceil(std::sqrt(world_size))));
 }
 
 absl::StatusOr<std::unique_ptr<Standby>> MakeStandby(

@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/comm/launch.h"
@@ -26,15 +25,10 @@ namespace dsd {
 
 inline constexpr char kWorldGroup[] = "world";
 
-struct Address {
-  std::string host;
-  int port = 0;
-};
-
-// "<port> <host>", for stores.
-std::string AddressText(const Address& address);
-// DataLoss if it is none.
-absl::StatusOr<Address> ParseAddress(absl::string_view text);
+// TcpStoreServerOptions::fan_out of the store of a world of so many ranks.
+// InvalidArgument if it is said to be negative.
+absl::StatusOr<int> ControlFanOut(const LaunchInfo& launch,
+                                  const WorldOptions& options, int world_size);
 
 // What a rank keeps for the day its world fails.
 struct Standby {

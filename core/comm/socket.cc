@@ -21,6 +21,7 @@
 #include "absl/base/no_destructor.h"
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
@@ -325,6 +326,21 @@ void Waker::Clear() {
 std::string HostPort(absl::string_view host, int port) {
   return absl::StrContains(host, ':') ? absl::StrCat("[", host, "]:", port)
                                       : absl::StrCat(host, ":", port);
+}
+
+std::string AddressText(const Address& address) {
+  return absl::StrCat(address.port, " ", address.host);
+}
+
+absl::StatusOr<Address> ParseAddress(absl::string_view text) {
+  Address address;
+  const size_t space = text.find(' ');
+  if (space == absl::string_view::npos ||
+      !absl::SimpleAtoi(text.substr(0, space), &address.port)) {
+    return absl::DataLossError("no address");
+  }
+  address.host = std::string(text.substr(space + 1));
+  return address;
 }
 
 absl::StatusOr<Socket> ListenAt(Env* env, absl::string_view host, int port,

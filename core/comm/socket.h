@@ -74,6 +74,16 @@ class Waker {
 // "host:port", with brackets around a numeric IPv6 host.
 std::string HostPort(absl::string_view host, int port);
 
+struct Address {
+  std::string host;
+  int port = 0;
+};
+
+// "<port> <host>", for stores.
+std::string AddressText(const Address& address);
+// DataLoss if it is none.
+absl::StatusOr<Address> ParseAddress(absl::string_view text);
+
 // Hosts are names or numbers. A name is looked up by the system, in a thread
 // that is left to itself if it is not done at the deadline.
 

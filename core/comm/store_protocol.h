@@ -8,6 +8,11 @@
 // a token, kChallenge and kProof come between, and the reply has the server's
 // own proof (job_token.h). Frames that are too long or do not decode end the
 // connection.
+//
+// The reply also says what a client is to be: one that asks here; one that asks
+// elsewhere, at a relay; or a relay, which welcomes others in its turn, and
+// passes what they and the server say to each other on over its own connection,
+// a channel for each of them. It answers beats itself.
 
 #ifndef DSD_CORE_COMM_STORE_PROTOCOL_H_
 #define DSD_CORE_COMM_STORE_PROTOCOL_H_
@@ -29,38 +34,58 @@ namespace dsd {
 // "dsds"; the first field of kHello. It and the version come first in every
 // version, and a refusal is a kReply in every version.
 inline constexpr uint32_t kStoreMagic = 0x73647364;
-inline constexpr uint32_t kStoreVersion = 4;
+inline constexpr uint32_t kStoreVersion = 5;
 
 inline constexpr size_t kFrameHeaderBytes = sizeof(uint32_t);
 inline constexpr size_t kMaxHelloBytes = 4096;
 inline constexpr size_t kMaxFrameBytes = size_t{1} << 20;
+// A frame as it is passed on.
+inline constexpr size_t kMaxPassedBytes = kMaxFrameBytes + 64;
 // Together they leave room in a frame.
 inline constexpr size_t kMaxKeyBytes = 8192;
 inline constexpr size_t kMaxValueBytes = kMaxFrameBytes / 2;
 
 enum class FrameKind : uint8_t {
   // From a client. The id is its name for the request.
-  kHello = 1,    // magic, version, version of dsd, nonce, job, generation
-  kSet = 2,      // key, value                              -> kReply
-  kGet = 3,      // key                                     -> kReply: value
-  kAdd = 4,      // key, delta                              -> kReply: sum
-  kForget = 5,   // the id's kGet needs no answer any more
-  kJoin = 6,     // group, rank, size, facts, patience (ns) -> kReply
-  kLeave = 7,    // member                                  -> kReply
-  kFail = 8,     // member, code, text
-  kGone = 9,     // member
-  kAsk = 10,     // member, question, patience (ns)         -> kReply: answers
-  kAnswer = 11,  // text; the id is the question's
-  kBeat = 12,    // now and then                            -> kReply
-  kProof = 13,   // to kChallenge: that of the client
+  kHello = 1,     // magic, version, version of dsd, nonce, job, generation,
+                  // rank (-1: one that asks here whatever rank it is)
+  kSet = 2,       // key, value                              -> kReply
+  kGet = 3,       // key                                     -> kReply: value
+  kAdd = 4,       // key, delta                              -> kReply: sum
+  kForget = 5,    // the id's kGet needs no answer any more
+  kJoin = 6,      // group, rank, size, facts, patience (ns) -> kReply
+  kLeave = 7,     // member                                  -> kReply
+  kFail = 8,      // member, code, text
+  kGone = 9,      // member
+  kAsk = 10,      // member, question, patience (ns)         -> kReply: answers
+  kAnswer = 11,   // text; the id is the question's
+  kBeat = 12,     // now and then                            -> kReply
+  kProof = 13,    // to kChallenge: that of the client
+  kFailAll = 14,  // code, text: kFail of all members here
+  // From a relay. The id is the channel's.
+  kServe = 15,   // address at which it relays
+  kOpen = 16,    // rank: one has been welcomed
+  kSilent = 17,  // text: it gives no sign of life
+  // From a relay and to it, likewise.
+  kPass = 32,   // what is said, a frame without its length
+  kClose = 33,  // its connection has ended, or is to end
   // From the server.
   kReply = 64,      // code, text, value; the id is the request's
-                    // (to kHello: code, text, heartbeat bound (ns), proof)
+                    // (to kHello: code, text, heartbeat bound (ns), proof,
+                    // role, rank of the relay, its address)
   kFailed = 65,     // member, code, text
   kQuestion = 66,   // member, question; the id is the question's
   kChallenge = 67,  // to kHello: nonce
+  kLost = 68,       // code, text: the server is gone (from a relay)
 };
 // A member is named by the id of its kJoin.
+
+enum class StoreRole : uint8_t {
+  kClient = 0,
+  kRelay = 1,
+  // The connection ends; an empty address: the relay has not come yet.
+  kElsewhere = 2,
+};
 
 // How many signs of life fit into the bound at which one that gives none is
 // given up.
@@ -178,6 +203,14 @@ class FrameReader {
   absl::string_view left_;
   bool ok_ = true;
 };
+
+// With its length.
+inline std::string FrameOf(absl::string_view body) {
+  const uint32_t size = static_cast<uint32_t>(body.size());
+  std::string frame(reinterpret_cast<const char*>(&size), sizeof(size));
+  frame.append(body.data(), body.size());
+  return frame;
+}
 
 // Moves the first whole frame from the front of `left` to `body` (without its
 // length). Returns nullopt if the frame is longer than `max_bytes`, else

@@ -6,6 +6,10 @@
 // process that is stopped, or whose host vanishes without a word (power,
 // cable), gives no sign of life any more, and is given up after a while.
 //
+// Of many ranks only some are connected to rank 0, and relay for the others, in
+// all respects: the death of one that relays is what those whom it serves hear,
+// too, and that of rank 0 is passed on.
+//
 // Without a token it trusts its network, as the libraries under it do: whoever
 // can reach the port can take part. With one, both ends of a connection prove
 // that they know it before anything else is said; what is said then is neither
@@ -49,6 +53,10 @@ struct TcpStoreServerOptions {
   // When this group has dissolved, no new clients are accepted: they mean the
   // next server at this address. May be empty.
   std::string last_group;
+  // Of the clients with TcpStoreOptions::may_relay, those of ranks n, 2n, ...
+  // serve the ranks up to the next of them; only the others, and the first n,
+  // are served here. 0: all are.
+  int fan_out = 0;
 };
 
 // Serves from a thread of its own. The destructor delivers what is under way
@@ -77,6 +85,10 @@ struct TcpStoreOptions {
   // A server that does not know it is refused. Empty: none is asked for.
   std::string token;
   int rank = 0;  // of the client, for error texts
+  // Whether the server may let this client relay for others, or send it to one
+  // that does; of a rank that is no other client's. A relay that cannot be
+  // reached in half of the time is done without.
+  bool may_relay = false;
   // If not, it is Unavailable that nobody serves, or the job's store of another
   // generation.
   bool wait_for_server = true;
@@ -89,7 +101,7 @@ absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
     Env* env, const TcpStoreOptions& options, absl::Time deadline);
 
 // The client, with a server that serves as long as it is used.
-std::shared_ptr<Store> MakeServedStore(std::unique_ptr<TcpStoreServer> server,
+std::shared_ptr<Store> MakeServedStore(std::shared_ptr<void> server,
                                        std::shared_ptr<Store> client);
 
 }  // namespace dsd

@@ -20,6 +20,7 @@
 #include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/store_protocol.h"
+#include "dsd/core/comm/tcp_relay.h"
 #include "dsd/core/comm/tcp_store.h"
 
 namespace dsd {
@@ -30,6 +31,7 @@ constexpr absl::Duration kIdle = absl::Hours(1);
 // For the server's own answer that a deadline has passed, which says more.
 constexpr absl::Duration kGrace = absl::Seconds(1);
 constexpr absl::Duration kRetry = absl::Milliseconds(50);
+constexpr absl::Duration kLastRetry = absl::Seconds(1);  // for relays
 constexpr size_t kReadBytes = size_t{256} << 10;
 
 struct Answer {
@@ -40,13 +42,15 @@ struct Answer {
 class TcpStore final : public Store,
                        public std::enable_shared_from_this<TcpStore> {
  public:
-  TcpStore(Env* env, TcpStoreOptions options, std::string host, Socket socket,
-           Waker waker, absl::Duration heartbeat_bound)
+  // `host`: of rank 0. `server_rank`: to whom `socket` leads.
+  TcpStore(Env* env, TcpStoreOptions options, std::string host, int server_rank,
+           Socket socket, Waker waker, absl::Duration heartbeat_bound)
       : env_(env),
         options_(std::move(options)),
         host_(std::move(host)),
-        socket_(std::move(socket)),
+        server_rank_(server_rank),
         waker_(std::move(waker)),
+        socket_(std::move(socket)),
         beats_(heartbeat_bound) {
     thread_ = env_->StartThread("dsd_store_io", [this] { Run(); });
   }
@@ -133,8 +137,9 @@ class TcpStore final : public Store,
   }
 
   std::string Where() const {
-    return absl::StrCat("the store of rank 0 at ",
-                        HostPort(host_, options_.port));
+    return absl::StrCat(
+        "the store of rank 0 at ", HostPort(host_, options_.port),
+        server_rank_ == 0 ? "" : absl::StrCat(", through rank ", server_rank_));
   }
 
   // Sends the frame that `make` writes for a new id, and waits for the reply.
@@ -188,9 +193,12 @@ class TcpStore final : public Store,
   Env* const env_;
   const TcpStoreOptions options_;
   const std::string host_;
-  Socket socket_;  // of the thread
+  const int server_rank_;
   Waker waker_;
-  BeatWatch beats_;  // of the thread
+  // Of the thread.
+  Socket socket_;
+  BeatWatch beats_;
+  absl::Status said_lost_;  // what a relay says of rank 0
 
   absl::Mutex mu_;
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
@@ -252,6 +260,7 @@ void TcpStore::Run() {
       }
     }
     in.erase(0, in.size() - left.size());
+    if (!said_lost_.ok()) return Lose(said_lost_);
     if (!open.ok()) return LoseConnection(open.status().message());
     if (!*open) return LoseConnection("");
     if (beats_.on() && !beats_.Ran(now)) heard = now;
@@ -301,27 +310,26 @@ bool TcpStore::Receive(absl::string_view body) {
                .Put(absl::string_view(answer).substr(0, kMaxValueBytes)));
       return true;
     }
+    case FrameKind::kLost: {
+      said_lost_ = reader.GetStatus();
+      return reader.ok() && !said_lost_.ok();
+    }
     default:
       return false;
   }
 }
 
 void TcpStore::LoseConnection(absl::string_view why) {
-  Lose(absl::UnavailableError(
-      absl::StrCat("rank 0 died (its connection to rank ", options_.rank,
-                   " closed", why.empty() ? "" : ": ", why, ")")));
+  Lose(absl::UnavailableError(absl::StrCat(
+      "rank ", server_rank_, " died (its connection to rank ", options_.rank,
+      " closed", why.empty() ? "" : ": ", why, ")")));
 }
 
 void TcpStore::GiveUp(absl::Duration silence, std::string out) {
   const absl::Status verdict = absl::UnavailableError(
-      absl::StrCat("rank 0 ", BeatWatch::HowLong(silence)));
-  // For rank 0 to find, should it go on: else it would blame those who left.
-  {
-    absl::MutexLock lock(&mu_);
-    for (const auto& [id, member] : members_) {
-      out += FrameWriter(FrameKind::kFail, 0).Put(id).Put(verdict).Finish();
-    }
-  }
+      absl::StrCat("rank ", server_rank_, " ", BeatWatch::HowLong(silence)));
+  // For it to find, should it go on: else it would blame those who left.
+  out += FrameWriter(FrameKind::kFailAll, 0).Put(verdict).Finish();
   socket_.WriteSome(out).IgnoreError();
   Lose(verdict);
 }
@@ -425,6 +433,16 @@ absl::StatusOr<std::unique_ptr<Membership>> TcpStore::Join(
   return std::make_unique<Handle>(shared_from_this(), id, member);
 }
 
+// A new connection, and what the server says that this client is to be.
+struct Arrival {
+  Socket socket;
+  std::string host;  // of the other end
+  absl::Duration heartbeat_bound;
+  StoreRole role = StoreRole::kClient;
+  int relay_rank = 0;  // of kElsewhere
+  std::string relay;
+};
+
 // The two ends of a new connection, until they know each other.
 class Greeting {
  public:
@@ -437,16 +455,18 @@ class Greeting {
         deadline_(deadline),
         nonce_(NewNonce(env)) {}
 
-  // Returns the server's heartbeat bound. Unavailable if the server went away
-  // before it said anything.
-  absl::StatusOr<absl::Duration> Run() {
-    DSD_RETURN_IF_ERROR(Send(FrameWriter(FrameKind::kHello, 0)
-                                 .Put(kStoreMagic)
-                                 .Put(kStoreVersion)
-                                 .Put(absl::string_view(kLibraryVersion))
-                                 .Put(absl::string_view(nonce_))
-                                 .Put(absl::string_view(options_.job_id))
-                                 .Put(options_.generation)));
+  // Unavailable if the server went away before it said anything.
+  absl::StatusOr<Arrival> Run() {
+    DSD_RETURN_IF_ERROR(
+        Send(FrameWriter(FrameKind::kHello, 0)
+                 .Put(kStoreMagic)
+                 .Put(kStoreVersion)
+                 .Put(absl::string_view(kLibraryVersion))
+                 .Put(absl::string_view(nonce_))
+                 .Put(absl::string_view(options_.job_id))
+                 .Put(options_.generation)
+                 .Put(static_cast<int32_t>(options_.may_relay ? options_.rank
+                                                              : -1))));
     DSD_ASSIGN_OR_RETURN(std::string body, Receive());
     if (KindOf(body) == FrameKind::kChallenge) {
       DSD_RETURN_IF_ERROR(Answer(body));
@@ -456,11 +476,15 @@ class Greeting {
     FrameReader reader = FieldsOf(body);
     const absl::Status verdict = reader.GetStatus();
     if (!verdict.ok()) return Annotate(verdict, where_);
-    const int64_t bound = reader.Get<int64_t>();
+    Arrival arrival;
+    arrival.heartbeat_bound = absl::Nanoseconds(reader.Get<int64_t>());
     const absl::string_view proof = reader.GetText();
+    arrival.role = static_cast<StoreRole>(reader.Get<uint8_t>());
+    arrival.relay_rank = reader.Get<int32_t>();
+    arrival.relay = std::string(reader.GetText());
     if (!reader.ok()) return Foreign();
     DSD_RETURN_IF_ERROR(CheckServer(proof));
-    return absl::Nanoseconds(bound);
+    return arrival;
   }
 
  private:
@@ -544,43 +568,113 @@ class Greeting {
 };
 
 // One attempt; Unavailable if the server went away before it said anything.
-absl::StatusOr<std::shared_ptr<Store>> Greet(Env* env,
-                                             const TcpStoreOptions& options,
-                                             absl::Time deadline) {
+absl::StatusOr<Arrival> Greet(Env* env, const TcpStoreOptions& options,
+                              absl::Time deadline) {
   DSD_ASSIGN_OR_RETURN(Socket socket,
                        (options.wait_for_server ? ConnectTo : ConnectOnce)(
                            env, options.host, options.port, deadline));
   DSD_ASSIGN_OR_RETURN(std::string host, socket.PeerHost());
   const std::string where = HostPort(host, options.port);
-  DSD_ASSIGN_OR_RETURN(const absl::Duration heartbeat_bound,
+  DSD_ASSIGN_OR_RETURN(Arrival arrival,
                        Greeting(env, options, where, socket, deadline).Run());
+  arrival.socket = std::move(socket);
+  arrival.host = std::move(host);
+  return arrival;
+}
+
+// `host`: of rank 0.
+absl::StatusOr<std::shared_ptr<Store>> Enter(Env* env,
+                                             const TcpStoreOptions& options,
+                                             const std::string& host,
+                                             int server_rank, Arrival arrival) {
   DSD_ASSIGN_OR_RETURN(Waker waker, Waker::Create());
-  return std::make_shared<TcpStore>(env, options, std::move(host),
-                                    std::move(socket), std::move(waker),
-                                    heartbeat_bound);
+  return std::make_shared<TcpStore>(env, options, host, server_rank,
+                                    std::move(arrival.socket), std::move(waker),
+                                    arrival.heartbeat_bound);
+}
+
+// The options with which to ask a relay.
+TcpStoreOptions AskingAt(const TcpStoreOptions& options,
+                         const Address& address) {
+  TcpStoreOptions relayed = options;
+  relayed.host = address.host;
+  relayed.port = address.port;
+  relayed.wait_for_server = false;
+  return relayed;
+}
+
+absl::StatusOr<std::shared_ptr<Store>> EnterThroughRelay(
+    Env* env, const TcpStoreOptions& options, const Arrival& sent,
+    absl::Time deadline) {
+  if (sent.relay.empty()) return absl::UnavailableError("it has not come");
+  DSD_ASSIGN_OR_RETURN(const Address address, ParseAddress(sent.relay));
+  DSD_ASSIGN_OR_RETURN(Arrival arrival,
+                       Greet(env, AskingAt(options, address), deadline));
+  return Enter(env, options, sent.host, sent.relay_rank, std::move(arrival));
+}
+
+absl::StatusOr<std::shared_ptr<Store>> EnterAsRelay(
+    Env* env, const TcpStoreOptions& options, Arrival root,
+    absl::Time deadline) {
+  DSD_ASSIGN_OR_RETURN(std::shared_ptr<TcpRelay> relay,
+                       TcpRelay::Start(env, options, std::move(root.socket),
+                                       root.heartbeat_bound, deadline));
+  DSD_ASSIGN_OR_RETURN(
+      Arrival arrival,
+      Greet(env, AskingAt(options, relay->address()), deadline));
+  DSD_ASSIGN_OR_RETURN(
+      std::shared_ptr<Store> client,
+      Enter(env, options, root.host, options.rank, std::move(arrival)));
+  return MakeServedStore(std::move(relay), std::move(client));
 }
 
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
-    Env* env, const TcpStoreOptions& options, absl::Time deadline) {
+    Env* env, const TcpStoreOptions& given, absl::Time deadline) {
   const absl::Time start = env->Now();
+  absl::Time relays_end = absl::InfinitePast();  // not sent to one yet
+  absl::Duration pause = kRetry;  // before a relay is tried again
+  TcpStoreOptions options = given;
   while (true) {
-    absl::StatusOr<std::shared_ptr<Store>> store =
-        Greet(env, options, deadline);
-    // The server of an earlier job at this address may be just closing.
-    if (store.ok() || !absl::IsUnavailable(store.status()) ||
-        !options.wait_for_server) {
-      return store;
+    absl::Status why;
+    absl::Time again;
+    absl::StatusOr<Arrival> arrival = Greet(env, options, deadline);
+    if (arrival.ok() && arrival->role == StoreRole::kElsewhere) {
+      arrival->socket.Close();
+      if (relays_end == absl::InfinitePast()) {
+        relays_end = env->Now() + (deadline - env->Now()) / 2;
+      }
+      absl::StatusOr<std::shared_ptr<Store>> store =
+          EnterThroughRelay(env, options, *arrival, relays_end);
+      if (store.ok()) return store;
+      why = Annotate(store.status(), absl::StrCat("rank ", arrival->relay_rank,
+                                                  ", through which rank ",
+                                                  options.rank, " connects"));
+      again = std::min(env->Now() + pause, relays_end);
+      pause = std::min(2 * pause, kLastRetry);
+      options.may_relay = again < relays_end;
+    } else if (arrival.ok()) {
+      const std::string host = arrival->host;
+      return arrival->role == StoreRole::kRelay
+                 ? EnterAsRelay(env, options, *std::move(arrival), deadline)
+                 : Enter(env, options, host, 0, *std::move(arrival));
+    } else if (!absl::IsUnavailable(arrival.status()) ||
+               !options.wait_for_server) {
+      return arrival.status();
+    } else {
+      // The server of an earlier job at this address may be just closing.
+      why = arrival.status();
+      again = env->Now() + kRetry;
     }
-    if (env->Now() + kRetry >= deadline) {
+    if (again >= deadline) {
       // A connection that ends before the greeting is no answer either.
       return absl::DeadlineExceededError(absl::StrCat(
           "nobody answers at ", HostPort(options.host, options.port),
-          " within ", DurationText(deadline - start), " (",
-          store.status().message(), ")"));
+          " within ", DurationText(deadline - start), " (", why.message(),
+          ")"));
     }
-    env->SleepUntil(env->Now() + kRetry);
+    env->SleepUntil(again);
   }
 }
 

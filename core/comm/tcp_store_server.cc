@@ -10,14 +10,12 @@
 
 #include "absl/container/btree_map.h"
 #include "absl/container/flat_hash_map.h"
-#include "absl/strings/escaping.h"
+#include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
-#include "dsd/core/base/version.h"
 #include "dsd/core/comm/group_table.h"
-#include "dsd/core/comm/job_token.h"
+#include "dsd/core/comm/reception.h"
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/store.h"
 #include "dsd/core/comm/store_protocol.h"
@@ -26,69 +24,72 @@
 namespace dsd {
 namespace {
 
-// Who has not greeted is a stranger. Ranks greet at once, and try again.
-constexpr size_t kMaxStrangers = 256;
-constexpr absl::Duration kFlushPatience = absl::Seconds(1);
-// After running out of descriptors.
-constexpr absl::Duration kAcceptPause = absl::Milliseconds(100);
-constexpr absl::Duration kIdle = absl::Hours(1);
-// A client that reads nothing is as good as gone.
-constexpr size_t kMaxUnsentBytes = size_t{64} << 20;
-constexpr size_t kReadBytes = size_t{256} << 10;
+ReceptionOptions ReceptionOf(const TcpStoreServerOptions& options) {
+  ReceptionOptions reception;
+  reception.job_id = options.job_id;
+  reception.generation = options.generation;
+  reception.token = options.token;
+  reception.greeting_patience = options.greeting_patience;
+  reception.heartbeat_bound = options.heartbeat_bound;
+  return reception;
+}
+
+std::string DiedText(int at_rank) {
+  return absl::StrCat("died (its connection to rank ", at_rank, " closed)");
+}
 
 }  // namespace
 
-// Everything below Run is of the one thread.
-class TcpStoreServer::Impl {
+// All but the destructor and port() is of the one thread.
+class TcpStoreServer::Impl final : public Reception::Host {
  public:
   Impl(Env* env, TcpStoreServerOptions options, Socket listener, int port,
        Waker waker)
       : env_(env),
         options_(std::move(options)),
-        listener_(std::move(listener)),
         port_(port),
-        waker_(std::move(waker)),
-        beats_(options_.heartbeat_bound) {
-    thread_ = env_->StartThread("dsd_store", [this] { Run(); });
+        reception_(env, ReceptionOf(options_), std::move(listener),
+                   std::move(waker)) {
+    thread_ = env_->StartThread("dsd_store", [this] { reception_.Run(*this); });
   }
 
-  ~Impl() {
-    {
-      absl::MutexLock lock(&mu_);
-      stopping_ = true;
-    }
-    waker_.Wake();
+  ~Impl() override {
+    reception_.Stop();
     thread_.reset();
   }
 
   int port() const { return port_; }
 
+  Reception::Place Welcome(Reception::Id id, int rank) override;
+  bool Handle(Reception::Id id, absl::string_view body) override;
+  void Silent(Reception::Id id, absl::string_view how) override;
+  void Gone(Reception::Id id) override;
+  void Work(absl::Time now) override;
+  absl::Time NextWork() override;
+
  private:
-  enum class Stage { kHello, kProof, kGreeted };
-  struct Connection {
-    Socket socket;
-    std::string in;
-    std::string out;
-    Stage stage = Stage::kHello;
-    std::string job;  // that it says it belongs to
-    uint64_t generation = 0;
-    std::string client_nonce;
-    std::string server_nonce;
-    bool closing = false;  // after what is in `out`
-    bool rank_0 = false;
-    bool silent = false;  // was given up
-    absl::Time hello_deadline;
-    absl::Time heard;  // a sign of life
+  // One with a connection here is named by it.
+  using ClientId = Reception::Id;
+  struct Client {
+    Reception::Id connection;
+    uint64_t channel;   // if that is a relay's
+    int at_rank;        // of the other end of the client's own connection
+    bool last = false;  // of the relay's clients: the rank that relays
     std::vector<GroupTable::MemberId> members;
   };
-  using ConnectionId = uint64_t;
+  struct Relay {
+    int rank;
+    std::string address;  // empty until it serves, and when it is silent
+    absl::flat_hash_map<uint64_t, ClientId> clients;  // by channel
+  };
   // A request that is not answered yet.
   struct Asker {
-    ConnectionId connection;
+    ClientId client;
     uint64_t request;
   };
   struct Member {
-    ConnectionId connection;
+    ClientId client;
+    int rank;
     uint64_t join_request;   // the client's name for it
     uint64_t leave_request;  // 0: none
   };
@@ -96,31 +97,33 @@ class TcpStoreServer::Impl {
     Asker asker;
     absl::Time deadline;
     std::vector<std::optional<std::string>> answers;
-    std::map<ConnectionId, int> rank_of;  // who has yet to answer
+    std::map<ClientId, int> rank_of;  // who has yet to answer
   };
 
-  void Run();
-  bool Stopping() {
-    absl::MutexLock lock(&mu_);
-    return stopping_;
-  }
-  absl::Time NextEvent() const;
-  void Accept();
-  void Read(ConnectionId id, Connection& connection);
-  void Write(ConnectionId id, Connection& connection);
-  // Returns false for a frame that is not understood.
-  bool Handle(ConnectionId id, Connection& connection, absl::string_view body);
   // These return false for a frame that is not understood.
-  bool Greet(Connection& connection, FrameReader& reader);
-  bool CheckProof(Connection& connection, FrameReader& reader);
-  void Welcome(Connection& connection);
-  void Refuse(Connection& connection, const absl::Status& verdict);
-  void DropStrangers();
-  void Send(ConnectionId id, std::string frame);
+  bool FromRelay(Reception::Id id, Relay& relay, absl::string_view body);
+  bool FromClient(ClientId id, absl::string_view body);
+  void Send(ClientId id, const std::string& frame);
   void Reply(const Asker& asker, const absl::Status& status,
              absl::string_view value = "");
   void Deliver(const std::vector<GroupTable::Event>& events);
   void FinishQuestion(uint64_t id);
+  // All groups of the client's fail, as it says itself.
+  void FailAll(ClientId id, const absl::Status& status);
+  // Likewise, as is found here. `status` of a member's rank.
+  template <class Status>
+  void BreakAll(ClientId id, Status status) {
+    for (const GroupTable::MemberId member : clients_.at(id).members) {
+      Deliver(groups_.Break(member, status(members_.at(member).rank)));
+    }
+  }
+  void BreakAllOf(const Relay& relay, const absl::Status& status) {
+    for (const auto& [channel, client] : relay.clients) {
+      BreakAll(client, [&](int) { return status; });
+    }
+  }
+  // The client's members have died, if they have not left.
+  void Forget(ClientId id);
   // Forgets those who wait for keys.
   template <class Predicate>
   void StopWaiting(Predicate who) {
@@ -131,24 +134,13 @@ class TcpStoreServer::Impl {
       return askers.empty();
     });
   }
-  // Gives up those who give no sign of life.
-  void Listen(absl::Time now);
-  // Forgets connections marked as broken; their members have died.
-  void Reap();
 
   Env* const env_;
   const TcpStoreServerOptions options_;
-  Socket listener_;
   const int port_;
-  Waker waker_;
-  absl::Mutex mu_;
-  bool stopping_ ABSL_GUARDED_BY(mu_) = false;
-
-  ConnectionId next_connection_ = 1;
-  absl::btree_map<ConnectionId, Connection> connections_;
-  std::vector<ConnectionId> broken_;
-  absl::Time accept_after_ = absl::InfinitePast();
-  BeatWatch beats_;
+  Reception reception_;
+  absl::btree_map<ClientId, Client> clients_;
+  absl::btree_map<Reception::Id, Relay> relays_;
   absl::flat_hash_map<std::string, std::string> values_;
   absl::flat_hash_map<std::string, std::vector<Asker>> waiting_;  // by key
   GroupTable groups_;
@@ -160,265 +152,122 @@ class TcpStoreServer::Impl {
   std::unique_ptr<EnvThread> thread_;
 };
 
-absl::Time TcpStoreServer::Impl::NextEvent() const {
-  absl::Time next = std::min(groups_.NextExpiry(), env_->Now() + kIdle);
+absl::Time TcpStoreServer::Impl::NextWork() {
+  absl::Time next = groups_.NextExpiry();
   for (const auto& [id, question] : questions_) {
     next = std::min(next, question.deadline);
   }
-  for (const auto& [id, connection] : connections_) {
-    if (connection.stage != Stage::kGreeted) {
-      next = std::min(next, connection.hello_deadline);
-    }
-  }
-  if (accept_after_ > env_->Now()) next = std::min(next, accept_after_);
-  if (beats_.on()) next = std::min(next, env_->Now() + beats_.period());
   return next;
 }
 
-void TcpStoreServer::Impl::Run() {
-  std::optional<absl::Time> end;
-  bool last_look = false;  // at what clients said before the end
-  while (true) {
-    if (!end.has_value() && Stopping()) {
-      end = env_->Now() + kFlushPatience;
-      last_look = true;
-    } else if (end.has_value()) {
-      const bool unsent = std::any_of(
-          connections_.begin(), connections_.end(),
-          [](const auto& entry) { return !entry.second.out.empty(); });
-      if (!unsent || env_->Now() >= *end) return;
-    }
+void TcpStoreServer::Impl::Work(absl::Time now) {
+  Deliver(groups_.Expire(now));
+  std::vector<uint64_t> due;
+  for (const auto& [id, question] : questions_) {
+    if (question.deadline <= now) due.push_back(id);
+  }
+  for (const uint64_t id : due) FinishQuestion(id);
+}
 
-    std::vector<pollfd> polls = {{waker_.fd(), POLLIN, 0}};
-    std::vector<ConnectionId> ids = {0};
-    if (listener_.valid() && !end.has_value() && accept_after_ <= env_->Now()) {
-      polls.push_back({listener_.fd(), POLLIN, 0});
-      ids.push_back(0);
+Reception::Place TcpStoreServer::Impl::Welcome(Reception::Id id, int rank) {
+  if (options_.fan_out > 0 && rank >= options_.fan_out) {
+    const int relay_rank = rank - rank % options_.fan_out;
+    if (rank == relay_rank) {
+      relays_[id].rank = rank;
+      return {StoreRole::kRelay, rank, ""};
     }
-    const size_t first = polls.size();
-    for (const auto& [id, connection] : connections_) {
-      polls.push_back(
-          {connection.socket.fd(),
-           static_cast<short>(POLLIN | (connection.out.empty() ? 0 : POLLOUT)),
-           0});
-      ids.push_back(id);
-    }
-    const absl::StatusOr<int> ready = env_->Poll(
-        absl::MakeSpan(polls), std::exchange(last_look, false) ? env_->Now()
-                               : end.has_value()               ? *end
-                                                               : NextEvent());
-    if (!ready.ok()) continue;
-    waker_.Clear();
-    if (first == 2 && polls[1].revents != 0) Accept();
-    for (size_t i = first; i < polls.size(); ++i) {
-      const auto it = connections_.find(ids[i]);
-      if (it == connections_.end()) continue;
-      if ((polls[i].revents & (POLLIN | POLLHUP | POLLERR)) != 0) {
-        Read(ids[i], it->second);
+    Reception::Place place = {StoreRole::kElsewhere, relay_rank, ""};
+    // The last one: another may be just going.
+    for (const auto& [relay_id, relay] : relays_) {
+      if (relay.rank == relay_rank && !relay.address.empty()) {
+        place.address = relay.address;
       }
     }
-    const absl::Time now = env_->Now();
-    Listen(now);
-    Deliver(groups_.Expire(now));
-    std::vector<uint64_t> due;
-    for (const auto& [id, question] : questions_) {
-      if (question.deadline <= now) due.push_back(id);
+    return place;
+  }
+  clients_[id] = {id, 0, 0};
+  return {};
+}
+
+bool TcpStoreServer::Impl::Handle(Reception::Id id, absl::string_view body) {
+  const auto relay = relays_.find(id);
+  return relay == relays_.end() ? FromClient(id, body)
+                                : FromRelay(id, relay->second, body);
+}
+
+bool TcpStoreServer::Impl::FromRelay(Reception::Id id, Relay& relay,
+                                     absl::string_view body) {
+  FrameReader reader(body);
+  const auto kind = static_cast<FrameKind>(reader.Get<uint8_t>());
+  const uint64_t channel = reader.Get<uint64_t>();
+  // Absent if it was forgotten here while it spoke.
+  const auto client = relay.clients.find(channel);
+  const bool known = client != relay.clients.end();
+  switch (kind) {
+    case FrameKind::kServe:
+      relay.address = std::string(reader.GetText());
+      return reader.ok();
+    case FrameKind::kOpen: {
+      const int rank = reader.Get<int32_t>();
+      if (!reader.ok() || known) return false;
+      const ClientId opened = reception_.NewId();
+      relay.clients[channel] = opened;
+      clients_[opened] = {id, channel, relay.rank, rank == relay.rank};
+      return true;
     }
-    for (const uint64_t id : due) FinishQuestion(id);
-    for (auto& [id, connection] : connections_) {
-      if (connection.stage != Stage::kGreeted &&
-          connection.hello_deadline <= now) {
-        broken_.push_back(id);
+    case FrameKind::kPass: {
+      const absl::string_view passed = reader.GetText();
+      if (!reader.ok()) return false;
+      if (known && !FromClient(client->second, passed)) {
+        reception_.Send(id, FrameWriter(FrameKind::kClose, channel).Finish());
+        Forget(client->second);
+        relay.clients.erase(client);
       }
+      return true;
     }
-    Reap();
-    // Rank 0 last: once it knows the end of a group its process may go, and the
-    // server with it.
-    for (const bool rank_0 : {false, true}) {
-      for (auto& [id, connection] : connections_) {
-        if (connection.rank_0 == rank_0) Write(id, connection);
+    case FrameKind::kSilent: {
+      const std::string how(reader.GetText());
+      if (!reader.ok()) return false;
+      if (known) {
+        BreakAll(client->second, [&](int rank) {
+          return absl::UnavailableError(absl::StrCat("rank ", rank, " ", how));
+        });
       }
+      return true;
     }
-    Reap();
-  }
-}
-
-void TcpStoreServer::Impl::Write(ConnectionId id, Connection& connection) {
-  if (!connection.socket.WriteSome(connection.out).ok() ||
-      connection.out.size() > kMaxUnsentBytes ||
-      (connection.closing && connection.out.empty())) {
-    broken_.push_back(id);
-  }
-}
-
-void TcpStoreServer::Impl::Accept() {
-  while (true) {
-    absl::StatusOr<Socket> socket = AcceptFrom(listener_);
-    if (!socket.ok()) {
-      accept_after_ = env_->Now() + kAcceptPause;
-      return;
+    case FrameKind::kClose:
+      if (known) {
+        Forget(client->second);
+        relay.clients.erase(client);
+      }
+      return true;
+    case FrameKind::kFailAll: {
+      const absl::Status status = reader.GetStatus();
+      if (!reader.ok() || status.ok()) return false;
+      for (const auto& [number, other] : relay.clients) FailAll(other, status);
+      return true;
     }
-    if (!socket->valid()) return;
-    Connection& connection = connections_[next_connection_++];
-    connection.socket = *std::move(socket);
-    connection.heard = env_->Now();
-    connection.hello_deadline = connection.heard + options_.greeting_patience;
-    DropStrangers();
+    case FrameKind::kBeat:
+      reception_.Send(id, FrameWriter(FrameKind::kReply, channel)
+                              .Put(absl::OkStatus())
+                              .Put(absl::string_view())
+                              .Finish());
+      return true;
+    default:
+      return false;
   }
 }
 
-void TcpStoreServer::Impl::DropStrangers() {
-  size_t strangers = 0;
-  auto oldest = connections_.end();
-  for (auto it = connections_.begin(); it != connections_.end(); ++it) {
-    if (it->second.stage == Stage::kGreeted) continue;
-    if (++strangers == 1) oldest = it;
-  }
-  // It has no members, and nobody asks it anything.
-  if (strangers > kMaxStrangers) connections_.erase(oldest);
-}
-
-void TcpStoreServer::Impl::Read(ConnectionId id, Connection& connection) {
-  const size_t before = connection.in.size();
-  const size_t most = connection.stage == Stage::kGreeted
-                          ? kReadBytes
-                          : kFrameHeaderBytes + kMaxHelloBytes -
-                                std::min(before, kMaxHelloBytes);
-  const absl::StatusOr<bool> open =
-      connection.socket.ReadSome(connection.in, most);
-  if (connection.in.size() > before) {
-    connection.heard = env_->Now();
-    connection.silent = false;
-  }
-  absl::string_view left = connection.in;
-  absl::string_view body;
-  while (!connection.closing) {
-    const std::optional<bool> whole = TakeFrame(
-        left,
-        connection.stage == Stage::kGreeted ? kMaxFrameBytes : kMaxHelloBytes,
-        body);
-    if (!whole.has_value() || (*whole && !Handle(id, connection, body))) {
-      broken_.push_back(id);
-      return;
-    }
-    if (!*whole) break;
-  }
-  connection.in.erase(0, connection.in.size() - left.size());
-  if (!open.ok() || !*open) broken_.push_back(id);
-}
-
-bool TcpStoreServer::Impl::Greet(Connection& connection, FrameReader& reader) {
-  const uint32_t magic = reader.Get<uint32_t>();
-  const uint32_t version = reader.Get<uint32_t>();
-  if (!reader.ok() || magic != kStoreMagic) return false;
-  if (version != kStoreVersion) {
-    Refuse(connection, absl::FailedPreconditionError(absl::StrCat(
-                           "the store speaks version ", kStoreVersion,
-                           " of its protocol, the client version ", version,
-                           "; use the same dsd on all ranks")));
-    return true;
-  }
-  const absl::string_view library = reader.GetText();
-  connection.client_nonce = std::string(reader.GetText());
-  connection.job = std::string(reader.GetText());
-  connection.generation = reader.Get<uint64_t>();
-  if (!reader.ok() || connection.client_nonce.size() != kNonceBytes) {
-    return false;
-  }
-  if (library != kLibraryVersion) {
-    Refuse(connection,
-           absl::FailedPreconditionError(absl::StrCat(
-               "the store is of dsd ", kLibraryVersion, ", the client of dsd ",
-               absl::Utf8SafeCHexEscape(library),
-               "; use the same dsd on all ranks")));
-  } else if (options_.token.empty()) {
-    Welcome(connection);
-  } else {
-    connection.server_nonce = NewNonce(env_);
-    connection.stage = Stage::kProof;
-    connection.out += FrameWriter(FrameKind::kChallenge, 0)
-                          .Put(absl::string_view(connection.server_nonce))
-                          .Finish();
-  }
-  return true;
-}
-
-bool TcpStoreServer::Impl::CheckProof(Connection& connection,
-                                      FrameReader& reader) {
-  const absl::string_view proof = reader.GetText();
-  if (!reader.ok()) return false;
-  const absl::StatusOr<std::string> expected =
-      TokenProof(options_.token, TokenSide::kClient, connection.job,
-                 connection.client_nonce, connection.server_nonce);
-  if (!expected.ok()) {
-    Refuse(connection, expected.status());
-  } else if (!SameProof(proof, *expected)) {
-    Refuse(connection, absl::PermissionDeniedError(
-                           "the token of the client is not that of the store; "
-                           "give all ranks the same DSD_TOKEN"));
-  } else {
-    Welcome(connection);
-  }
-  return true;
-}
-
-void TcpStoreServer::Impl::Welcome(Connection& connection) {
-  if (connection.job != options_.job_id) {
-    return Refuse(connection,
-                  absl::FailedPreconditionError(absl::StrCat(
-                      "this is the store of job \"", options_.job_id,
-                      "\", the client belongs to job \"", connection.job,
-                      "\"; give the jobs different values of MASTER_PORT")));
-  }
-  // It tries again, or finds another.
-  if (connection.generation != options_.generation) {
-    return Refuse(connection,
-                  absl::UnavailableError(absl::StrCat(
-                      "this is the store of generation ", options_.generation,
-                      " of the job, the client means generation ",
-                      connection.generation)));
-  }
-  std::string proof;
-  if (!options_.token.empty()) {
-    absl::StatusOr<std::string> own =
-        TokenProof(options_.token, TokenSide::kServer, connection.job,
-                   connection.client_nonce, connection.server_nonce);
-    if (!own.ok()) return Refuse(connection, own.status());
-    proof = *std::move(own);
-  }
-  connection.stage = Stage::kGreeted;
-  connection.out +=
-      FrameWriter(FrameKind::kReply, 0)
-          .Put(absl::OkStatus())
-          .Put(beats_.on() ? absl::ToInt64Nanoseconds(beats_.bound()) : 0)
-          .Put(absl::string_view(proof))
-          .Finish();
-}
-
-void TcpStoreServer::Impl::Refuse(Connection& connection,
-                                  const absl::Status& verdict) {
-  connection.closing = true;
-  connection.out += FrameWriter(FrameKind::kReply, 0).Put(verdict).Finish();
-}
-
-bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
-                                  absl::string_view body) {
+bool TcpStoreServer::Impl::FromClient(ClientId id, absl::string_view body) {
   FrameReader reader(body);
   const auto kind = static_cast<FrameKind>(reader.Get<uint8_t>());
   const uint64_t request = reader.Get<uint64_t>();
   const Asker asker = {id, request};
-  switch (connection.stage) {
-    case Stage::kHello:
-      return kind == FrameKind::kHello && Greet(connection, reader);
-    case Stage::kProof:
-      return kind == FrameKind::kProof && CheckProof(connection, reader);
-    case Stage::kGreeted:
-      break;
-  }
-  // The member of this connection that a client names by its join.
+  Client& client = clients_.at(id);
+  // The member that a client names by its join.
   const auto member_of =
       [&](uint64_t join) -> std::optional<GroupTable::MemberId> {
-    for (const GroupTable::MemberId member : connection.members) {
+    for (const GroupTable::MemberId member : client.members) {
       if (members_.at(member).join_request == join) return member;
     }
     return std::nullopt;
@@ -460,7 +309,7 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
     }
     case FrameKind::kForget: {
       StopWaiting([&](const Asker& other) {
-        return other.connection == id && other.request == request;
+        return other.client == id && other.request == request;
       });
       return true;
     }
@@ -472,9 +321,10 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
       const int64_t patience = reader.Get<int64_t>();
       if (!reader.ok()) return false;
       const GroupTable::MemberId member = next_member_++;
-      members_[member] = {id, request, 0};
-      connection.members.push_back(member);
-      connection.rank_0 |= rank == 0;
+      members_[member] = {id, rank, request, 0};
+      client.members.push_back(member);
+      // Once it knows the end of a group its process may go, and this server.
+      if (rank == 0) reception_.WriteLast(id);
       Deliver(groups_.Join(member, group, rank, size, facts,
                            absl::Nanoseconds(patience), env_->Now()));
       return true;
@@ -490,7 +340,7 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
       Deliver(groups_.Leave(*member));
       if (!options_.last_group.empty() &&
           groups_.WasDissolved(options_.last_group)) {
-        listener_.Close();
+        reception_.StopAccepting();
       }
       return true;
     }
@@ -509,8 +359,8 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
       if (member.has_value()) {
         Deliver(groups_.Remove(*member, "left the group without Shutdown"));
         members_.erase(*member);
-        connection.members.erase(std::find(connection.members.begin(),
-                                           connection.members.end(), *member));
+        client.members.erase(
+            std::find(client.members.begin(), client.members.end(), *member));
       }
       return true;
     }
@@ -529,12 +379,11 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
           if (place == members_.end()) continue;
           question.answers.resize(
               std::max<size_t>(question.answers.size(), peer.rank + 1));
-          question.rank_of[place->second.connection] = peer.rank;
-          Send(place->second.connection,
-               FrameWriter(FrameKind::kQuestion, number)
-                   .Put(place->second.join_request)
-                   .Put(text)
-                   .Finish());
+          question.rank_of[place->second.client] = peer.rank;
+          Send(place->second.client, FrameWriter(FrameKind::kQuestion, number)
+                                         .Put(place->second.join_request)
+                                         .Put(text)
+                                         .Finish());
         }
       }
       if (question.rank_of.empty()) FinishQuestion(number);
@@ -556,22 +405,34 @@ bool TcpStoreServer::Impl::Handle(ConnectionId id, Connection& connection,
       Reply(asker, absl::OkStatus());
       return true;
     }
+    case FrameKind::kFailAll: {
+      const absl::Status status = reader.GetStatus();
+      if (!reader.ok() || status.ok()) return false;
+      FailAll(id, status);
+      return true;
+    }
     default:
       return false;
   }
 }
 
-void TcpStoreServer::Impl::Send(ConnectionId id, std::string frame) {
-  const auto it = connections_.find(id);
-  if (it != connections_.end()) it->second.out += frame;
+void TcpStoreServer::Impl::Send(ClientId id, const std::string& frame) {
+  const auto it = clients_.find(id);
+  if (it == clients_.end()) return;
+  const Client& client = it->second;
+  if (client.connection == id) return reception_.Send(id, frame);
+  reception_.Send(client.connection,
+                  FrameWriter(FrameKind::kPass, client.channel)
+                      .Put(absl::string_view(frame).substr(kFrameHeaderBytes))
+                      .Finish());
 }
 
 void TcpStoreServer::Impl::Reply(const Asker& asker, const absl::Status& status,
                                  absl::string_view value) {
-  Send(asker.connection, FrameWriter(FrameKind::kReply, asker.request)
-                             .Put(status)
-                             .Put(value)
-                             .Finish());
+  Send(asker.client, FrameWriter(FrameKind::kReply, asker.request)
+                         .Put(status)
+                         .Put(value)
+                         .Finish());
 }
 
 void TcpStoreServer::Impl::FinishQuestion(uint64_t id) {
@@ -596,68 +457,80 @@ void TcpStoreServer::Impl::FinishQuestion(uint64_t id) {
 
 void TcpStoreServer::Impl::Deliver(
     const std::vector<GroupTable::Event>& events) {
-  for (const GroupTable::Event& event : events) {
-    const auto it = members_.find(event.member);
-    if (it == members_.end()) continue;
-    const Member member = it->second;
+  const auto deliver = [&](const GroupTable::Event& event,
+                           const Member& member) {
     switch (event.kind) {
       case GroupTable::EventKind::kJoined:
-        Reply({member.connection, member.join_request}, event.status);
+        Reply({member.client, member.join_request}, event.status);
         break;
       case GroupTable::EventKind::kLeft:
-        Reply({member.connection, member.leave_request}, event.status);
+        Reply({member.client, member.leave_request}, event.status);
         break;
       case GroupTable::EventKind::kFailed:
-        Send(member.connection, FrameWriter(FrameKind::kFailed, 0)
-                                    .Put(member.join_request)
-                                    .Put(event.status)
-                                    .Finish());
+        Send(member.client, FrameWriter(FrameKind::kFailed, 0)
+                                .Put(member.join_request)
+                                .Put(event.status)
+                                .Finish());
         break;
     }
-  }
-}
-
-// After all that has arrived was read: a process that was stopped for a while
-// finds the others' signs waiting.
-void TcpStoreServer::Impl::Listen(absl::Time now) {
-  if (!beats_.on()) return;
-  if (!beats_.Ran(now)) {
-    for (auto& [id, connection] : connections_) connection.heard = now;
-    return;
-  }
-  for (auto& [id, connection] : connections_) {
-    const absl::Duration silence = now - connection.heard;
-    if (connection.stage != Stage::kGreeted || connection.silent ||
-        silence < beats_.bound()) {
-      continue;
-    }
-    // It stays connected, so that it hears of this should it go on.
-    connection.silent = true;
-    for (const GroupTable::MemberId member : connection.members) {
-      Deliver(groups_.Silence(member, BeatWatch::HowLong(silence)));
+  };
+  // With a rank that relays those may go whom it has yet to tell.
+  for (const bool last : {false, true}) {
+    for (const GroupTable::Event& event : events) {
+      const auto member = members_.find(event.member);
+      if (member == members_.end()) continue;
+      const auto client = clients_.find(member->second.client);
+      if (client == clients_.end() || client->second.last != last) continue;
+      deliver(event, member->second);
     }
   }
 }
 
-void TcpStoreServer::Impl::Reap() {
-  for (const ConnectionId id : std::exchange(broken_, {})) {
-    const auto it = connections_.find(id);
-    if (it == connections_.end()) continue;
-    const std::vector<GroupTable::MemberId> members =
-        std::move(it->second.members);
-    connections_.erase(it);
-    StopWaiting([&](const Asker& asker) { return asker.connection == id; });
-    for (const GroupTable::MemberId member : members) {
-      Deliver(groups_.Remove(member, "died (its connection to rank 0 closed)"));
-      members_.erase(member);
-    }
-    std::vector<uint64_t> answered;
-    for (auto& [number, question] : questions_) {
-      question.rank_of.erase(id);
-      if (question.rank_of.empty()) answered.push_back(number);
-    }
-    for (const uint64_t number : answered) FinishQuestion(number);
+void TcpStoreServer::Impl::FailAll(ClientId id, const absl::Status& status) {
+  for (const GroupTable::MemberId member : clients_.at(id).members) {
+    Deliver(groups_.Fail(member, status));
   }
+}
+
+void TcpStoreServer::Impl::Silent(Reception::Id id, absl::string_view how) {
+  const auto relay = relays_.find(id);
+  if (relay == relays_.end()) {
+    return BreakAll(id, [&](int rank) {
+      return absl::UnavailableError(absl::StrCat("rank ", rank, " ", how));
+    });
+  }
+  relay->second.address.clear();
+  BreakAllOf(relay->second, absl::UnavailableError(absl::StrCat(
+                                "rank ", relay->second.rank, " ", how)));
+}
+
+void TcpStoreServer::Impl::Gone(Reception::Id id) {
+  const auto it = relays_.find(id);
+  if (it == relays_.end()) return Forget(id);
+  const Relay relay = std::move(it->second);
+  relays_.erase(it);
+  // Those whom it served hear no more, and are not to blame.
+  BreakAllOf(relay, absl::UnavailableError(
+                        absl::StrCat("rank ", relay.rank, " ", DiedText(0))));
+  for (const auto& [channel, client] : relay.clients) Forget(client);
+}
+
+void TcpStoreServer::Impl::Forget(ClientId id) {
+  const auto it = clients_.find(id);
+  if (it == clients_.end()) return;
+  const Client client = std::move(it->second);
+  clients_.erase(it);
+  StopWaiting([&](const Asker& asker) { return asker.client == id; });
+  for (const GroupTable::MemberId member : client.members) {
+    Deliver(groups_.Remove(member, DiedText(client.at_rank)));
+    members_.erase(member);
+  }
+  std::vector<uint64_t> answered;
+  for (auto& [number, question] : questions_) {
+    question.rank_of.erase(id);
+    if (question.rank_of.empty()) answered.push_back(number);
+  }
+  for (const uint64_t number : answered) FinishQuestion(number);
 }
 
 TcpStoreServer::TcpStoreServer(std::unique_ptr<Impl> impl)
@@ -681,19 +554,18 @@ namespace {
 
 class ServedStore final : public ForwardingStore {
  public:
-  ServedStore(std::unique_ptr<TcpStoreServer> server,
-              std::shared_ptr<Store> client)
+  ServedStore(std::shared_ptr<void> server, std::shared_ptr<Store> client)
       : ForwardingStore(std::move(client)), server_(std::move(server)) {}
   // The client goes first and says what it has left to say.
   ~ServedStore() override { to_.reset(); }
 
  private:
-  const std::unique_ptr<TcpStoreServer> server_;
+  const std::shared_ptr<void> server_;
 };
 
 }  // namespace
 
-std::shared_ptr<Store> MakeServedStore(std::unique_ptr<TcpStoreServer> server,
+std::shared_ptr<Store> MakeServedStore(std::shared_ptr<void> server,
                                        std::shared_ptr<Store> client) {
   return std::make_shared<ServedStore>(std::move(server), std::move(client));
 }

@@ -86,7 +86,8 @@ MemberOptions Member(int rank, int size, absl::string_view group = "g") {
   return options;
 }
 
-std::string HelloOfJob(absl::string_view library = kLibraryVersion) {
+std::string HelloOfJob(absl::string_view library = kLibraryVersion,
+                       int rank = -1) {
   return FrameWriter(FrameKind::kHello, 0)
       .Put(kStoreMagic)
       .Put(kStoreVersion)
@@ -94,6 +95,45 @@ std::string HelloOfJob(absl::string_view library = kLibraryVersion) {
       .Put(absl::string_view(NewNonce(env)))
       .Put(absl::string_view("job"))
       .Put(uint64_t{0})
+      .Put(int32_t{rank})
+      .Finish();
+}
+
+// The answer to it, from a server that is the test's own.
+std::string WelcomeOf(StoreRole role, absl::Duration bound,
+                      absl::string_view proof = "") {
+  return FrameWriter(FrameKind::kReply, 0)
+      .Put(absl::OkStatus())
+      .Put(absl::ToInt64Nanoseconds(bound))
+      .Put(proof)
+      .Put(static_cast<uint8_t>(role))
+      .Put(int32_t{0})
+      .Put(absl::string_view())
+      .Finish();
+}
+
+std::string JoinOf(int rank, int size, absl::string_view group = "g") {
+  return FrameWriter(FrameKind::kJoin, 1)
+      .Put(group)
+      .Put(int32_t{rank})
+      .Put(int32_t{size})
+      .Put(absl::string_view())
+      .Put(int64_t{1} << 40)
+      .Finish();
+}
+
+// That of a request of a client.
+std::string OkReplyTo(uint64_t request) {
+  return FrameWriter(FrameKind::kReply, request)
+      .Put(absl::OkStatus())
+      .Put(absl::string_view())
+      .Finish();
+}
+
+// What a relay makes of a frame, and what is made for it.
+std::string Passed(uint64_t channel, absl::string_view frame) {
+  return FrameWriter(FrameKind::kPass, channel)
+      .Put(frame.substr(kFrameHeaderBytes))
       .Finish();
 }
 
@@ -261,7 +301,8 @@ TEST_F(TcpStoreTest, ClientsOfAnotherVersionAreRefusedByName) {
                             Soon()),
             absl::OkStatus());
   EXPECT_THAT(ReadFrame(socket),
-              AllOf(HasSubstr("version 4"), HasSubstr("version 45")));
+              AllOf(HasSubstr(absl::StrCat("version ", kStoreVersion)),
+                    HasSubstr(absl::StrCat("version ", kStoreVersion + 41))));
   EXPECT_FALSE(socket.ReadExactly(env, 1, Soon()).ok());
 
   // The same protocol, but perhaps other plans.
@@ -299,6 +340,14 @@ TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
                       .Put(absl::string_view("g"))
                       .Finish()),
       after_hello(FrameWriter(FrameKind::kAnswer, 7).Finish()),
+      after_hello(FrameWriter(FrameKind::kFailAll, 1).Finish()),
+      // What only those may say who relay.
+      after_hello(FrameWriter(FrameKind::kServe, 0)
+                      .Put(absl::string_view("1 127.0.0.1"))
+                      .Finish()),
+      after_hello(FrameWriter(FrameKind::kOpen, 1).Put(int32_t{3}).Finish()),
+      after_hello(Passed(1, JoinOf(3, 4))),
+      after_hello(FrameWriter(FrameKind::kClose, 1).Finish()),
   };
   for (const std::string& bytes : cases) {
     Socket socket = Raw();
@@ -331,15 +380,7 @@ TEST(TcpStoreBeatTest, AClientThatGivesNoSignOfLifeIsGivenUp) {
   client.job_id = "job";
   const auto a = *ConnectTcpStore(env, client, Soon());
   Socket silent = *ConnectTo(env, "127.0.0.1", server->port(), Soon());
-  ASSERT_EQ(silent.WriteAll(env,
-                            HelloOfJob() + FrameWriter(FrameKind::kJoin, 1)
-                                               .Put(absl::string_view("g"))
-                                               .Put(int32_t{1})
-                                               .Put(int32_t{2})
-                                               .Put(absl::string_view())
-                                               .Put(int64_t{1} << 40)
-                                               .Finish(),
-                            Soon()),
+  ASSERT_EQ(silent.WriteAll(env, HelloOfJob() + JoinOf(1, 2), Soon()),
             absl::OkStatus());
   absl::Notification heard;
   absl::Status verdict;
@@ -365,19 +406,12 @@ TEST(TcpStoreBeatTest, AServerThatGivesNoSignOfLifeIsGivenUp) {
     silent = *AcceptFrom(listener);
     // It greets, lets one in, and is stopped.
     ReadFrame(silent);
-    ASSERT_EQ(
-        silent.WriteAll(env,
-                        FrameWriter(FrameKind::kReply, 0)
-                                .Put(absl::OkStatus())
-                                .Put(absl::ToInt64Nanoseconds(absl::Seconds(2)))
-                                .Put(absl::string_view())
-                                .Finish() +
-                            FrameWriter(FrameKind::kReply, 1)
-                                .Put(absl::OkStatus())
-                                .Put(absl::string_view())
-                                .Finish(),
-                        Soon()),
-        absl::OkStatus());
+    ASSERT_EQ(silent.WriteAll(
+                  env, WelcomeOf(StoreRole::kClient, absl::Seconds(2)), Soon()),
+              absl::OkStatus());
+    while (ReadFrame(silent)[0] != static_cast<char>(FrameKind::kJoin)) {
+    }
+    ASSERT_EQ(silent.WriteAll(env, OkReplyTo(1), Soon()), absl::OkStatus());
   });
   TcpStoreOptions options;
   options.port = *listener.LocalPort();
@@ -471,14 +505,11 @@ TEST(TcpStoreImpostorTest, AServerThatDoesNotKnowTheTokenIsNotTrusted) {
               absl::OkStatus());
     // It sends the client's own proof back.
     const std::string proof = ReadFrame(socket).substr(1 + 8 + 4);
-    ASSERT_EQ(socket.WriteAll(env,
-                              FrameWriter(FrameKind::kReply, 0)
-                                  .Put(absl::OkStatus())
-                                  .Put(int64_t{0})
-                                  .Put(absl::string_view(proof))
-                                  .Finish(),
-                              Soon()),
-              absl::OkStatus());
+    ASSERT_EQ(
+        socket.WriteAll(
+            env, WelcomeOf(StoreRole::kClient, absl::ZeroDuration(), proof),
+            Soon()),
+        absl::OkStatus());
     ReadToEnd(socket);
   });
   TcpStoreOptions options;

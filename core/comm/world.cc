@@ -62,6 +62,8 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
         launch.heartbeat_bound.value_or(options.heartbeat_bound);
     server_options.last_group =
         absl::StrCat(kWorldGroup, "#", options.generation);
+    DSD_ASSIGN_OR_RETURN(server_options.fan_out,
+                         ControlFanOut(launch, options, launch.world_size));
     if (launch.agent_store) {
       DSD_ASSIGN_OR_RETURN(server_options.host,
                            AddressTowards(env, launch.master_addr, deadline));
@@ -98,6 +100,7 @@ absl::StatusOr<std::shared_ptr<Store>> FindStore(const LaunchInfo& launch,
   client_options.generation = options.generation;
   client_options.token = token;
   client_options.rank = launch.rank;
+  client_options.may_relay = true;
   DSD_ASSIGN_OR_RETURN(std::shared_ptr<Store> client,
                        ConnectTcpStore(env, client_options, deadline));
   if (server == nullptr) return client;

@@ -23,7 +23,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-constexpr int kRanks = 3;
+constexpr int kRanks = DSD_RANKS;
 // As short as a busy machine allows: who runs at all must run once in it.
 constexpr absl::Duration kBound = absl::Seconds(4);
 // Of calls that have ten minutes, after a rank has stopped.
