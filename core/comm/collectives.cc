@@ -281,16 +281,26 @@ absl::Status Communicator::Scatter(
                        lane_->Begin(Call(absl::StrCat("Scatter from rank ",
                                                       lane_->GroupRank(root))),
                                     options, true));
-  if (rank() != root) return lane_->Run({}, {{root, mine}}, *active);
+  // Chunks do not tell how long a part is that both sides must cut alike.
+  std::deque<std::string> labels;
+  const auto label = [&](size_t bytes) -> absl::string_view {
+    if (bytes <= kChunkBytes) return {};
+    return labels.emplace_back(
+        absl::StrCat(active->call.text, ", part of ", bytes, " bytes"));
+  };
+  if (rank() != root) {
+    return lane_->RunInChunks({}, {{root, mine, {}, label(mine.size())}},
+                              *active, options);
+  }
   if (!mine.empty() && mine.data() != parts[root].data()) {
     std::memcpy(mine.data(), parts[root].data(), mine.size());
   }
   std::vector<SendOp> sends;
   for (int step = 1; step < size(); ++step) {
     const int to = (root + step) % size();
-    sends.push_back({to, parts[to]});
+    sends.push_back({to, parts[to], {}, label(parts[to].size())});
   }
-  return lane_->Run(sends, {}, *active);
+  return lane_->RunInChunks(sends, {}, *active, options);
 }
 
 absl::StatusOr<std::vector<std::string>> Communicator::AllGatherBlobs(

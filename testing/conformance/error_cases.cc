@@ -196,6 +196,22 @@ DSD_CONFORMANCE_CASE_FROM(AnotherPartOfAScatter, 2) {
       {"rank 0 sends 100 bytes", "rank 1 expects 99 bytes", "Scatter"});
 }
 
+// All chunks that the shorter one has are alike.
+DSD_CONFORMANCE_CASE_FROM(AnotherPartOfALongScatter, 2) {
+  constexpr size_t kMiB = size_t{1} << 20;
+  std::vector<std::byte> data(12 * kMiB);
+  std::vector<absl::Span<const std::byte>> parts;
+  if (comm.rank() == 0) {
+    parts.assign(comm.size(), absl::MakeConstSpan(data).first(1));
+    parts[1] = data;
+  }
+  const absl::Span<std::byte> mine =
+      absl::MakeSpan(data).first(comm.rank() == 1 ? 8 * kMiB : 1);
+  return Disagreement(comm, comm.Scatter(parts, mine, 0),
+                      {"Scatter from rank 0, part of 12582912 bytes",
+                       "Scatter from rank 0, part of 8388608 bytes"});
+}
+
 DSD_CONFORMANCE_CASE_FROM(AScatterAgainstABroadcast, 2) {
   std::vector<std::byte> data(100);
   std::vector<absl::Span<const std::byte>> parts;

@@ -155,7 +155,8 @@ DSD_CONFORMANCE_CASE(ABlobThatIsTooLongFailsEverywhere) {
 // --- Scatter ---
 
 absl::Status ScatterOnce(Communicator& comm, int root,
-                         const std::vector<size_t>& sizes, bool in_place) {
+                         const std::vector<size_t>& sizes, bool in_place,
+                         const CallOptions& options = {}) {
   std::vector<std::vector<std::byte>> parts;
   std::vector<absl::Span<const std::byte>> spans;
   if (comm.rank() == root) {
@@ -168,7 +169,7 @@ absl::Status ScatterOnce(Communicator& comm, int root,
   const absl::Span<std::byte> mine = in_place && comm.rank() == root
                                          ? absl::MakeSpan(parts[root])
                                          : absl::MakeSpan(memory);
-  DSD_RETURN_IF_ERROR(comm.Scatter(spans, mine, root));
+  DSD_RETURN_IF_ERROR(comm.Scatter(spans, mine, root, options));
   const std::vector<std::byte> expected =
       Pattern(root * 100 + comm.rank(), sizes[comm.rank()]);
   return Check(std::equal(mine.begin(), mine.end(), expected.begin()),
@@ -194,6 +195,25 @@ DSD_CONFORMANCE_CASE(ScatterOfUnequalParts) {
     DSD_RETURN_IF_ERROR(ScatterOnce(comm, root, sizes, true));
   }
   return absl::OkStatus();
+}
+
+// Some travel in chunks, others in one piece, one has just begun another chunk.
+DSD_CONFORMANCE_CASE_FROM(ScatterOfLongUnequalParts, 2) {
+  const int root = comm.size() - 1;
+  std::vector<size_t> sizes(comm.size(), 3);
+  sizes[root] = 5 * kMiB;
+  if (comm.size() > 2) sizes[1] = 4 * kMiB + 1;
+  sizes[0] = 11 * kMiB + 7;
+  std::vector<int64_t> seen;
+  CallOptions options;
+  options.progress = [&](const Progress& progress) {
+    seen.push_back(progress.bytes_done);
+  };
+  DSD_RETURN_IF_ERROR(ScatterOnce(comm, root, sizes, false, options));
+  if (comm.rank() != 0) return absl::OkStatus();
+  const int64_t all = 11 * kMiB + 7;
+  return Check(seen == std::vector<int64_t>{4 * kMiB, 8 * kMiB, all},
+               absl::StrCat(seen.size(), " reports of progress"));
 }
 
 DSD_CONFORMANCE_CASE_FROM(ScatterOf64MiB, 2) {
