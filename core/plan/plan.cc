@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -58,7 +59,8 @@ bool OrderedBefore(const Move& a, const Move& b) {
 //     without looking at the others'.
 //   * In several parts: part i comes from candidate turn + i, for all readers.
 //   * With relays: part i goes from candidate turn + i to reader turn + i of
-//     those that do not have the cell, and from there to the others of them.
+//     those on a host that do not have the cell, and from there to the others
+//     of them.
 //
 // Candidates are the ranks on the reader's host that have the cell, or all that
 // have it where there is none.
@@ -268,18 +270,19 @@ class Planner {
 
   // A remote cell.
   void Fetch(const Box& box, const RankSet& providers, const RankSet& readers) {
-    if (MayRelay(box, providers, readers)) {
-      const std::vector<int>& takers = ReadersElsewhere(providers, readers);
-      if (ShouldRelay(takers, providers)) {
-        return FetchWithRelays(box, providers, takers);
-      }
-    }
     const std::vector<int> near = ProvidersOnHost(providers);
     const int64_t candidates =
         near.empty() ? providers.size() : static_cast<int64_t>(near.size());
     const auto candidate = [&](int64_t i) {
       return near.empty() ? providers.At(i % candidates) : near[i % candidates];
     };
+    if (MayRelay(box, providers, readers)) {
+      const std::vector<int>& takers =
+          TakersOnHostOf(rank_, providers, readers);
+      if (ShouldRelay(takers, candidates, near.empty())) {
+        return FetchWithRelays(box, candidates, candidate, takers);
+      }
+    }
     const int64_t parts = NumParts(Bytes(box), candidates);
     const int64_t turn = Turn(box, candidates);
     if (parts == 1) {
@@ -296,37 +299,41 @@ class Planner {
 
   bool MayRelay(const Box& box, const RankSet& providers,
                 const RankSet& readers) const {
-    return readers.size() > providers.size() && Bytes(box) >= kSplitBytes &&
-           source_binding_.SingleHost() &&
+    return (!source_binding_.SingleHost() ||
+            readers.size() > providers.size()) &&
+           Bytes(box) >= kSplitBytes &&
            wire_dtype_ == target_catalog_[target_index_].dtype;
   }
-  static bool ShouldRelay(const std::vector<int>& takers,
-                          const RankSet& providers) {
+  // The takers of one host; the candidates are all that have the cell
+  // (`is_foreign`, where there are hosts), or those on the host.
+  bool ShouldRelay(const std::vector<int>& takers, int64_t candidates,
+                   bool is_foreign) const {
     return takers.size() > 1 &&
-           static_cast<int64_t>(takers.size()) > providers.size();
+           (static_cast<int64_t>(takers.size()) > candidates ||
+            (is_foreign && !source_binding_.SingleHost()));
   }
 
   // Calls visit(part, provider, relay) for all parts of a cell.
-  template <class Visit>
-  void ForEachRelay(const Box& box, const RankSet& providers,
+  template <class Candidate, class Visit>
+  void ForEachRelay(const Box& box, int64_t candidates, Candidate candidate,
                     const std::vector<int>& takers, Visit visit) {
     const int64_t count = takers.size();
     const int64_t parts = NumParts(Bytes(box), count, kRelayBytes);
-    const int64_t provider_turn = Turn(box, providers.size());
+    const int64_t provider_turn = Turn(box, candidates);
     const int64_t taker_turn = Turn(box, count);
     for (int64_t i = 0; i < parts; ++i) {
       ++operations_;
       Box part = SplitBox(box, i, parts);
       if (part.empty()) continue;
-      visit(std::move(part),
-            providers.At((provider_turn + i) % providers.size()),
+      visit(std::move(part), candidate(provider_turn + i),
             takers[(taker_turn + i) % count]);
     }
   }
 
-  void FetchWithRelays(const Box& box, const RankSet& providers,
+  template <class Candidate>
+  void FetchWithRelays(const Box& box, int64_t candidates, Candidate candidate,
                        const std::vector<int>& takers) {
-    ForEachRelay(box, providers, takers,
+    ForEachRelay(box, candidates, candidate, takers,
                  [&](Box part, int provider, int relay) {
                    if (relay != rank_) {
                      AddReceive(std::move(part), relay).relayed = true;
@@ -394,6 +401,15 @@ class Planner {
     const int64_t candidates = near.size();
     const int64_t position =
         std::lower_bound(near.begin(), near.end(), rank_) - near.begin();
+    if (MayRelay(box, providers, readers)) {
+      const std::vector<int>& takers =
+          TakersOnHostOf(rank_, providers, readers);
+      if (ShouldRelay(takers, candidates, /*is_foreign=*/false)) {
+        return ServeWithRelays(
+            box, candidates, [&](int64_t i) { return near[i % candidates]; },
+            takers);
+      }
+    }
     const int64_t parts = NumParts(Bytes(box), candidates);
     const int64_t turn = Turn(box, candidates);
     const int64_t index = PartOf(position, turn, candidates);
@@ -414,25 +430,43 @@ class Planner {
   // host, for all readers.
   void ServeOthers(const Box& box, const RankSet& providers, int64_t position,
                    const RankSet& readers) {
+    const int64_t candidates = providers.size();
+    std::vector<int> relayed;  // ascending
     if (MayRelay(box, providers, readers)) {
-      const std::vector<int>& takers = ReadersElsewhere(providers, readers);
-      if (ShouldRelay(takers, providers)) {
-        ForEachRelay(box, providers, takers,
-                     [&](Box part, int provider, int relay) {
-                       if (provider == rank_) AddSend(std::move(part), {relay});
-                     });
-        return;
+      const auto candidate = [&](int64_t i) {
+        return providers.At(i % candidates);
+      };
+      const std::vector<int>& elsewhere = ReadersElsewhere(providers, readers);
+      if (source_binding_.SingleHost()) {
+        if (ShouldRelay(elsewhere, candidates, /*is_foreign=*/true)) {
+          return ServeWithRelays(box, candidates, candidate, elsewhere);
+        }
+      } else {
+        absl::flat_hash_set<int> hosts;
+        for (const int reader : elsewhere) {
+          if (!hosts.insert(source_binding_.HostOf(reader)).second) continue;
+          const std::vector<int>& takers =
+              TakersOnHostOf(reader, providers, readers);
+          if (!ShouldRelay(takers, candidates, /*is_foreign=*/true)) continue;
+          ServeWithRelays(box, candidates, candidate, takers);
+          relayed.insert(relayed.end(), takers.begin(), takers.end());
+        }
+        std::sort(relayed.begin(), relayed.end());
       }
     }
-    const int64_t candidates = providers.size();
+    const auto is_relayed = [&](int reader) {
+      return std::binary_search(relayed.begin(), relayed.end(), reader);
+    };
     const int64_t parts = NumParts(Bytes(box), candidates);
     const int64_t index = PartOf(position, Turn(box, candidates), candidates);
     if (parts > 1) {
       if (index >= parts) return;
       Box part = SplitBox(box, index, parts);
       if (!part.empty()) {
-        const std::vector<int>& served = ReadersElsewhere(providers, readers);
+        std::vector<int> served = ReadersElsewhere(providers, readers);
         operations_ += served.size();
+        served.erase(std::remove_if(served.begin(), served.end(), is_relayed),
+                     served.end());
         AddSend(std::move(part), served);
       }
       return;
@@ -440,10 +474,38 @@ class Planner {
     std::vector<int> served;
     for (int64_t j = index; j < readers.size(); j += candidates) {
       ++operations_;
-      if (IsServedElsewhere(readers.At(j), providers)) continue;
-      served.push_back(readers.At(j));
+      const int reader = readers.At(j);
+      if (is_relayed(reader) || IsServedElsewhere(reader, providers)) continue;
+      served.push_back(reader);
     }
     AddSend(box, served);
+  }
+
+  // The inverse of FetchWithRelays.
+  template <class Candidate>
+  void ServeWithRelays(const Box& box, int64_t candidates, Candidate candidate,
+                       const std::vector<int>& takers) {
+    ForEachRelay(box, candidates, candidate, takers,
+                 [&](Box part, int provider, int relay) {
+                   if (provider == rank_) AddSend(std::move(part), {relay});
+                 });
+  }
+
+  // The readers on the host of `rank` that do not have the cell, ascending
+  // where there are hosts. Until the next call at least.
+  const std::vector<int>& TakersOnHostOf(int rank, const RankSet& providers,
+                                         const RankSet& readers) {
+    if (source_binding_.SingleHost()) {
+      return ReadersElsewhere(providers, readers);
+    }
+    last_takers_.clear();
+    for (const int mate : source_binding_.RanksOnHostOf(rank)) {
+      ++operations_;
+      if (readers.Contains(mate) && !providers.Contains(mate)) {
+        last_takers_.push_back(mate);
+      }
+    }
+    return last_takers_;
   }
 
   // Those of `readers` that take from any of `providers`. Kept, since many
@@ -669,6 +731,7 @@ class Planner {
                       std::vector<int>>
       readers_elsewhere_;
   std::vector<int> last_readers_elsewhere_;
+  std::vector<int> last_takers_;
   int64_t operations_ = 0;
   Plan plan_;
 };

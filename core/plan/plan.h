@@ -82,10 +82,11 @@ inline constexpr int64_t kSplitBytes = int64_t{64} << 10;
 // large cell), which sends it on to the others; a target kAnyHolder is taken by
 // one of the ranks that have it, or, where the source is kAnyHolder too, by any
 // rank. All are the lowest byte count for the network and are spread over the
-// candidates. Where more ranks need a cell of kSplitBytes or more than have it,
-// on one host, its parts go to one reader each, which relays it to the others:
-// nobody sends much more than it needs (scatter and all-gather). That is not
-// done if the target's type differs from the wire's.
+// candidates. Where more ranks of a host need a cell of kSplitBytes or more
+// than have it there, or several and it comes from other hosts, its parts go to
+// one of these readers each, which relays it to the others: it reaches a host
+// once, and nobody sends much more than it needs to any (scatter and
+// all-gather). That is not done if the target's type differs from the wire's.
 //
 // Costs O(what the rank owns and copies), whatever the world size, where
 // bindings are one-to-one; cells from kAnyHolder to kAnyHolder are looked at by

@@ -8,6 +8,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -57,16 +58,17 @@ bool MustFail(const std::vector<ElementMap>& maps, int rank) {
 
 // Of what sort the cases were.
 struct Checked {
-  int64_t pairs = 0;         // of layouts, planned
-  int64_t refused = 0;       // cases with an element that is nowhere
-  int64_t bytes = 0;         // over the network
-  int64_t moves = 0;         // likewise
-  int64_t large_moves = 0;   // of a size that only dividing a cell gives
-  int64_t across_hosts = 0;  // moves
-  int64_t relays = 0;        // moves
-  int64_t from_any = 0;      // elements read from kAnyHolder
-  int64_t to_any = 0;        // elements taken for kAnyHolder
-  int64_t shared_ranks = 0;  // cases with several holders on a rank
+  int64_t pairs = 0;               // of layouts, planned
+  int64_t refused = 0;             // cases with an element that is nowhere
+  int64_t bytes = 0;               // over the network
+  int64_t moves = 0;               // likewise
+  int64_t large_moves = 0;         // of a size that only dividing a cell gives
+  int64_t across_hosts = 0;        // moves
+  int64_t relays = 0;              // moves
+  int64_t relays_after_hosts = 0;  // elements that come from another host first
+  int64_t from_any = 0;            // elements read from kAnyHolder
+  int64_t to_any = 0;              // elements taken for kAnyHolder
+  int64_t shared_ranks = 0;        // cases with several holders on a rank
 };
 
 // What a move is to both of its ends.
@@ -89,6 +91,9 @@ void CheckPlans(const PlanCase& plan_case, const std::vector<ElementMap>& maps,
     written[t].resize(maps[t].elements.size());
     reads[t].resize(maps[t].elements.size());
   }
+  // By tensor, element and host: how often it comes from another host, and from
+  // a relay.
+  std::map<std::tuple<size_t, int64_t, int>, std::pair<int, int>> arrivals;
   std::map<std::pair<int, int>, std::vector<Move>> sent;
   std::map<std::pair<int, int>, std::vector<Move>> received;
   int64_t bytes_sent = 0;
@@ -161,6 +166,9 @@ void CheckPlans(const PlanCase& plan_case, const std::vector<ElementMap>& maps,
             return plan_case.host_of_rank.empty() ? 0
                                                   : plan_case.host_of_rank[r];
           };
+          std::pair<int, int>& arrived = arrivals[{t, e, host(reader)}];
+          arrived.first += host(reader) != host(rank);
+          arrived.second += move.relayed;
           if (!element.source_any && host(reader) != host(rank)) {
             for (int r : element.source_ranks) {
               ASSERT_NE(host(r), host(reader));
@@ -175,6 +183,12 @@ void CheckPlans(const PlanCase& plan_case, const std::vector<ElementMap>& maps,
     ASSERT_EQ(plan.cost.moves, plan.moves.size());
     bytes_sent += cost.bytes_sent;
     bytes_received += cost.bytes_received;
+  }
+
+  // Who relays does so on its own host, which is reached once.
+  for (const auto& [place, arrived] : arrivals) {
+    ASSERT_TRUE(arrived.second == 0 || arrived.first <= 1);
+    checked.relays_after_hosts += arrived.first == 1 && arrived.second > 0;
   }
 
   // Both ends of each ordered pair of ranks have the same stream.
@@ -279,6 +293,7 @@ TEST(PlanPropertyTest, RandomPairsOfLayouts) {
   EXPECT_GT(checked.large_moves, 5);
   EXPECT_GT(checked.across_hosts, 100);
   EXPECT_GT(checked.relays, 5);
+  EXPECT_GT(checked.relays_after_hosts, 100);
   EXPECT_GT(checked.from_any, 1000);
   EXPECT_GT(checked.to_any, 1000);
   EXPECT_GT(checked.shared_ranks, 100);

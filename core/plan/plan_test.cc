@@ -202,12 +202,60 @@ TEST(PlanTest, TheOwnHostProvides) {
         PlanAll(One(Layout::Replicated({rows, 2}, {0, 1, 5})),
                 One(Layout::Replicated({rows, 2}, {0, 1, 2, 3, 4, 5, 6, 7})),
                 *binding));
-    for (int from : {0, 1}) {
-      for (int to : {4, 6, 7}) EXPECT_EQ(bytes[from][to], 0);
+    for (int to : {2, 3, 4, 6, 7}) {
+      int64_t near = 0;
+      for (int from = 0; from < 8; ++from) {
+        if (from / 4 == to / 4) {
+          near += bytes[from][to];
+        } else {
+          EXPECT_EQ(bytes[from][to], 0);
+        }
+      }
+      EXPECT_EQ(near, rows * 8);
     }
-    for (int to : {4, 6, 7}) EXPECT_EQ(bytes[5][to], rows * 8);
-    for (int to : {2, 3}) {
-      EXPECT_EQ(bytes[0][to] + bytes[1][to], rows * 8);
+    // Two have it and two need it; one has it and three need it.
+    for (int to : {2, 3}) EXPECT_EQ(bytes[5 - to][to], 0);
+    EXPECT_EQ(bytes[4][6] + bytes[4][7] > 0, rows > 4);
+  }
+}
+
+TEST(PlanTest, ALargeCellReachesEachHostOnce) {
+  constexpr int kRanks = 12;  // on three hosts
+  absl::flat_hash_map<Holder, int> rank_of;
+  std::vector<Holder> all;
+  std::vector<int> host_of;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    rank_of[rank] = rank;
+    all.push_back(rank);
+    host_of.push_back(rank / 4);
+  }
+  const auto binding = Binding::Create(kRanks, rank_of, host_of);
+  ASSERT_TRUE(binding.ok()) << binding.status();
+  constexpr int64_t kElements = 1 << 20;
+  constexpr int64_t kBytes = 4 * kElements;
+  for (const std::vector<Holder>& have :
+       std::vector<std::vector<Holder>>{{0}, {0, 5}, {4, 5, 6}}) {
+    const auto plans =
+        PlanAll(One(Layout::Replicated({kElements}, have)),
+                One(Layout::Replicated({kElements}, all)), *binding);
+    const auto bytes = Traffic(plans);
+    for (int host = 0; host < 3; ++host) {
+      int64_t from_others = 0;
+      for (int from = 0; from < kRanks; ++from) {
+        if (from / 4 == host) continue;
+        for (int to = 4 * host; to < 4 * host + 4; ++to) {
+          from_others += bytes[from][to];
+        }
+      }
+      const bool has_it = std::any_of(have.begin(), have.end(),
+                                      [&](Holder h) { return h / 4 == host; });
+      EXPECT_EQ(from_others, has_it ? 0 : kBytes) << "host " << host;
+    }
+    // Once to each host at most.
+    EXPECT_LE(Busiest(plans), 3 * kBytes + kBytes / 50);
+    for (int rank = 0; rank < kRanks; ++rank) {
+      const bool has_it = std::count(have.begin(), have.end(), rank) > 0;
+      EXPECT_EQ(plans[rank].cost.bytes_received, has_it ? 0 : kBytes);
     }
   }
 }

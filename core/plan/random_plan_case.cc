@@ -59,6 +59,15 @@ std::vector<int> RanksOf(const std::vector<int64_t>& holders,
   return {ranks.begin(), ranks.end()};
 }
 
+LayoutSpec ReplicatedSpec(const std::vector<int64_t>& shape,
+                          const std::vector<int64_t>& holders) {
+  LayoutSpec spec;
+  spec.kind = LayoutSpec::Kind::kReplicated;
+  spec.shape = shape;
+  spec.holders = holders;
+  return spec;
+}
+
 bool IsAny(const std::vector<int64_t>& holders) {
   return holders == std::vector<int64_t>{-1};
 }
@@ -114,15 +123,23 @@ PlanCase RandomPlanCase(uint64_t seed, const PlanCaseOptions& options) {
   }
   const int64_t count = Uniform(random, 1, 3);
   for (int64_t i = 0; i < count; ++i) {
-    // Now and then with joint cells of more than kSplitBytes.
-    const bool large = Uniform(random, 0, 49) == 0;
+    // Now and then with joint cells of more than kSplitBytes; in some of these
+    // cases one holder has what all need.
+    const int64_t sort = Uniform(random, 0, 49);
+    const bool large = sort < 2;
+    const bool to_all = sort == 1;
     std::vector<int64_t> shape = RandomShape(random, large ? 20000 : 120);
     if (large && Uniform(random, 0, 1) == 0) {
       shape = {Uniform(random, 1, 7), Uniform(random, 4000, 8000)};
     }
+    if (to_all) shape = {Uniform(random, 1, 3), Uniform(random, 4100, 5000)};
     TensorCase tensor;
     tensor.source = RandomLayoutSpec(random, shape, source);
     tensor.target = RandomLayoutSpec(random, shape, target);
+    if (to_all) {
+      tensor.source = ReplicatedSpec(shape, {source.holders[0]});
+      tensor.target = ReplicatedSpec(shape, target.holders);
+    }
     tensor.source_dtype = large ? DType::kComplex128 : RandomDType(random);
     tensor.target_dtype = large || Uniform(random, 0, 1) == 0
                               ? tensor.source_dtype
