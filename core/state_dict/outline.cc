@@ -42,6 +42,10 @@ enum class Tag : uint8_t {
   kList,
   kTuple,
   kDict,
+  kComplex,
+  kWideInt,
+  kSet,
+  kFrozenSet,
 };
 
 constexpr int kMaxDepth = 200;
@@ -67,9 +71,14 @@ class Encoder {
       PutInt(*v);
     } else if (const auto* v = value.get_if<double>()) {
       Put(Tag::kFloat);
-      int64_t bits;
-      std::memcpy(&bits, v, sizeof(bits));
-      PutInt(bits);
+      PutDouble(*v);
+    } else if (const auto* v = value.get_if<Complex>()) {
+      Put(Tag::kComplex);
+      PutDouble(v->real());
+      PutDouble(v->imag());
+    } else if (const auto* v = value.get_if<WideInt>()) {
+      Put(Tag::kWideInt);
+      PutText(v->bytes);
     } else if (const auto* v = value.get_if<std::string>()) {
       Put(Tag::kText);
       PutText(*v);
@@ -86,6 +95,9 @@ class Encoder {
       return EncodeItems(*v, depth);
     } else if (const auto* v = value.get_if<Value::Tuple>()) {
       Put(Tag::kTuple);
+      return EncodeItems(v->items, depth);
+    } else if (const auto* v = value.get_if<Value::Set>()) {
+      Put(v->is_frozen ? Tag::kFrozenSet : Tag::kSet);
       return EncodeItems(v->items, depth);
     } else if (const auto* v = value.get_if<StateDict>()) {
       Put(Tag::kDict);
@@ -111,6 +123,11 @@ class Encoder {
   void Put(Tag tag) { out_.push_back(static_cast<char>(tag)); }
   void PutInt(int64_t v) {
     out_.append(reinterpret_cast<const char*>(&v), sizeof(v));
+  }
+  void PutDouble(double v) {
+    int64_t bits;
+    std::memcpy(&bits, &v, sizeof(bits));
+    PutInt(bits);
   }
   void PutText(absl::string_view text) {
     PutInt(static_cast<int64_t>(text.size()));
@@ -173,10 +190,17 @@ class Decoder {
         return Value(v);
       }
       case Tag::kFloat: {
-        DSD_ASSIGN_OR_RETURN(const int64_t bits, GetInt());
-        double v;
-        std::memcpy(&v, &bits, sizeof(v));
+        DSD_ASSIGN_OR_RETURN(const double v, GetDouble());
         return Value(v);
+      }
+      case Tag::kComplex: {
+        DSD_ASSIGN_OR_RETURN(const double real, GetDouble());
+        DSD_ASSIGN_OR_RETURN(const double imaginary, GetDouble());
+        return Value(Complex(real, imaginary));
+      }
+      case Tag::kWideInt: {
+        DSD_ASSIGN_OR_RETURN(const absl::string_view v, GetText());
+        return Value(WideInt{std::string(v)});
       }
       case Tag::kText: {
         DSD_ASSIGN_OR_RETURN(const absl::string_view v, GetText());
@@ -200,6 +224,12 @@ class Decoder {
       case Tag::kTuple: {
         DSD_ASSIGN_OR_RETURN(std::vector<Value> items, DecodeItems(depth));
         return Value(Value::Tuple{std::move(items)});
+      }
+      case Tag::kSet:
+      case Tag::kFrozenSet: {
+        DSD_ASSIGN_OR_RETURN(std::vector<Value> items, DecodeItems(depth));
+        return Value(Value::Set{std::move(items),
+                                static_cast<Tag>(tag) == Tag::kFrozenSet});
       }
       case Tag::kDict:
         return DecodeDict(depth);
@@ -226,6 +256,12 @@ class Decoder {
     if (in_.size() < sizeof(v)) return Malformed("too short");
     std::memcpy(&v, in_.data(), sizeof(v));
     in_.remove_prefix(sizeof(v));
+    return v;
+  }
+  absl::StatusOr<double> GetDouble() {
+    DSD_ASSIGN_OR_RETURN(const int64_t bits, GetInt());
+    double v;
+    std::memcpy(&v, &bits, sizeof(v));
     return v;
   }
   // A count of things of at least one byte each.

@@ -24,6 +24,8 @@ Value Sample() {
   inner.Set("text", Value("t"));
   inner.Set(int64_t{-7}, Value(Bytes{std::string("\0\1", 2)}));
   inner.Set("opaque", Value(Opaque{"m.C"}));
+  inner.Set("wide", Value(WideInt{std::string(9, '\1')}));
+  inner.Set("set", Value(Value::Set{{Complex(1, -2), "x"}, true}));
   StateDict root;
   root.Set("none", Value());
   root.Set("flags", Value(Value::List{true, false}));
@@ -51,6 +53,11 @@ TEST(OutlineTest, ObjectsAndScalarsByValueTensorsByShape) {
   EXPECT_EQ(inner.Find(PathSegment(int64_t{-7}))->get_if<Bytes>()->data,
             std::string("\0\1", 2));
   EXPECT_EQ(inner.Find("opaque")->get_if<Opaque>()->type_name, "m.C");
+  EXPECT_EQ(inner.Find("wide")->get_if<WideInt>()->bytes, std::string(9, '\1'));
+  const auto& set = *inner.Find("set")->get_if<Value::Set>();
+  EXPECT_TRUE(set.is_frozen);
+  ASSERT_EQ(set.items.size(), 2u);
+  EXPECT_EQ(*set.items[0].get_if<Complex>(), Complex(1, -2));
   const TensorValue& scalar = *root.Find("scalar")->get_if<TensorValue>();
   EXPECT_TRUE(scalar.is_plain());
   EXPECT_EQ(scalar.locals()[0].item<double>(), 2.5);

@@ -50,6 +50,8 @@ absl::StatusOr<BasicValue<To>> Convert(const BasicValue<From>& from,
   if (const auto* v = from.template get_if<double>()) return Out(*v);
   if (const auto* v = from.template get_if<std::string>()) return Out(*v);
   if (const auto* v = from.template get_if<Bytes>()) return Out(*v);
+  if (const auto* v = from.template get_if<Complex>()) return Out(*v);
+  if (const auto* v = from.template get_if<WideInt>()) return Out(*v);
   if (const auto* v = from.template get_if<Opaque>()) return Out(*v);
   if (const auto* v = from.template get_if<From>()) return leaf(*v);
   if (const auto* v = from.template get_if<typename In::List>()) {
@@ -61,6 +63,12 @@ absl::StatusOr<BasicValue<To>> Convert(const BasicValue<From>& from,
     typename Out::Tuple tuple;
     DSD_RETURN_IF_ERROR(convert_items(v->items, tuple.items));
     return Out(std::move(tuple));
+  }
+  if (const auto* v = from.template get_if<typename In::Set>()) {
+    typename Out::Set set;
+    set.is_frozen = v->is_frozen;
+    DSD_RETURN_IF_ERROR(convert_items(v->items, set.items));
+    return Out(std::move(set));
   }
   if (const auto* v = from.template get_if<typename In::Dict>()) {
     typename Out::Dict dict;

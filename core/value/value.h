@@ -7,6 +7,7 @@
 #ifndef DSD_CORE_VALUE_VALUE_H_
 #define DSD_CORE_VALUE_VALUE_H_
 
+#include <complex>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -119,6 +120,17 @@ struct Bytes {
   }
 };
 
+using Complex = std::complex<double>;
+
+// An integer that int64_t does not hold.
+struct WideInt {
+  // Two's complement, little-endian, the shortest: 9 to 255 bytes.
+  std::string bytes;
+  friend bool operator==(const WideInt& a, const WideInt& b) {
+    return a.bytes == b.bytes;
+  }
+};
+
 // An object of a class that is not known here. Inert: never constructed, never
 // called; kept so that it can be named and copied through.
 struct Opaque {
@@ -139,6 +151,15 @@ class BasicValue {
       return a.items == b.items;
     }
   };
+  // Python's set or frozenset: no tensors, and nothing twice. What is read from
+  // files has its items in one order, whatever the program that wrote them.
+  struct Set {
+    std::vector<BasicValue> items;
+    bool is_frozen = false;
+    friend bool operator==(const Set& a, const Set& b) {
+      return a.is_frozen == b.is_frozen && a.items == b.items;
+    }
+  };
 
   BasicValue() = default;                                     // None
   BasicValue(None) {}                                         // NOLINT
@@ -150,14 +171,18 @@ class BasicValue {
   BasicValue(absl::string_view v) : node_(std::string(v)) {}  // NOLINT
   BasicValue(const char* v) : node_(std::string(v)) {}        // NOLINT
   BasicValue(Bytes v) : node_(std::move(v)) {}                // NOLINT
+  BasicValue(Complex v) : node_(v) {}                         // NOLINT
+  BasicValue(WideInt v) : node_(std::move(v)) {}              // NOLINT
   BasicValue(Opaque v) : node_(std::move(v)) {}               // NOLINT
   BasicValue(TensorT v) : node_(std::move(v)) {}              // NOLINT
   BasicValue(List v) : node_(std::move(v)) {}                 // NOLINT
   BasicValue(Tuple v) : node_(std::move(v)) {}                // NOLINT
+  BasicValue(Set v) : node_(std::move(v)) {}                  // NOLINT
   BasicValue(Dict v) : node_(std::move(v)) {}                 // NOLINT
 
   // Null if the value is of another kind. T is one of None, bool, int64_t,
-  // double, std::string, Bytes, Opaque, TensorT, List, Tuple, Dict.
+  // double, std::string, Bytes, Complex, WideInt, Opaque, TensorT, List, Tuple,
+  // Dict, Set.
   template <class T>
   const T* get_if() const {
     return std::get_if<T>(&node_);
@@ -170,6 +195,7 @@ class BasicValue {
   bool is() const {
     return std::holds_alternative<T>(node_);
   }
+  // What paths lead into.
   bool is_container() const { return is<List>() || is<Tuple>() || is<Dict>(); }
 
   // "int", "str", "tensor", ...: Python's name of the kind, for messages.
@@ -183,8 +209,8 @@ class BasicValue {
   }
 
  private:
-  std::variant<None, bool, int64_t, double, std::string, Bytes, Opaque, TensorT,
-               List, Tuple, Dict>
+  std::variant<None, bool, int64_t, double, std::string, Bytes, Complex,
+               WideInt, Opaque, TensorT, List, Tuple, Dict, Set>
       node_;
 };
 

@@ -281,13 +281,16 @@ template <class TensorT>
 absl::string_view BasicValue<TensorT>::kind_name() const {
   if (is<None>()) return "None";
   if (is<bool>()) return "bool";
-  if (is<int64_t>()) return "int";
+  if (is<int64_t>() || is<WideInt>()) return "int";
   if (is<double>()) return "float";
   if (is<std::string>()) return "str";
   if (is<Bytes>()) return "bytes";
+  if (is<Complex>()) return "complex";
   if (is<List>()) return "list";
   if (is<Tuple>()) return "tuple";
   if (is<Dict>()) return "dict";
+  if (const Set* set = get_if<Set>())
+    return set->is_frozen ? "frozenset" : "set";
   if (const Opaque* opaque = get_if<Opaque>()) return opaque->type_name;
   return "tensor";
 }

@@ -176,6 +176,10 @@ TEST(ValueTest, KindsAreToldApart) {
   EXPECT_EQ(Object(Object::List{}).kind_name(), "list");
   EXPECT_EQ(Object(Object::Tuple{}).kind_name(), "tuple");
   EXPECT_EQ(Object(Object::Dict{}).kind_name(), "dict");
+  EXPECT_EQ(Object(Complex(1, 2)).kind_name(), "complex");
+  EXPECT_EQ(Object(WideInt{std::string(9, '\1')}).kind_name(), "int");
+  EXPECT_EQ(Object(Object::Set{}).kind_name(), "set");
+  EXPECT_EQ(Object(Object::Set{{}, true}).kind_name(), "frozenset");
   EXPECT_EQ(Object(Opaque{"m.C"}).kind_name(), "m.C");
   EXPECT_EQ(Object(HostTensor()).kind_name(), "tensor");
   EXPECT_TRUE(Object(Object::Tuple{}).is_container());
@@ -190,6 +194,9 @@ TEST(ValueTest, EqualityIsByKindAndContent) {
   const Object::List items = {Object(1), Object("two")};
   EXPECT_TRUE(Object(items) == Object(items));
   EXPECT_TRUE(Object(items) != Object(Object::Tuple{items}));
+  EXPECT_TRUE(Object(Object::Set{items}) == Object(Object::Set{items}));
+  EXPECT_TRUE(Object(Object::Set{items}) != Object(Object::Set{items, true}));
+  EXPECT_TRUE(Object(Complex(1, 0)) != Object(1.0));
   // As Python's, but for the order, which matters here.
   Object::Dict ab, ba;
   ab.Set(Key("a"), Object(1));

@@ -25,6 +25,12 @@ namespace dsd {
 // "1e-08", "3.0", "nan", "-inf".
 std::string FloatText(double value);
 
+// As Python's repr(): "(1+2j)", "2.5j".
+std::string ComplexText(Complex value);
+
+// In decimal.
+std::string WideIntText(const WideInt& value);
+
 struct ValueTextOptions {
   // The text is cut, at a character, after about so many bytes.
   size_t max_size = std::numeric_limits<size_t>::max();
@@ -58,6 +64,10 @@ class ValueTextWriter {
       AppendQuoted(*text);
     } else if (const auto* bytes = value.template get_if<Bytes>()) {
       absl::StrAppend(&out_, "<", bytes->data.size(), " bytes>");
+    } else if (const auto* both = value.template get_if<Complex>()) {
+      out_.append(ComplexText(*both));
+    } else if (const auto* wide = value.template get_if<WideInt>()) {
+      out_.append(WideIntText(*wide));
     } else if (const auto* tensor = value.template get_if<TensorT>()) {
       out_.append(tensor_text_(*tensor));
     } else if (const auto* list =
@@ -73,6 +83,8 @@ class ValueTextWriter {
     } else if (const auto* dict =
                    value.template get_if<typename Value::Dict>()) {
       AppendDict(*dict);
+    } else if (const auto* set = value.template get_if<typename Value::Set>()) {
+      AppendSet(*set);
     } else {
       absl::StrAppend(&out_, "<", options_.escape(value.kind_name()), ">");
     }
@@ -91,6 +103,19 @@ class ValueTextWriter {
       Append(dict.value(i));
     }
     out_.append("}");
+  }
+
+  // Python has no braces for an empty one.
+  void AppendSet(const typename Value::Set& set) {
+    const bool has_braces = !set.items.empty();
+    const bool is_call = set.is_frozen || !has_braces;
+    if (is_call) out_.append(set.is_frozen ? "frozenset(" : "set(");
+    if (has_braces) {
+      out_.append("{");
+      AppendItems(set.items);
+      out_.append("}");
+    }
+    if (is_call) out_.append(")");
   }
 
   std::string Finish() && {

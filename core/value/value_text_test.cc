@@ -31,6 +31,34 @@ TEST(ValueTextTest, FloatsAsPythons) {
   EXPECT_EQ(FloatText(-std::numeric_limits<double>::infinity()), "-inf");
 }
 
+TEST(ValueTextTest, ComplexNumbersAsPythons) {
+  EXPECT_EQ(ComplexText({1, 2}), "(1+2j)");
+  EXPECT_EQ(ComplexText({0, 2.5}), "2.5j");
+  EXPECT_EQ(ComplexText({-0.0, -1}), "(-0-1j)");
+  EXPECT_EQ(ComplexText({1e16, 1e-8}), "(1e+16+1e-08j)");
+  EXPECT_EQ(ComplexText({0, -0.0}), "-0j");
+  const double inf = std::numeric_limits<double>::infinity();
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  EXPECT_EQ(ComplexText({nan, -inf}), "(nan-infj)");
+}
+
+TEST(ValueTextTest, WideIntsInDecimal) {
+  const auto text = [](std::string bytes) {
+    return WideIntText(WideInt{std::move(bytes)});
+  };
+  EXPECT_EQ(text(std::string(8, '\xff') + std::string(1, '\0')),
+            "18446744073709551615");
+  EXPECT_EQ(text(std::string(8, '\0') + "\xff"), "-18446744073709551616");
+  EXPECT_EQ(text(std::string(12, '\0') + "\x10"),
+            "1267650600228229401496703205376");  // 1 << 100
+  EXPECT_EQ(text("\1" + std::string(11, '\0') + "\xf0"),
+            "-1267650600228229401496703205375");
+  // As they never come, but no error.
+  EXPECT_EQ(text(""), "0");
+  EXPECT_EQ(text(std::string(9, '\0')), "0");
+  EXPECT_EQ(text("\xff"), "-1");
+}
+
 TEST(ValueTextTest, ContainersAsPythons) {
   Object::Dict dict;
   dict.Set("lr", Object(0.1));
@@ -40,9 +68,15 @@ TEST(ValueTextTest, ContainersAsPythons) {
   dict.Set(PathSegment(int64_t{5}), Object(true));
   dict.Set("raw", Object(Bytes{"abc"}));
   dict.Set("other", Object(Opaque{"numpy.dtype"}));
+  dict.Set("sets", Object(Object::List{
+                       Object(Object::Set{{Object(1), Object("a")}}),
+                       Object(Object::Set{}),
+                       Object(Object::Set{{Object(Complex(0, 1))}, true}),
+                       Object(Object::Set{{}, true})}));
   EXPECT_EQ(ValueText(Object(dict)),
             "{'lr': 0.1, 'betas': (0.9, 0.999), 'one': (1,), 'names': ['a', "
-            "None], 5: True, 'raw': <3 bytes>, 'other': <numpy.dtype>}");
+            "None], 5: True, 'raw': <3 bytes>, 'other': <numpy.dtype>, "
+            "'sets': [{1, 'a'}, set(), frozenset({1j}), frozenset()]}");
 }
 
 TEST(ValueTextTest, TensorsAreWrittenByTheCaller) {

@@ -710,7 +710,7 @@ TEST(CheckpointTest, OldDigestsAreCheckedAsTheyWereMade) {
   digest.AddRun(0, bytes);
   old.tensors["w"] = digest.Finish(DType::kFloat32, {64, 3});
   old.objects["step"] =
-      DigestOfBytes(*dcp::EncodeObjectPickle(Object(17)), DigestVersion::k1);
+      DigestOfBytes(*dcp::EncodeStoredObject(Object(17)), DigestVersion::k1);
   const auto load = [&](const StoredDigests& digests) {
     env.fake_files().SetContent(path, EncodeDigests(digests));
     TestState state = TestState::Blank(
@@ -781,7 +781,7 @@ TEST(CheckpointTest, AnIndexPerRankIsOneCheckpoint) {
     }
     for (const ObjectEntry& object : state.state().objects) {
       const std::string archive =
-          dcp::ObjectArchive(*dcp::EncodeObjectPickle(object.value));
+          dcp::ObjectArchive(*dcp::EncodeStoredObject(object.value));
       dcp::ObjectEntryInfo info;
       info.key = JoinPath(object.path);
       info.path = object.path;

@@ -188,7 +188,7 @@ class Converter {
       absl::StatusOr<Object> value = checkpoint_->ReadObject(i);
       DSD_RETURN_IF_ERROR(value.status());
       if (report_.to == Format::kSafetensors ||
-          !dcp::EncodeObjectPickle(*value).ok()) {
+          !dcp::EncodeStoredObject(*value).ok()) {
         homeless.push_back(stored.key);
         continue;
       }

@@ -93,11 +93,11 @@ absl::StatusOr<CheckpointDigests> ComputeDigests(const State& state,
   const int rank = comm == nullptr ? 0 : comm->rank();
   const int size = comm == nullptr ? 1 : comm->size();
   const Catalog& catalog = CatalogOf(state);
-  std::vector<std::string> pickles;
+  std::vector<std::string> encoded;
   std::vector<Piece> pieces;
   const auto prepare = [&]() -> absl::Status {
     DSD_RETURN_IF_ERROR(CheckKeys(state));
-    DSD_ASSIGN_OR_RETURN(pickles, EncodeObjects(state));
+    DSD_ASSIGN_OR_RETURN(encoded, EncodeObjects(state));
     DSD_ASSIGN_OR_RETURN(pieces, PlanPieces(state, rank, size));
     return absl::OkStatus();
   };
@@ -106,7 +106,7 @@ absl::StatusOr<CheckpointDigests> ComputeDigests(const State& state,
       [&] { return absl::StrCat(catalog.size(), " tensors"); },
       deadline.Left()));
   DSD_ASSIGN_OR_RETURN(const std::vector<size_t> objects,
-                       ShareObjects(state, pickles, comm, deadline.Left()));
+                       ShareObjects(state, encoded, comm, deadline.Left()));
 
   RecordWriter out;
   absl::Status local;
@@ -128,7 +128,7 @@ absl::StatusOr<CheckpointDigests> ComputeDigests(const State& state,
   RecordWriter object_table;
   for (const size_t i : objects) {
     object_table.Text(JoinPath(state.objects[i].path));
-    object_table.Put(dcp::ObjectDigest(pickles[i]));
+    object_table.Put(dcp::ObjectDigest(encoded[i]));
   }
   RecordWriter both;
   both.Text(out.Take());

@@ -143,7 +143,8 @@ class SafetensorsFrame final : public FileFrame {
 
 class TorchFrame final : public FileFrame {
  public:
-  explicit TorchFrame(std::string pickle) : writer_(std::move(pickle)) {}
+  explicit TorchFrame(torch_archive::Tree tree)
+      : writer_(std::move(tree.pickle)), inner_(std::move(tree.inner)) {}
   bool needs_crc() const override { return true; }
   std::string Start() override { return ""; }
   std::string StartTensor(int64_t bytes) override {
@@ -152,10 +153,20 @@ class TorchFrame final : public FileFrame {
   std::string FinishTensor(uint32_t crc) override {
     return writer_.FinishTensor(crc);
   }
-  std::string Finish() override { return writer_.Finish(); }
+  std::string Finish() override {
+    std::string out;
+    for (const auto& [key, tensor] : inner_) {
+      const absl::string_view bytes = tensor.bytes();
+      out += writer_.StartTensor(static_cast<int64_t>(bytes.size()));
+      absl::StrAppend(&out, bytes);
+      out += writer_.FinishTensor(dcp::Crc32(0, bytes));
+    }
+    return absl::StrCat(out, writer_.Finish());
+  }
 
  private:
   torch_archive::ArchiveWriter writer_;
+  const std::vector<std::pair<std::string, HostTensor>> inner_;
 };
 
 class Exporter {
@@ -237,7 +248,7 @@ class Exporter {
   absl::Status Prepare() {
     if (path_.empty()) return absl::InvalidArgumentError("the path is empty");
     DSD_RETURN_IF_ERROR(CheckKeys(state_));
-    DSD_ASSIGN_OR_RETURN(pickles_, EncodeObjects(state_));
+    DSD_ASSIGN_OR_RETURN(encoded_, EncodeObjects(state_));
     single_ = format_ == Format::kTorchArchive ||
               absl::EndsWith(path_, kSafetensorsSuffix);
     directory_ = single_ ? ParentOf(path_) : path_;
@@ -431,11 +442,11 @@ class Exporter {
   absl::Status GatherObjects() {
     DSD_ASSIGN_OR_RETURN(
         const std::vector<size_t> mine,
-        ShareObjects(state_, pickles_, comm_, deadline_.Left()));
+        ShareObjects(state_, encoded_, comm_, deadline_.Left()));
     RecordWriter out;
     for (const size_t i : mine) {
       out.PutPath(state_.objects[i].path);
-      out.Text(pickles_[i]);
+      out.Text(encoded_[i]);
     }
     DSD_ASSIGN_OR_RETURN(const std::vector<std::string> records,
                          GatherToRank0(comm_, out.Take(), deadline_.Left()));
@@ -443,10 +454,10 @@ class Exporter {
       RecordReader in(record);
       while (!in.done()) {
         Path path = in.GetPath();
-        const absl::string_view pickle = in.Text();
+        const absl::string_view stored = in.Text();
         DSD_RETURN_IF_ERROR(in.status());
         DSD_ASSIGN_OR_RETURN(dcp::ObjectItem item,
-                             dcp::DecodeObjectPickle(pickle));
+                             dcp::DecodeStoredObject(stored));
         objects_.push_back({std::move(path), std::move(item.value)});
       }
     }
@@ -487,9 +498,9 @@ class Exporter {
       tensors.push_back(
           {TensorPath(state_, i), catalog_[i].dtype, catalog_[i].shape()});
     }
-    DSD_ASSIGN_OR_RETURN(std::string pickle,
+    DSD_ASSIGN_OR_RETURN(torch_archive::Tree tree,
                          torch_archive::EncodeTree(tensors, objects_));
-    return std::make_unique<TorchFrame>(std::move(pickle));
+    return std::make_unique<TorchFrame>(std::move(tree));
   }
 
   // Whether this rank, alone, reads the tensor front to back.
@@ -812,7 +823,7 @@ class Exporter {
   const int size_;
   const std::string what_;
 
-  std::vector<std::string> pickles_;
+  std::vector<std::string> encoded_;
   bool single_ = false;  // a file, not a directory
   std::string directory_;
   std::vector<std::string> new_directories_;  // innermost first

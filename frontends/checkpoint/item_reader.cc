@@ -407,10 +407,10 @@ absl::StatusOr<std::string> ItemReader::ReadStoredObject(size_t object) {
   absl::StatusOr<dcp::FileSlice> slice =
       dcp::FileSlice::Create(*file, begin, length);
   DSD_RETURN_IF_ERROR(slice.status()) << where;
-  absl::StatusOr<std::string> pickle = dcp::ReadStoredObject(&*slice);
+  absl::StatusOr<std::string> stored = dcp::ReadStoredObject(&*slice);
   if (decoded == nullptr) stats_.overhead_bytes += slice->bytes_read();
-  DSD_RETURN_IF_ERROR(pickle.status()) << where;
-  if (!impl_.has_digests) return pickle;
+  DSD_RETURN_IF_ERROR(stored.status()) << where;
+  if (!impl_.has_digests) return stored;
 
   DSD_RETURN_IF_ERROR(CheckGap(info.location.file, impl_.object_gap[object],
                                info.location.offset_bytes))
@@ -418,12 +418,12 @@ absl::StatusOr<std::string> ItemReader::ReadStoredObject(size_t object) {
   DSD_ASSIGN_OR_RETURN(const absl::string_view bytes,
                        slice->Fetch(0, slice->length()));
   const auto digest = impl_.digests.objects.find(info.key);
-  if (bytes != dcp::ObjectArchive(*pickle) ||
+  if (bytes != dcp::ObjectArchive(*stored) ||
       digest == impl_.digests.objects.end() ||
-      digest->second != dcp::ObjectDigest(*pickle, impl_.digests.version)) {
+      digest->second != dcp::ObjectDigest(*stored, impl_.digests.version)) {
     return Annotate(Foreign("its bytes"), where);
   }
-  return pickle;
+  return stored;
 }
 
 absl::StatusOr<dcp::ObjectItem> ItemReader::ReadObject(size_t object) {

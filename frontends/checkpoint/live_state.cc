@@ -100,14 +100,14 @@ absl::Status CheckKeys(const State& state) {
 }
 
 absl::StatusOr<std::vector<std::string>> EncodeObjects(const State& state) {
-  std::vector<std::string> pickles;
+  std::vector<std::string> encoded;
   for (const ObjectEntry& object : state.objects) {
-    absl::StatusOr<std::string> pickle = dcp::EncodeObjectPickle(object.value);
-    DSD_RETURN_IF_ERROR(pickle.status())
+    absl::StatusOr<std::string> stored = dcp::EncodeStoredObject(object.value);
+    DSD_RETURN_IF_ERROR(stored.status())
         << "object " << Quoted(JoinPath(object.path));
-    pickles.push_back(*std::move(pickle));
+    encoded.push_back(*std::move(stored));
   }
-  return pickles;
+  return encoded;
 }
 
 absl::StatusOr<std::vector<Piece>> PlanPieces(const State& state, int rank,
@@ -141,7 +141,7 @@ absl::StatusOr<std::vector<Piece>> PlanPieces(const State& state, int rank,
 }
 
 absl::StatusOr<std::vector<size_t>> ShareObjects(
-    const State& state, const std::vector<std::string>& pickles,
+    const State& state, const std::vector<std::string>& encoded,
     Communicator* comm, const CallOptions& options) {
   const size_t count = state.objects.size();
   std::vector<size_t> all(count);
@@ -156,7 +156,7 @@ absl::StatusOr<std::vector<size_t>> ShareObjects(
     for (const PathSegment& segment : state.objects[i].path) {
       std::visit([&one](const auto& v) { one.Add(v); }, segment);
     }
-    digests.push_back(one.Add(pickles[i]).Finish());
+    digests.push_back(one.Add(encoded[i]).Finish());
     whole.Add(digests.back());
   }
   const Digest mine = whole.Finish();

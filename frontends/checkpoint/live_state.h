@@ -34,7 +34,7 @@ Path TensorPath(const State& state, size_t tensor);
 // Keys unique and paths in keeping with names. InvalidArgument otherwise.
 absl::Status CheckKeys(const State& state);
 
-// The pickles of the objects, in order. InvalidArgument naming the key.
+// What the objects are stored as, in order. InvalidArgument naming the key.
 absl::StatusOr<std::vector<std::string>> EncodeObjects(const State& state);
 
 // A box that this rank stores.
@@ -52,7 +52,7 @@ absl::StatusOr<std::vector<Piece>> PlanPieces(const State& state, int rank,
 // each key once, by the lowest rank that has it. Collective.
 // FailedPrecondition on all ranks if a key has different values.
 absl::StatusOr<std::vector<size_t>> ShareObjects(
-    const State& state, const std::vector<std::string>& pickles,
+    const State& state, const std::vector<std::string>& encoded,
     Communicator* comm, const CallOptions& options);
 
 // The time that is left of a call, for the calls it makes.

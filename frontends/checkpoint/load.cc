@@ -262,11 +262,11 @@ class Loader {
     absl::Status status;
     if (rank_ == 0) {
       for (const WantedObject& object : wanted_objects_) {
-        absl::StatusOr<std::string> pickle =
+        absl::StatusOr<std::string> stored =
             reader.ReadStoredObject(object.stored);
-        status = pickle.status();
+        status = stored.status();
         if (!status.ok()) break;
-        out.Text(*pickle);
+        out.Text(*stored);
       }
     }
     std::string bytes = out.Take();

@@ -126,9 +126,9 @@ absl::Status SaveJob::Begin(const absl::Status& before, const State& state,
     }
   }
   const Digest fingerprint = digest.Finish();
-  std::vector<std::string> pickles;
+  std::vector<std::string> encoded;
   const absl::Status prepared =
-      before.ok() ? Prepare(state, fingerprint, &pickles, plan) : before;
+      before.ok() ? Prepare(state, fingerprint, &encoded, plan) : before;
   DigestBuilder all;
   all.Add(directory_).Add(options_.overwrite).Add(fingerprint);
   if (options_.retention.has_value()) {
@@ -144,10 +144,10 @@ absl::Status SaveJob::Begin(const absl::Status& before, const State& state,
   plan_ = *plan;
   DSD_RETURN_IF_ERROR(ChooseId()) << what_;
   absl::StatusOr<std::vector<size_t>> mine =
-      ShareObjects(state, pickles, comm_, deadline_.Left());
+      ShareObjects(state, encoded, comm_, deadline_.Left());
   DSD_RETURN_IF_ERROR(mine.status()) << what_;
   for (const size_t i : *mine) {
-    objects_.push_back({state.objects[i].path, std::move(pickles[i])});
+    objects_.push_back({state.objects[i].path, std::move(encoded[i])});
   }
   return absl::OkStatus();
 }
@@ -215,13 +215,13 @@ CallOptions SaveJob::CommOptions() const {
 }
 
 absl::Status SaveJob::Prepare(const State& state, const Digest& fingerprint,
-                              std::vector<std::string>* pickles,
+                              std::vector<std::string>* encoded,
                               std::shared_ptr<const SavePlan>* plan) {
   if (directory_.empty()) {
     return absl::InvalidArgumentError("the directory is empty");
   }
   DSD_RETURN_IF_ERROR(CheckKeys(state));
-  DSD_ASSIGN_OR_RETURN(*pickles, EncodeObjects(state));
+  DSD_ASSIGN_OR_RETURN(*encoded, EncodeObjects(state));
   if (*plan == nullptr || (*plan)->fingerprint != fingerprint) {
     auto made = std::make_shared<SavePlan>();
     made->fingerprint = fingerprint;
@@ -278,10 +278,10 @@ absl::Status SaveJob::WriteData(Endpoint* tensors) {
                        files_.CreateWritable(path));
   own_files_.push_back(path);
   DataFileWriter out(std::move(file), &env_);
-  for (const StoredPickle& object : objects_) {
-    const std::string archive = dcp::ObjectArchive(object.pickle);
+  for (const EncodedObject& object : objects_) {
+    const std::string archive = dcp::ObjectArchive(object.stored);
     DSD_RETURN_IF_ERROR(out.PadTo(dcp::ZipWriter::kAlignment, 0));
-    record_.objects.push_back({object.path, dcp::ObjectDigest(object.pickle),
+    record_.objects.push_back({object.path, dcp::ObjectDigest(object.stored),
                                out.position(),
                                static_cast<int64_t>(archive.size())});
     DSD_RETURN_IF_ERROR(out.Append(archive));

@@ -91,9 +91,9 @@ class SaveJob {
     std::vector<std::pair<size_t, Digest128>> digests;  // partial, by tensor
   };
   // An object that this rank stores.
-  struct StoredPickle {
+  struct EncodedObject {
     Path path;
-    std::string pickle;
+    std::string stored;
   };
 
   static std::string Encode(const RankRecord& record);
@@ -102,7 +102,7 @@ class SaveJob {
 
   std::string InDirectory(absl::string_view name) const;
   absl::Status Prepare(const State& state, const Digest& fingerprint,
-                       std::vector<std::string>* pickles,
+                       std::vector<std::string>* encoded,
                        std::shared_ptr<const SavePlan>* plan);
   CallOptions CommOptions() const;
   absl::Status Broadcast(absl::Span<int64_t> numbers);
@@ -134,7 +134,7 @@ class SaveJob {
   const std::string what_;
 
   std::shared_ptr<const SavePlan> plan_;
-  std::vector<StoredPickle> objects_;
+  std::vector<EncodedObject> objects_;
   bool in_background_ = false;
   const std::byte* snapshot_ = nullptr;
   std::vector<std::string> new_directories_;

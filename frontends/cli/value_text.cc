@@ -36,8 +36,12 @@ nlohmann::ordered_json ValueJson(const Object& value) {
   if (const Bytes* bytes = value.get_if<Bytes>()) {
     return {{"bytes", absl::BytesToHexString(bytes->data)}};
   }
+  // JSON has neither.
+  if (const auto* both = value.get_if<Complex>()) return ComplexText(*both);
+  if (const auto* wide = value.get_if<WideInt>()) return WideIntText(*wide);
   const auto* list = value.get_if<Object::List>();
   if (const auto* tuple = value.get_if<Object::Tuple>()) list = &tuple->items;
+  if (const auto* set = value.get_if<Object::Set>()) list = &set->items;
   if (list != nullptr) {
     auto out = nlohmann::ordered_json::array();
     for (const Object& item : *list) out.push_back(ValueJson(item));

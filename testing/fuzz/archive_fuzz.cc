@@ -45,7 +45,16 @@ void ReadObject(const std::string& bytes) {
       dsd::dcp::FileSlice::Create(&file, 0, file.size_bytes());
   const absl::StatusOr<std::string> stored =
       dsd::dcp::ReadStoredObject(&*slice);
-  if (stored.ok()) dsd::dcp::DecodeStoredObject(*stored).status().IgnoreError();
+  if (!stored.ok()) return;
+  const absl::StatusOr<dsd::dcp::ObjectItem> item =
+      dsd::dcp::DecodeStoredObject(*stored);
+  if (!item.ok()) return;
+  const absl::StatusOr<std::string> again =
+      dsd::dcp::EncodeStoredObject(item->value);
+  if (!again.ok()) return;
+  const absl::StatusOr<dsd::dcp::ObjectItem> back =
+      dsd::dcp::DecodeStoredObject(*again);
+  if (!back.ok() || back->digest != item->digest) std::abort();
 }
 
 }  // namespace

@@ -70,10 +70,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       dsd::dcp::DecodeObjectPickle(bytes);
   if (!item.ok()) return 0;
   const absl::StatusOr<std::string> again =
-      dsd::dcp::EncodeObjectPickle(item->value);
+      dsd::dcp::EncodeStoredObject(item->value);
   if (!again.ok()) return 0;
   const absl::StatusOr<dsd::dcp::ObjectItem> back =
-      dsd::dcp::DecodeObjectPickle(*again);
+      dsd::dcp::DecodeStoredObject(*again);
   if (!back.ok() || back->digest != item->digest) std::abort();
   return 0;
 }

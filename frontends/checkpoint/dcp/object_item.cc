@@ -28,6 +28,8 @@ namespace {
 using Kind = PickleValue::Kind;
 
 constexpr int64_t kMaxRecords = 1'000'000;
+// Besides the few other records.
+constexpr int64_t kMaxTensors = kMaxRecords - 16;
 // Shared values are written out as often as they occur, so the tree may be far
 // larger than its pickle: an honest one is not by so much.
 constexpr int64_t kMaxValuesPerByte = 4;
@@ -49,6 +51,42 @@ std::string ClassName(PickleValue global) {
   return absl::CHexEscape(absl::StrCat(global.module(), ".", global.name()));
 }
 
+// Two's complement without bytes that only repeat the sign.
+std::string ShortestInt(absl::string_view bytes) {
+  while (bytes.size() > 1) {
+    const bool is_negative = (bytes[bytes.size() - 2] & 0x80) != 0;
+    if (bytes.back() != (is_negative ? '\xff' : '\0')) break;
+    bytes.remove_suffix(1);
+  }
+  return std::string(bytes);
+}
+
+// The number, if it is one of 64 bits.
+std::optional<int64_t> FitsInt(absl::string_view shortest) {
+  if (shortest.size() > sizeof(int64_t)) return std::nullopt;
+  int64_t value = !shortest.empty() && (shortest.back() & 0x80) ? -1 : 0;
+  std::memcpy(&value, shortest.data(), shortest.size());
+  return value;
+}
+
+// Into the order of their pickles, each once; false if one of them has none.
+bool SortItems(std::vector<Object>* items) {
+  std::vector<std::pair<std::string, Object>> sorted;
+  for (Object& item : *items) {
+    absl::StatusOr<ObjectPickle> pickle = EncodeObjectPickle(item);
+    if (!pickle.ok() || !pickle->storages.empty()) return false;
+    sorted.emplace_back(std::move(pickle->pickle), std::move(item));
+  }
+  std::sort(sorted.begin(), sorted.end(),
+            [](const auto& a, const auto& b) { return a.first < b.first; });
+  items->clear();
+  for (size_t i = 0; i < sorted.size(); ++i) {
+    if (i > 0 && sorted[i].first == sorted[i - 1].first) continue;
+    items->push_back(std::move(sorted[i].second));
+  }
+  return true;
+}
+
 class ObjectDecoder {
  public:
   ObjectDecoder(ObjectBudget* budget, const ReadTensorFn& read_tensor)
@@ -68,7 +106,7 @@ class ObjectDecoder {
       case Kind::kInt:
         return Object(*value.AsInt());
       case Kind::kBigInt:
-        return Object(Opaque{"int of over 64 bits"});
+        return DecodeBigInt(*value.AsBigInt());
       case Kind::kFloat:
         return Object(*value.AsFloat());
       case Kind::kString:
@@ -90,9 +128,8 @@ class ObjectDecoder {
       case Kind::kDict:
         return DecodeDict(value, depth);
       case Kind::kSet:
-        return Object(Opaque{"set"});
       case Kind::kFrozenSet:
-        return Object(Opaque{"frozenset"});
+        return DecodeSet(value, value.kind() == Kind::kFrozenSet, depth);
       case Kind::kGlobal:
         return Object(Opaque{ClassName(value)});
       case Kind::kPersistentId:
@@ -154,6 +191,25 @@ class ObjectDecoder {
     return Object(std::move(dict));
   }
 
+  absl::StatusOr<Object> DecodeBigInt(absl::string_view bytes) {
+    DSD_RETURN_IF_ERROR(Spend(bytes.size()));
+    std::string shortest = ShortestInt(bytes);
+    if (const auto number = FitsInt(shortest)) return Object(*number);
+    return Object(WideInt{std::move(shortest)});
+  }
+
+  absl::StatusOr<Object> DecodeSet(PickleValue items, bool is_frozen,
+                                   int depth) {
+    Object::Set set;
+    set.is_frozen = is_frozen;
+    DSD_RETURN_IF_ERROR(DecodeItems(items, depth, &set.items));
+    // What is named and inert has no place in an order.
+    if (!SortItems(&set.items)) {
+      return Object(Opaque{is_frozen ? "frozenset" : "set"});
+    }
+    return Object(std::move(set));
+  }
+
   absl::StatusOr<Object> DecodeCall(PickleValue call, int depth) {
     const PickleValue function = call.callee();
     if (function.IsGlobal("collections", "OrderedDict")) {
@@ -174,6 +230,24 @@ class ObjectDecoder {
         const auto codec = (*args)[1].AsString();
         if (text.has_value() && (codec == "latin1" || codec == "latin-1")) {
           return Latin1(*text);
+        }
+      }
+    }
+    for (const bool is_frozen : {false, true}) {
+      if (!IsBuiltin(function, is_frozen ? "frozenset" : "set")) continue;
+      const auto args = call.args().AsTuple(1);
+      if (args.has_value() && args->size() == 1 &&
+          (*args)[0].kind() == Kind::kList) {
+        return DecodeSet((*args)[0], is_frozen, depth);
+      }
+    }
+    if (IsBuiltin(function, "complex")) {
+      const auto args = call.args().AsTuple(2);
+      if (args.has_value() && args->size() == 2) {
+        const auto real = (*args)[0].AsFloat();
+        const auto imaginary = (*args)[1].AsFloat();
+        if (real.has_value() && imaginary.has_value()) {
+          return Object(Complex(*real, *imaginary));
         }
       }
     }
@@ -218,8 +292,6 @@ class ObjectDecoder {
   const ReadTensorFn& read_tensor_;
 };
 
-absl::Status EncodeValue(const Object& value, int depth, PickleWriter& pickle);
-
 constexpr absl::string_view kTorchPrefix = "torch.";
 
 // Not a class, but one of its values, which Python finds by its name.
@@ -228,82 +300,168 @@ bool IsTorchDType(absl::string_view name) {
          ParseDType(name).has_value();
 }
 
-absl::Status EncodeText(absl::string_view text, PickleWriter& pickle) {
-  if (!IsUtf8(text) || text.size() > std::numeric_limits<uint32_t>::max()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("text \"", absl::CHexEscape(text.substr(0, 64)),
-                     "\" is not UTF-8 (or over 4 GiB); use Bytes"));
-  }
-  pickle.Text(text);
-  return absl::OkStatus();
-}
+class ObjectEncoder {
+ public:
+  explicit ObjectEncoder(int64_t first_storage)
+      : first_storage_(first_storage), pickle_(2, &out_.pickle) {}
 
-absl::Status EncodeItems(const std::vector<Object>& items, int depth,
-                         PickleWriter& pickle) {
-  for (const Object& item : items) {
-    DSD_RETURN_IF_ERROR(EncodeValue(item, depth + 1, pickle));
+  absl::StatusOr<ObjectPickle> Run(const Object& value) {
+    DSD_RETURN_IF_ERROR(Encode(value, 0));
+    pickle_.Stop();
+    return std::move(out_);
   }
-  return absl::OkStatus();
-}
 
-absl::Status EncodeValue(const Object& value, int depth, PickleWriter& pickle) {
-  if (depth > kMaxObjectDepth) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("nested more than ", kMaxObjectDepth, " deep"));
-  }
-  if (value.is<None>()) {
-    pickle.None();
-  } else if (const bool* flag = value.get_if<bool>()) {
-    pickle.Bool(*flag);
-  } else if (const int64_t* number = value.get_if<int64_t>()) {
-    pickle.Int(*number);
-  } else if (const double* number = value.get_if<double>()) {
-    pickle.Float(*number);
-  } else if (const std::string* text = value.get_if<std::string>()) {
-    DSD_RETURN_IF_ERROR(EncodeText(*text, pickle));
-  } else if (const Bytes* bytes = value.get_if<Bytes>()) {
-    pickle.Bytes(bytes->data);
-  } else if (const auto* list = value.get_if<Object::List>()) {
-    pickle.EmptyList();
-    if (!list->empty()) {
-      pickle.Mark();
-      DSD_RETURN_IF_ERROR(EncodeItems(*list, depth, pickle));
-      pickle.Appends();
+ private:
+  absl::Status Encode(const Object& value, int depth) {
+    if (depth > kMaxObjectDepth) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("nested more than ", kMaxObjectDepth, " deep"));
     }
-  } else if (const auto* tuple = value.get_if<Object::Tuple>()) {
-    if (tuple->items.size() > 3) pickle.Mark();
-    DSD_RETURN_IF_ERROR(EncodeItems(tuple->items, depth, pickle));
-    pickle.Tuple(static_cast<int64_t>(tuple->items.size()));
-  } else if (const auto* dict = value.get_if<Object::Dict>()) {
-    pickle.EmptyDict();
-    if (!dict->empty()) {
-      pickle.Mark();
-      for (size_t i = 0; i < dict->size(); ++i) {
-        if (const auto* key = std::get_if<std::string>(&dict->key(i))) {
-          DSD_RETURN_IF_ERROR(EncodeText(*key, pickle));
-        } else {
-          pickle.Int(std::get<int64_t>(dict->key(i)));
-        }
-        DSD_RETURN_IF_ERROR(EncodeValue(dict->value(i), depth + 1, pickle));
+    if (value.is<None>()) {
+      pickle_.None();
+    } else if (const bool* flag = value.get_if<bool>()) {
+      pickle_.Bool(*flag);
+    } else if (const int64_t* number = value.get_if<int64_t>()) {
+      pickle_.Int(*number);
+    } else if (const auto* wide = value.get_if<WideInt>()) {
+      return EncodeWideInt(*wide);
+    } else if (const double* number = value.get_if<double>()) {
+      pickle_.Float(*number);
+    } else if (const auto* both = value.get_if<Complex>()) {
+      pickle_.Complex(both->real(), both->imag());
+    } else if (const std::string* text = value.get_if<std::string>()) {
+      return EncodeText(*text);
+    } else if (const Bytes* bytes = value.get_if<Bytes>()) {
+      pickle_.Bytes(bytes->data);
+    } else if (const auto* list = value.get_if<Object::List>()) {
+      pickle_.EmptyList();
+      if (list->empty()) return absl::OkStatus();
+      pickle_.Mark();
+      DSD_RETURN_IF_ERROR(EncodeItems(*list, depth));
+      pickle_.Appends();
+    } else if (const auto* tuple = value.get_if<Object::Tuple>()) {
+      if (tuple->items.size() > 3) pickle_.Mark();
+      DSD_RETURN_IF_ERROR(EncodeItems(tuple->items, depth));
+      pickle_.Tuple(static_cast<int64_t>(tuple->items.size()));
+    } else if (const auto* dict = value.get_if<Object::Dict>()) {
+      return EncodeDict(*dict, depth);
+    } else if (const auto* set = value.get_if<Object::Set>()) {
+      return EncodeSet(*set, depth);
+    } else if (const auto* tensor = value.get_if<HostTensor>()) {
+      return EncodeTensor(*tensor);
+    } else if (const Opaque* opaque = value.get_if<Opaque>();
+               opaque != nullptr && IsTorchDType(opaque->type_name)) {
+      pickle_.Global("torch",
+                     absl::StripPrefix(opaque->type_name, kTorchPrefix));
+    } else {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "a value of class ", value.kind_name(),
+          " cannot be written; only None, bool, int, float, complex, str, "
+          "bytes, list, tuple, dict, set, frozenset, tensors and torch's "
+          "dtypes can"));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status EncodeWideInt(const WideInt& value) {
+    const std::string shortest = ShortestInt(value.bytes);
+    constexpr size_t kMaxBytes = 255;
+    if (shortest.size() > kMaxBytes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("an integer of ", shortest.size(),
+                       " bytes, expected at most ", kMaxBytes));
+    }
+    if (const auto number = FitsInt(shortest)) {
+      pickle_.Int(*number);
+    } else {
+      pickle_.WideInt(shortest);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status EncodeText(absl::string_view text) {
+    if (!IsUtf8(text) || text.size() > std::numeric_limits<uint32_t>::max()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("text \"", absl::CHexEscape(text.substr(0, 64)),
+                       "\" is not UTF-8 (or over 4 GiB); use Bytes"));
+    }
+    pickle_.Text(text);
+    return absl::OkStatus();
+  }
+
+  absl::Status EncodeItems(const std::vector<Object>& items, int depth) {
+    for (const Object& item : items) {
+      DSD_RETURN_IF_ERROR(Encode(item, depth + 1));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status EncodeDict(const Object::Dict& dict, int depth) {
+    pickle_.EmptyDict();
+    if (dict.empty()) return absl::OkStatus();
+    pickle_.Mark();
+    for (size_t i = 0; i < dict.size(); ++i) {
+      if (const auto* key = std::get_if<std::string>(&dict.key(i))) {
+        DSD_RETURN_IF_ERROR(EncodeText(*key));
+      } else {
+        pickle_.Int(std::get<int64_t>(dict.key(i)));
       }
-      pickle.SetItems();
+      DSD_RETURN_IF_ERROR(Encode(dict.value(i), depth + 1));
     }
-  } else if (const Opaque* opaque = value.get_if<Opaque>();
-             opaque != nullptr && IsTorchDType(opaque->type_name)) {
-    pickle.Global("torch", absl::StripPrefix(opaque->type_name, kTorchPrefix));
-  } else {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "a value of class ", value.kind_name(),
-        " cannot be written; only "
-        "None, bool, int, float, str, bytes, list, tuple, dict and torch's "
-        "dtypes can"));
+    pickle_.SetItems();
+    return absl::OkStatus();
   }
-  return absl::OkStatus();
-}
 
-}  // namespace
+  // As SortItems has them.
+  absl::Status EncodeSet(const Object::Set& set, int depth) {
+    pickle_.Global("__builtin__", set.is_frozen ? "frozenset" : "set");
+    pickle_.EmptyList();
+    std::vector<std::string> items;
+    const size_t begin = out_.pickle.size();
+    const size_t tensors = out_.storages.size();
+    for (const Object& item : set.items) {
+      DSD_RETURN_IF_ERROR(Encode(item, depth + 1));
+      items.push_back(out_.pickle.substr(begin));
+      out_.pickle.resize(begin);
+    }
+    if (out_.storages.size() != tensors) {
+      return absl::InvalidArgumentError("a tensor in a set");
+    }
+    std::sort(items.begin(), items.end());
+    items.erase(std::unique(items.begin(), items.end()), items.end());
+    if (!items.empty()) {
+      pickle_.Mark();
+      for (const std::string& item : items) out_.pickle += item;
+      pickle_.Appends();
+    }
+    pickle_.Tuple(1);
+    pickle_.Reduce();
+    return absl::OkStatus();
+  }
 
-namespace {
+  absl::Status EncodeTensor(const HostTensor& tensor) {
+    const std::vector<int64_t> shape = tensor.shape();
+    const auto elements = CheckedProduct(shape);
+    const auto bytes = elements.has_value()
+                           ? CheckedMul(*elements, ItemSize(tensor.dtype()))
+                           : std::nullopt;
+    if (bytes != static_cast<int64_t>(tensor.bytes().size())) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "a tensor of shape ", DimsToString(Dims(shape.begin(), shape.end())),
+          " and dtype ", DTypeName(tensor.dtype()), " with ",
+          tensor.bytes().size(), " bytes of elements"));
+    }
+    const auto storage = static_cast<int64_t>(out_.storages.size());
+    WriteTensor(pickle_, tensor.dtype(), shape,
+                absl::StrCat(first_storage_ + storage));
+    out_.storages.push_back(tensor);
+    return absl::OkStatus();
+  }
+
+  const int64_t first_storage_;
+  ObjectPickle out_;
+  PickleWriter pickle_;
+};
 
 constexpr absl::string_view kStoragePrefix = "data/";
 
@@ -357,6 +515,27 @@ absl::StatusOr<HostTensor> ReadHostTensor(const ZipReader& zip,
                     Gather(item, content));
 }
 
+// A pickle does not begin so.
+bool IsArchive(absl::string_view stored) {
+  return absl::StartsWith(stored, "PK");
+}
+
+std::string Archive(absl::string_view pickle,
+                    absl::Span<const HostTensor> storages) {
+  std::string out;
+  ZipWriter zip(&out);
+  zip.AddRecord("data.pkl", pickle);
+  zip.AddRecord(".format_version", "1");
+  zip.AddRecord(".storage_alignment", "64");
+  zip.AddRecord("byteorder", "little");
+  for (size_t i = 0; i < storages.size(); ++i) {
+    zip.AddRecord(absl::StrCat(kStoragePrefix, i), storages[i].bytes());
+  }
+  zip.AddRecord("version", "3\n");
+  zip.Finish();
+  return out;
+}
+
 absl::StatusOr<Pickle> ParseObject(absl::string_view bytes) {
   PickleLimits limits;
   limits.allow_persistent_ids = true;
@@ -395,8 +574,7 @@ absl::StatusOr<std::string> ReadStoredObject(FileSlice* slice) {
 }
 
 absl::StatusOr<ObjectItem> DecodeStoredObject(absl::string_view stored) {
-  // A pickle does not begin with what an archive begins with.
-  if (!absl::StartsWith(stored, "PK")) return DecodeObjectPickle(stored);
+  if (!IsArchive(stored)) return DecodeObjectPickle(stored);
   MemoryFile file((std::string(stored)));
   DSD_ASSIGN_OR_RETURN(FileSlice slice,
                        FileSlice::Create(&file, 0, file.size_bytes()));
@@ -404,14 +582,7 @@ absl::StatusOr<ObjectItem> DecodeStoredObject(absl::string_view stored) {
                        ZipReader::Open(&slice, kMaxRecords));
   DSD_ASSIGN_OR_RETURN(const absl::string_view bytes, PickleIn(zip));
   DSD_ASSIGN_OR_RETURN(const Pickle pickle, ParseObject(bytes));
-  ObjectBudget budget(file.size_bytes());
-  DSD_ASSIGN_OR_RETURN(
-      ObjectItem item,
-      DecodeObjectValue(pickle.root(), bytes, &budget, [&](PickleValue value) {
-        return ReadHostTensor(zip, value, budget.bytes_left);
-      }));
-  // With the elements; other records have names that differ from writer to
-  // writer.
+  // What other records there are differs from writer to writer.
   std::string content(bytes);
   for (const ZipReader::Record& record : zip.records()) {
     if (!absl::StartsWith(record.name, kStoragePrefix)) continue;
@@ -419,8 +590,11 @@ absl::StatusOr<ObjectItem> DecodeStoredObject(absl::string_view stored) {
                          zip.Content(record, kMaxObjectBytes));
     absl::StrAppend(&content, record.name, ":", elements);
   }
-  item.digest = ObjectDigest(content);
-  return item;
+  ObjectBudget budget(file.size_bytes());
+  return DecodeObjectValue(
+      pickle.root(), content, &budget, [&](PickleValue value) {
+        return ReadHostTensor(zip, value, budget.bytes_left);
+      });
 }
 
 absl::StatusOr<ObjectItem> DecodeObjectPickle(absl::string_view bytes) {
@@ -435,40 +609,44 @@ ObjectBudget::ObjectBudget(int64_t pickle_bytes)
       bytes_left(pickle_bytes * kMaxValuesPerByte + kFreeBytes) {}
 
 absl::StatusOr<ObjectItem> DecodeObjectValue(PickleValue value,
-                                             absl::string_view pickle,
+                                             absl::string_view bytes,
                                              ObjectBudget* budget,
                                              const ReadTensorFn& read_tensor) {
   ObjectItem item;
   DSD_ASSIGN_OR_RETURN(item.value,
                        ObjectDecoder(budget, read_tensor).Decode(value));
   // By the value where it has a canonical form, else by the bytes.
-  const absl::StatusOr<std::string> canonical = EncodeObjectPickle(item.value);
-  item.digest = ObjectDigest(canonical.ok() ? *canonical : pickle);
+  const absl::StatusOr<std::string> canonical = EncodeStoredObject(item.value);
+  item.digest = ObjectDigest(canonical.ok() ? *canonical : bytes);
   return item;
 }
 
-absl::StatusOr<std::string> EncodeObjectPickle(const Object& value) {
-  std::string out;
-  PickleWriter pickle(2, &out);
-  DSD_RETURN_IF_ERROR(EncodeValue(value, 0, pickle));
-  pickle.Stop();
-  return out;
+absl::StatusOr<ObjectPickle> EncodeObjectPickle(const Object& value,
+                                                int64_t first_storage) {
+  return ObjectEncoder(first_storage).Run(value);
 }
 
-std::string ObjectArchive(absl::string_view pickle) {
-  std::string out;
-  ZipWriter zip(&out);
-  zip.AddRecord("data.pkl", pickle);
-  zip.AddRecord(".format_version", "1");
-  zip.AddRecord(".storage_alignment", "64");
-  zip.AddRecord("byteorder", "little");
-  zip.AddRecord("version", "3\n");
-  zip.Finish();
-  return out;
+absl::StatusOr<std::string> EncodeStoredObject(const Object& value) {
+  DSD_ASSIGN_OR_RETURN(ObjectPickle object, EncodeObjectPickle(value));
+  std::string stored = object.storages.empty()
+                           ? std::move(object.pickle)
+                           : Archive(object.pickle, object.storages);
+  if (static_cast<int64_t>(stored.size()) > kMaxObjectBytes ||
+      static_cast<int64_t>(object.storages.size()) > kMaxTensors) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "it takes ", stored.size(), " bytes with ", object.storages.size(),
+        " tensors in it, expected at most ", kMaxObjectBytes, " and ",
+        kMaxTensors, "; tensors in dicts and lists have keys of their own"));
+  }
+  return stored;
 }
 
-Digest128 ObjectDigest(absl::string_view pickle, DigestVersion version) {
-  return DigestOfBytes(pickle, version);
+std::string ObjectArchive(absl::string_view stored) {
+  return IsArchive(stored) ? std::string(stored) : Archive(stored, {});
+}
+
+Digest128 ObjectDigest(absl::string_view stored, DigestVersion version) {
+  return DigestOfBytes(stored, version);
 }
 
 }  // namespace dsd::dcp

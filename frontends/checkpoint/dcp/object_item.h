@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One stored object that is not a tensor: the archive that torch.save(object)
-// writes.
+// One stored object that is not a tensor, though some may be in it: the archive
+// that torch.save(object) writes.
 
 #ifndef DSD_FRONTENDS_CHECKPOINT_DCP_OBJECT_ITEM_H_
 #define DSD_FRONTENDS_CHECKPOINT_DCP_OBJECT_ITEM_H_
@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -48,10 +49,11 @@ struct ObjectBudget {
 using ReadTensorFn =
     std::function<absl::StatusOr<HostTensor>(PickleValue tensor)>;
 
-// One value of a pickle that has more than it; `pickle` are the bytes of all.
-// Without `read_tensor`, tensors are Opaque.
+// One value of a pickle that has more than it. A value without a canonical form
+// is told from others by `bytes`, those of all. Without `read_tensor`, tensors
+// are Opaque.
 absl::StatusOr<ObjectItem> DecodeObjectValue(
-    PickleValue value, absl::string_view pickle, ObjectBudget* budget,
+    PickleValue value, absl::string_view bytes, ObjectBudget* budget,
     const ReadTensorFn& read_tensor = {});
 
 // What a stored object is made of, by the same limits: the pickle in its
@@ -61,16 +63,29 @@ absl::StatusOr<std::string> ReadStoredObject(FileSlice* slice);
 // Decodes what ReadStoredObject gives.
 absl::StatusOr<ObjectItem> DecodeStoredObject(absl::string_view stored);
 
-// The pickle of a value: the same bytes for equal values.
+// A value as a pickle, and the storages of the tensors in it: the records
+// "data/<first_storage>" and on.
+struct ObjectPickle {
+  std::string pickle;
+  std::vector<HostTensor> storages;
+};
+
+// The same for equal values.
 // Errors: InvalidArgument for an Opaque other than a dtype of torch's, text
-// that is not UTF-8, nesting over kMaxObjectDepth.
-absl::StatusOr<std::string> EncodeObjectPickle(const Object& value);
+// that is not UTF-8, a tensor in a set or without all of its elements, nesting
+// over kMaxObjectDepth.
+absl::StatusOr<ObjectPickle> EncodeObjectPickle(const Object& value,
+                                                int64_t first_storage = 0);
 
-// The archive around a pickle.
-std::string ObjectArchive(absl::string_view pickle);
+// What a value is stored as, in the form of ReadStoredObject.
+// Errors: of EncodeObjectPickle; InvalidArgument over kMaxObjectBytes.
+absl::StatusOr<std::string> EncodeStoredObject(const Object& value);
 
-// The digest of a value, by its pickle.
-Digest128 ObjectDigest(absl::string_view pickle,
+// The archive of what is stored.
+std::string ObjectArchive(absl::string_view stored);
+
+// The digest of a value, by what it is stored as.
+Digest128 ObjectDigest(absl::string_view stored,
                        DigestVersion version = kDigestVersion);
 
 }  // namespace dsd::dcp

@@ -59,10 +59,15 @@ void PickleWriter::Int(int64_t value) {
       if (shifted != 0 && shifted != -1) break;
       --count;
     }
-    Op('\x8a');
-    Op(static_cast<char>(count));
-    out_->append(reinterpret_cast<const char*>(&value), count);
+    WideInt(
+        {reinterpret_cast<const char*>(&value), static_cast<size_t>(count)});
   }
+}
+
+void PickleWriter::WideInt(absl::string_view bytes) {
+  Op('\x8a');
+  Op(static_cast<char>(bytes.size()));
+  out_->append(bytes.data(), bytes.size());
 }
 
 void PickleWriter::Float(double value) {
@@ -104,6 +109,14 @@ void PickleWriter::Bytes(absl::string_view bytes) {
   Global("_codecs", "encode");
   Text(text);
   Text("latin1");
+  Tuple(2);
+  Reduce();
+}
+
+void PickleWriter::Complex(double real, double imaginary) {
+  Global("__builtin__", "complex");
+  Float(real);
+  Float(imaginary);
   Tuple(2);
   Reduce();
 }

@@ -27,10 +27,14 @@ class PickleWriter {
   void None() { Op('N'); }
   void Bool(bool value) { Op(value ? '\x88' : '\x89'); }
   void Int(int64_t value);
+  // Two's complement, little-endian, the shortest: at most 255 bytes.
+  void WideInt(absl::string_view bytes);
   void Float(double value);
   void Text(absl::string_view text);
   // Protocol 2 has no bytes: a call that Python evaluates to them.
   void Bytes(absl::string_view bytes);
+  // Protocol 2: calls, as for Bytes.
+  void Complex(double real, double imaginary);
   void Global(absl::string_view module, absl::string_view name);
 
   // A text that occurs again: written once, then recalled. Protocol 4.

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/value/flatten.h"
+#include "dsd/core/value/tree.h"
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
 #include "dsd/frontends/checkpoint/dcp/tensor_item.h"
@@ -143,8 +144,9 @@ class TreeWriter {
 
 }  // namespace
 
-absl::StatusOr<std::string> EncodeTree(absl::Span<const NewTensor> tensors,
-                                       absl::Span<const NewObject> objects) {
+absl::StatusOr<Tree> EncodeTree(absl::Span<const NewTensor> tensors,
+                                absl::Span<const NewObject> objects) {
+  Tree out;
   TreeWriter tree(tensors);
   for (size_t i = 0; i < tensors.size(); ++i) {
     DSD_RETURN_IF_ERROR(
@@ -153,12 +155,24 @@ absl::StatusOr<std::string> EncodeTree(absl::Span<const NewTensor> tensors,
   std::vector<std::string> pickles;
   pickles.reserve(objects.size());
   for (const NewObject& object : objects) {
-    absl::StatusOr<std::string> pickle = dcp::EncodeObjectPickle(object.value);
-    DSD_RETURN_IF_ERROR(pickle.status()) << "object " << Quoted(object.path);
-    pickles.push_back(*std::move(pickle));
+    absl::StatusOr<dcp::ObjectPickle> encoded = dcp::EncodeObjectPickle(
+        object.value, static_cast<int64_t>(tensors.size() + out.inner.size()));
+    DSD_RETURN_IF_ERROR(encoded.status()) << "object " << Quoted(object.path);
+    pickles.push_back(std::move(encoded->pickle));
     DSD_RETURN_IF_ERROR(tree.Add(object.path, -1, &pickles.back()));
+    // In the same order as the storages.
+    VisitTree<HostTensor>(
+        object.value, [&](const TreePath& path, const Object& value) {
+          const auto* tensor = value.get_if<HostTensor>();
+          if (tensor == nullptr) return;
+          out.inner.emplace_back(
+              absl::StrCat(JoinPath(object.path), path.empty() ? "" : ".",
+                           TreePathText(path)),
+              *tensor);
+        });
   }
-  return tree.Write();
+  DSD_ASSIGN_OR_RETURN(out.pickle, tree.Write());
+  return out;
 }
 
 ArchiveWriter::ArchiveWriter(std::string pickle) : zip_(&out_) {

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Writes archives that torch.load(weights_only=True) opens, and maps with
-// mmap=True: one storage for each tensor.
+// mmap=True.
 
 #ifndef DSD_FRONTENDS_CHECKPOINT_TORCH_ARCHIVE_ARCHIVE_WRITER_H_
 #define DSD_FRONTENDS_CHECKPOINT_TORCH_ARCHIVE_ARCHIVE_WRITER_H_
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -29,18 +30,25 @@ struct NewObject {
   Object value;
 };
 
-// The pickle of a nested dict: text segments of paths are keys of dicts,
-// numbers indices of lists, in which None stands where nothing is.
-// Errors: InvalidArgument for a path that another one passes through, for a
+struct Tree {
+  std::string pickle;
+  // Tensors that lie in objects, by the keys under which they are read, in the
+  // order of their storages, which follow those of the tensors.
+  std::vector<std::pair<std::string, HostTensor>> inner;
+};
+
+// A nested dict, with a storage for each tensor: text segments of paths are
+// keys of dicts, numbers indices of lists, in which None stands where nothing
+// is. Errors: InvalidArgument for a path that another one passes through, for a
 // number beside texts, for what is no UTF-8, for an object that has no form
 // (names them).
-absl::StatusOr<std::string> EncodeTree(absl::Span<const NewTensor> tensors,
-                                       absl::Span<const NewObject> objects);
+absl::StatusOr<Tree> EncodeTree(absl::Span<const NewTensor> tensors,
+                                absl::Span<const NewObject> objects);
 
 // The bytes around the elements of an archive, front to back:
 //
-//   ArchiveWriter writer(pickle);
-//   for each tensor, in the order of EncodeTree:
+//   ArchiveWriter writer(tree.pickle);
+//   for each storage, in the order of EncodeTree:
 //     append writer.StartTensor(bytes), then the elements (contiguous),
 //     then writer.FinishTensor(crc)
 //   append writer.Finish()

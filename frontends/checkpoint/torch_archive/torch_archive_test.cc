@@ -37,9 +37,9 @@ absl::StatusOr<Archive> Read(const std::string& bytes) {
 // An archive of some tensors whose elements are bytes of 'a', 'b', ...
 std::string Write(const std::vector<NewTensor>& tensors,
                   const std::vector<NewObject>& objects) {
-  const auto pickle = EncodeTree(tensors, objects);
-  EXPECT_TRUE(pickle.ok()) << pickle.status();
-  ArchiveWriter writer(*pickle);
+  const auto tree = EncodeTree(tensors, objects);
+  EXPECT_TRUE(tree.ok()) << tree.status();
+  ArchiveWriter writer(tree->pickle);
   std::string out;
   char fill = 'a';
   for (const NewTensor& tensor : tensors) {
@@ -47,6 +47,12 @@ std::string Write(const std::vector<NewTensor>& tensors,
     for (const int64_t extent : tensor.shape) bytes *= extent;
     const std::string data(bytes, fill++);
     out += writer.StartTensor(bytes);
+    out += data;
+    out += writer.FinishTensor(dcp::Crc32(0, data));
+  }
+  for (const auto& [key, tensor] : tree->inner) {
+    const std::string data(tensor.bytes());
+    out += writer.StartTensor(static_cast<int64_t>(data.size()));
     out += data;
     out += writer.FinishTensor(dcp::Crc32(0, data));
   }
@@ -143,6 +149,37 @@ TEST(ArchiveTest, ReadsWhatItWrites) {
   ASSERT_EQ(archive->objects.size(), 3u);
   EXPECT_EQ(Key(archive->objects[1].path), "list.0");
   EXPECT_TRUE(archive->objects[1].item.value == Object());
+}
+
+// What is read as tensors with keys of their own is known by these keys.
+TEST(ArchiveTest, TensorsInObjects) {
+  Object::Dict dict;
+  dict.Set(PathSegment(int64_t{3}),
+           Object(HostTensor(DType::kInt8, {2}, "xy")));
+  const std::vector<NewObject> objects = {
+      {P({T("pair")}),
+       Object(Object::Tuple{{Object(HostTensor(DType::kInt16, {}, "ab")),
+                             Object(5), Object(std::move(dict))}})},
+      {P({T("lone")}), Object(HostTensor(DType::kUInt8, {1}, "z"))}};
+  const auto tree = EncodeTree({}, objects);
+  ASSERT_TRUE(tree.ok()) << tree.status();
+  std::vector<std::string> keys;
+  for (const auto& [key, tensor] : tree->inner) keys.push_back(key);
+  EXPECT_THAT(keys, ::testing::ElementsAre("pair.0", "pair.2.3", "lone"));
+
+  const std::string bytes =
+      Write({{P({T("w")}), DType::kFloat32, {2}}}, objects);
+  const auto archive = Read(bytes);
+  ASSERT_TRUE(archive.ok()) << archive.status();
+  std::vector<std::string> found;
+  for (const auto& tensor : archive->tensors) {
+    found.push_back(absl::StrCat(Key(tensor.path), "=",
+                                 bytes.substr(tensor.item.data_at, 1)));
+  }
+  EXPECT_THAT(
+      found, ::testing::ElementsAre("w=a", "pair.0=a", "pair.2.3=x", "lone=z"));
+  ASSERT_EQ(archive->objects.size(), 1u);
+  EXPECT_EQ(Key(archive->objects[0].path), "pair.1");
 }
 
 TEST(ArchiveTest, PathsThatDoNotFitTogether) {
@@ -334,9 +371,9 @@ TEST(ArchiveTest, LargeStoragesHaveZip64Fields) {
   const int64_t bytes = int64_t{5} << 30;
   const std::vector<NewTensor> tensors = {{P({T("a")}), DType::kInt8, {bytes}},
                                           {P({T("b")}), DType::kInt8, {7}}};
-  const auto pickle = EncodeTree(tensors, {});
-  ASSERT_TRUE(pickle.ok());
-  ArchiveWriter writer(*pickle);
+  const auto tree = EncodeTree(tensors, {});
+  ASSERT_TRUE(tree.ok());
+  ArchiveWriter writer(tree->pickle);
   const std::string head = writer.StartTensor(bytes);
   std::string tail = writer.FinishTensor(1);
   tail += writer.StartTensor(7);

@@ -150,6 +150,24 @@ Object Objects() {
           Object(Tuple{{Object(1),
                         Object(List{Object(2), Object(Tuple{{Object(3)}})})}}),
           Object("x")}));
+  set("complex", Object(Complex(1.5, -2)));
+  set("wide", Object(WideInt{std::string(12, '\0') + "\x10"}));
+  set("wide_negative", Object(WideInt{std::string(7, '\xff') + "\x7f\xff"}));
+  set("set", Object(Object::Set{{Object(2.5), Object(1), Object("a")}}));
+  set("frozen", Object(Object::Set{
+                    {Object(Tuple{{Object(1), Object(2)}}), Object(3)}, true}));
+  const std::vector<int16_t> numbers = {0, 1, 2, 3, 4, 5};
+  set("pair",
+      Object(Tuple{
+          {Object(HostTensor(
+               DType::kInt16, {2, 3},
+               std::string(reinterpret_cast<const char*>(numbers.data()), 12))),
+           Object(5)}}));
+  Object::Dict deep;
+  deep.Set(PathSegment(std::string("t")),
+           Object(List{Object(HostTensor(DType::kBFloat16, {}, "\xc0\x3f")),
+                       Object(HostTensor(DType::kFloat32, {0, 2}, ""))}));
+  set("deep", Object(Tuple{{Object(std::move(deep)), Object("x")}}));
   const auto group = [](double lr, List params) {
     Object::Dict out;
     out.Set(PathSegment(std::string("lr")), Object(lr));
@@ -312,8 +330,9 @@ TEST_F(ReadsPythonTest, ObjectsAreEqualAndStrangeOnesInert) {
     EXPECT_TRUE(objects[key] == expected.value) << key;
     EXPECT_EQ(paths[key], expected.path) << key;
   }
-  EXPECT_TRUE(objects["strange.set"] == Object(Opaque{"set"}));
-  EXPECT_TRUE(objects["strange.huge"] == Object(Opaque{"int of over 64 bits"}));
+  EXPECT_TRUE(objects["strange.set"] == Object(Object::Set{{Object(1)}}));
+  EXPECT_TRUE(objects["strange.huge"] ==
+              Object(WideInt{std::string(12, '\0') + "\x10"}));
   EXPECT_TRUE(objects["strange.dtype"] == Object(Opaque{"torch.float32"}));
   EXPECT_TRUE(objects["strange.size"] ==
               Object(Object::Tuple{{Object(2), Object(3)}}));

@@ -302,6 +302,26 @@ class FormatsTest(unittest.TestCase):
     dsd("convert", self.path("state.pt"), self.path("flat.pt"), "--rename", "model.*=*")
     self.assertEqual(sorted(torch.load(self.path("flat.pt"), weights_only=True)), ["d", "h", "n", "w"])
 
+  def test_objects_with_tensors_and_without_json(self):
+    state = {"w": filled("float32", [3], 1), "pair": (filled("int16", [2, 3], 2), {"x": filled("bfloat16", [], 3)}, 5),
+             "set": {1, "a"}, "complex": 1 - 2j, "wide": -(1 << 70)}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(self.path("in")), no_dist=True)
+    dsd("convert", self.path("in"), self.path("again"), "--to=dcp")
+    dsd("convert", self.path("again"), self.path("out.pt"))
+    self.assertEqual(digests(self.path("in")), digests(self.path("again")))
+    for loaded in (read_dcp(self.path("again")), torch.load(self.path("out.pt"), weights_only=True)):
+      same(self, flat(state), flat(loaded), "objects")
+      self.assertIsInstance(loaded["pair"], tuple)
+      self.assertEqual(loaded["pair"][2], 5)
+      for key in ("set", "complex", "wide"):
+        self.assertEqual(loaded[key], state[key], key)
+        self.assertIs(type(loaded[key]), type(state[key]), key)
+    for path in ("in", "again", "out.pt"):
+      self.assertIn("no problems", dsd("verify", self.path(path)))
+    # In an archive, tensors in a tuple have keys of their own.
+    self.assertIn("pair.1.x", dsd("ls", self.path("out.pt")))
+    self.assertIn("(1-2j)", dsd("cat", self.path("again"), "complex"))
+
   def test_shards_of_distributed_checkpoint(self):
     meeting = tempfile.mktemp(dir=self.folder)
     ranks = [subprocess.Popen([sys.executable, "-s", os.path.abspath(__file__), "rank", self.folder, str(r), meeting])
