@@ -49,6 +49,17 @@ absl::string_view DTypeName(DType dtype);
 // The inverse of DTypeName; nullopt for an unknown name.
 std::optional<DType> ParseDType(absl::string_view name);
 
+// What happens to a tensor that is given with another element type than that
+// of the live one.
+enum class DTypePolicy : uint8_t {
+  kDefault,  // a set into a model: kCast; into an optimizer's state: kKeep; a
+             // load of a checkpoint: kError
+  kCast,     // it is converted to the live type
+  kKeep,     // the live tensor takes the type that is given; for a model that
+             // needs `assign`, for a load of a checkpoint it cannot be
+  kError,    // it does not fit
+};
+
 enum class DeviceType : uint8_t { kCpu = 0, kCuda = 1 };
 
 struct Device {

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "dsd/core/base/half.h"
+#include "dsd/core/base/small_float.h"
 
 namespace dsd {
 namespace {
@@ -20,20 +21,47 @@ struct Float32 {
   static float Load(float value) { return value; }
   static float Store(double value) { return static_cast<float>(value); }
 };
-struct Float16 {
-  using Stored = uint16_t;
-  static float Load(uint16_t value) { return Float16ToFloat(value); }
-  static uint16_t Store(double value) {
-    return FloatToFloat16(static_cast<float>(value));
+
+// What has its conversions from and to float32.
+template <class StoredT, float (*kToFloat)(StoredT),
+          StoredT (*kFromFloat)(float)>
+struct SmallerFloat {
+  using Stored = StoredT;
+  static float Load(StoredT value) { return kToFloat(value); }
+  static StoredT Store(double value) {
+    return kFromFloat(static_cast<float>(value));
   }
 };
-struct BFloat16 {
-  using Stored = uint16_t;
-  static float Load(uint16_t value) { return BFloat16ToFloat(value); }
-  static uint16_t Store(double value) {
-    return FloatToBFloat16(static_cast<float>(value));
+
+// Calls `visit` with the type that stands for a castable dtype.
+template <class Visit>
+void VisitType(DType dtype, Visit visit) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return visit(Float64());
+    case DType::kFloat32:
+      return visit(Float32());
+    case DType::kFloat16:
+      return visit(SmallerFloat<uint16_t, Float16ToFloat, FloatToFloat16>());
+    case DType::kBFloat16:
+      return visit(SmallerFloat<uint16_t, BFloat16ToFloat, FloatToBFloat16>());
+    case DType::kFloat8E4M3FN:
+      return visit(
+          SmallerFloat<uint8_t, Float8E4M3FNToFloat, FloatToFloat8E4M3FN>());
+    case DType::kFloat8E5M2:
+      return visit(
+          SmallerFloat<uint8_t, Float8E5M2ToFloat, FloatToFloat8E5M2>());
+    case DType::kFloat8E4M3FNUZ:
+      return visit(SmallerFloat<uint8_t, Float8E4M3FNUZToFloat,
+                                FloatToFloat8E4M3FNUZ>());
+    case DType::kFloat8E5M2FNUZ:
+      return visit(SmallerFloat<uint8_t, Float8E5M2FNUZToFloat,
+                                FloatToFloat8E5M2FNUZ>());
+    default:
+      return visit(
+          SmallerFloat<uint8_t, Float8E8M0FNUToFloat, FloatToFloat8E8M0FNU>());
   }
-};
+}
 
 template <class From, class To>
 void Cast(absl::Span<const std::byte> in, absl::Span<std::byte> out) {
@@ -46,40 +74,41 @@ void Cast(absl::Span<const std::byte> in, absl::Span<std::byte> out) {
   }
 }
 
-template <class From>
-void CastFrom(absl::Span<const std::byte> in, DType to,
-              absl::Span<std::byte> out) {
-  switch (to) {
-    case DType::kFloat64:
-      return Cast<From, Float64>(in, out);
-    case DType::kFloat32:
-      return Cast<From, Float32>(in, out);
-    case DType::kFloat16:
-      return Cast<From, Float16>(in, out);
-    default:
-      return Cast<From, BFloat16>(in, out);
-  }
-}
-
 }  // namespace
 
 bool IsCastable(DType dtype) {
-  return dtype == DType::kFloat64 || dtype == DType::kFloat32 ||
-         dtype == DType::kFloat16 || dtype == DType::kBFloat16;
+  switch (dtype) {
+    case DType::kFloat64:
+    case DType::kFloat32:
+    case DType::kFloat16:
+    case DType::kBFloat16:
+    case DType::kFloat8E4M3FN:
+    case DType::kFloat8E5M2:
+    case DType::kFloat8E4M3FNUZ:
+    case DType::kFloat8E5M2FNUZ:
+    case DType::kFloat8E8M0FNU:
+      return true;
+    default:
+      return false;
+  }
+}
+
+std::vector<DType> CastableDTypes() {
+  std::vector<DType> dtypes;
+  for (int i = 0; i < kNumDTypes; ++i) {
+    const DType dtype = static_cast<DType>(i);
+    if (IsCastable(dtype)) dtypes.push_back(dtype);
+  }
+  return dtypes;
 }
 
 void CastFloats(DType from, absl::Span<const std::byte> in, DType to,
                 absl::Span<std::byte> out) {
-  switch (from) {
-    case DType::kFloat64:
-      return CastFrom<Float64>(in, to, out);
-    case DType::kFloat32:
-      return CastFrom<Float32>(in, to, out);
-    case DType::kFloat16:
-      return CastFrom<Float16>(in, to, out);
-    default:
-      return CastFrom<BFloat16>(in, to, out);
-  }
+  VisitType(from, [&](auto source) {
+    VisitType(to, [&](auto target) {
+      Cast<decltype(source), decltype(target)>(in, out);
+    });
+  });
 }
 
 }  // namespace dsd

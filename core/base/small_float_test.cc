@@ -70,6 +70,58 @@ TEST(SmallFloatTest, ValuesOfTheTypes) {
   }
 }
 
+// Between two neighbours lies their midpoint: it goes to the even one, and what
+// is next to it to the nearer one.
+TEST(SmallFloatTest, RoundsToNearestTiesToEven) {
+  const std::vector<std::function<uint8_t(float)>> from_float = {
+      FloatToFloat8E4M3FN, FloatToFloat8E5M2, FloatToFloat8E4M3FNUZ,
+      FloatToFloat8E5M2FNUZ};
+  for (size_t t = 0; t < from_float.size(); ++t) {
+    const Type type = Types()[t];
+    SCOPED_TRACE(type.name);
+    const auto round = from_float[t];
+    for (int i = 0; i < 256; ++i) {
+      const float value = type.to_float(static_cast<uint8_t>(i));
+      if (std::isnan(value)) {
+        EXPECT_TRUE(std::isnan(type.to_float(round(value)))) << i;
+      } else {
+        EXPECT_EQ(round(value), i);
+      }
+    }
+    for (int i = 0; i < 127; ++i) {
+      const float low = type.to_float(static_cast<uint8_t>(i));
+      const float high = type.to_float(static_cast<uint8_t>(i + 1));
+      if (!std::isfinite(high)) break;
+      const float middle = (low + high) / 2;
+      EXPECT_EQ(round(middle), i % 2 == 0 ? i : i + 1) << i;
+      EXPECT_EQ(round(std::nextafter(middle, low)), i) << i;
+      EXPECT_EQ(round(std::nextafter(middle, high)), i + 1) << i;
+      if (i > 0) {
+        EXPECT_EQ(round(-std::nextafter(middle, low)), 128 + i) << i;
+      }
+    }
+    const bool has_infinity = type.num_infinite > 0;
+    for (const float beyond : {type.largest * 1.5f, HUGE_VALF}) {
+      const float value = type.to_float(round(beyond));
+      EXPECT_TRUE(has_infinity ? std::isinf(value) : std::isnan(value));
+    }
+    EXPECT_EQ(round(-type.smallest / 4), type.has_negative_zero ? 0x80 : 0);
+  }
+}
+
+TEST(SmallFloatTest, RoundsToPowersOfTwo) {
+  for (int i = 0; i < 255; ++i) {
+    EXPECT_EQ(
+        FloatToFloat8E8M0FNU(Float8E8M0FNUToFloat(static_cast<uint8_t>(i))), i);
+  }
+  EXPECT_EQ(FloatToFloat8E8M0FNU(1.5f), 128);
+  EXPECT_EQ(FloatToFloat8E8M0FNU(std::nextafter(1.5f, 1.0f)), 127);
+  EXPECT_EQ(FloatToFloat8E8M0FNU(-2.0f), 128);
+  EXPECT_EQ(FloatToFloat8E8M0FNU(0), 0);
+  EXPECT_EQ(FloatToFloat8E8M0FNU(HUGE_VALF), 255);
+  EXPECT_EQ(FloatToFloat8E8M0FNU(std::nanf("")), 255);
+}
+
 TEST(SmallFloatTest, PowersOfTwo) {
   EXPECT_EQ(Float8E8M0FNUToFloat(0), 0x1p-127f);
   EXPECT_EQ(Float8E8M0FNUToFloat(127), 1.0f);

@@ -32,15 +32,6 @@ using StateDict = BasicDict<TensorValue>;
 // A dict without tensors: the hyperparameters of a group.
 using ObjectDict = Object::Dict;
 
-// What happens to a value whose element type is not that of the live tensor.
-enum class DTypePolicy : uint8_t {
-  kDefault,  // of the model: kCast; of an optimizer's state: kKeep
-  kCast,     // it is converted to the live type
-  kKeep,     // the live tensor takes the type of the dict; needs `assign` for
-             // the model
-  kError,    // it does not fit
-};
-
 // The module whose part of a state is meant: by FQN ("" is the model itself) or
 // as an object.
 class Submodule {

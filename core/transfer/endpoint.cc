@@ -2,11 +2,13 @@
 
 #include "dsd/core/transfer/endpoint.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "dsd/core/base/float_cast.h"
 #include "dsd/core/base/status_macros.h"
 
 namespace dsd {
@@ -240,13 +242,17 @@ absl::Status CheckAccess(const TensorSpec& spec, const Box& box, DType dtype,
                                             box.ToString(),
                                             " is not in this rank's memory"));
   }
-  if (dtype != spec.dtype) {
+  if (dtype != spec.dtype && !(IsCastable(dtype) && IsCastable(spec.dtype))) {
     return absl::UnimplementedError(absl::StrCat(
         "\"", spec.fqn, "\": plain memory cannot be converted between ",
         DTypeName(spec.dtype), " and ", DTypeName(dtype)));
   }
   return absl::OkStatus();
 }
+
+// Converted at once, in memory that stays in the cache.
+constexpr int64_t kCastElements = 4096;
+constexpr int64_t kMaxCastItemBytes = 8;
 
 }  // namespace
 
@@ -256,7 +262,21 @@ absl::Status MemoryEndpoint::Read(size_t tensor, const Box& box, int64_t begin,
   const std::optional<StridedView> view = View(tensor, box);
   DSD_RETURN_IF_ERROR(
       CheckAccess(catalog_[tensor], box, dtype, view.has_value()));
-  PackRange(*view, box.extents(), ItemSize(dtype), begin, end, out.data());
+  const DType stored = catalog_[tensor].dtype;
+  if (dtype == stored) {
+    PackRange(*view, box.extents(), ItemSize(dtype), begin, end, out.data());
+    return absl::OkStatus();
+  }
+  std::byte packed[kCastElements * kMaxCastItemBytes];
+  for (int64_t at = begin; at < end; at += kCastElements) {
+    const int64_t until = std::min(end, at + kCastElements);
+    PackRange(*view, box.extents(), ItemSize(stored), at, until, packed);
+    CastFloats(stored,
+               absl::MakeConstSpan(packed, (until - at) * ItemSize(stored)),
+               dtype,
+               out.subspan((at - begin) * ItemSize(dtype),
+                           (until - at) * ItemSize(dtype)));
+  }
   return absl::OkStatus();
 }
 
@@ -266,7 +286,20 @@ absl::Status MemoryEndpoint::Write(size_t tensor, const Box& box, int64_t begin,
   const std::optional<StridedView> view = View(tensor, box);
   DSD_RETURN_IF_ERROR(
       CheckAccess(catalog_[tensor], box, dtype, view.has_value()));
-  UnpackRange(*view, box.extents(), ItemSize(dtype), begin, end, in.data());
+  const DType stored = catalog_[tensor].dtype;
+  if (dtype == stored) {
+    UnpackRange(*view, box.extents(), ItemSize(dtype), begin, end, in.data());
+    return absl::OkStatus();
+  }
+  std::byte packed[kCastElements * kMaxCastItemBytes];
+  for (int64_t at = begin; at < end; at += kCastElements) {
+    const int64_t until = std::min(end, at + kCastElements);
+    CastFloats(dtype,
+               in.subspan((at - begin) * ItemSize(dtype),
+                          (until - at) * ItemSize(dtype)),
+               stored, absl::MakeSpan(packed, (until - at) * ItemSize(stored)));
+    UnpackRange(*view, box.extents(), ItemSize(stored), at, until, packed);
+  }
   return absl::OkStatus();
 }
 

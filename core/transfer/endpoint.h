@@ -94,7 +94,8 @@ void CopyBox(const StridedView& from, const StridedView& to,
              absl::Span<const int64_t> extents, int64_t item_size);
 
 // Tensors in host memory: local tensors or whole ones. An Endpoint for tests,
-// examples and code that has plain buffers.
+// examples and code that has plain buffers. It converts between the dtypes of
+// CastFloats.
 class MemoryEndpoint : public Endpoint {
  public:
   // One box of this rank, at `view`.

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "dsd/core/base/half.h"
 #include "dsd/core/layout/random_layout.h"
 #include "gtest/gtest.h"
 
@@ -115,10 +116,55 @@ TEST(EndpointTest, MemoryEndpointRefusesWhatItHasNot) {
             absl::StatusCode::kAlreadyExists);
   std::vector<std::byte> out(32);
   const Box whole = Box::Whole({4});
-  const absl::Status cast = endpoint.Read(0, whole, 0, 4, DType::kFloat64,
+  const absl::Status cast = endpoint.Read(0, whole, 0, 4, DType::kInt64,
                                           absl::MakeSpan(out).first(32));
   EXPECT_EQ(cast.code(), absl::StatusCode::kUnimplemented);
   EXPECT_NE(cast.message().find("\"w\""), std::string::npos) << cast;
+}
+
+// A transposed part, more than is converted at once, through a type of fewer
+// bytes and one of more.
+TEST(EndpointTest, MemoryEndpointCastsFloats) {
+  constexpr int64_t kRows = 3, kColumns = 5000;
+  std::vector<float> data(kRows * kColumns);
+  for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<float>(i);
+  MemoryEndpoint endpoint;
+  MemoryEndpoint::Part part;
+  part.box = Box::Whole({kColumns, kRows});
+  part.view = {reinterpret_cast<std::byte*>(data.data()),
+               {sizeof(float), kColumns * sizeof(float)}};
+  ASSERT_TRUE(endpoint
+                  .Add({"w", DType::kFloat32,
+                        Layout::Replicated({kColumns, kRows}, {0})},
+                       {part})
+                  .ok());
+  const int64_t begin = 7, end = kRows * kColumns - 2;
+  std::vector<double> out(end - begin);
+  ASSERT_TRUE(endpoint
+                  .Read(0, part.box, begin, end, DType::kFloat64,
+                        absl::MakeSpan(reinterpret_cast<std::byte*>(out.data()),
+                                       out.size() * sizeof(double)))
+                  .ok());
+  std::vector<uint16_t> in;
+  for (int64_t i = begin; i < end; ++i) {
+    const double expected =
+        static_cast<double>(i % kRows * kColumns + i / kRows);
+    ASSERT_EQ(out[i - begin], expected) << i;
+    in.push_back(FloatToBFloat16(static_cast<float>(-expected)));
+  }
+  ASSERT_TRUE(endpoint
+                  .Write(0, part.box, begin, end, DType::kBFloat16,
+                         absl::MakeConstSpan(
+                             reinterpret_cast<const std::byte*>(in.data()),
+                             in.size() * sizeof(uint16_t)))
+                  .ok());
+  for (int64_t i = 0; i < kRows * kColumns; ++i) {
+    const int64_t at = i % kRows * kColumns + i / kRows;
+    const float expected = i >= begin && i < end
+                               ? BFloat16ToFloat(in[i - begin])
+                               : static_cast<float>(at);
+    ASSERT_EQ(data[at], expected) << i;
+  }
 }
 
 }  // namespace

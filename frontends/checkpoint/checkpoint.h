@@ -29,6 +29,7 @@
 #include "dsd/core/base/call_options.h"
 #include "dsd/core/base/content_digest.h"
 #include "dsd/core/base/digest.h"
+#include "dsd/core/base/dtype.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/plan/catalog.h"
@@ -205,6 +206,10 @@ struct LoadOptions {
   // is loaded. The same on all ranks; two keys of the target may not have one
   // stored key. Empty: all are stored under their own.
   std::function<std::optional<std::string>(absl::string_view key)> stored_key;
+  // Of tensors that are stored with another dtype: an error, or, with kCast,
+  // converted as Tensor::copy_ does it, between the dtypes that CastFloats has.
+  // Digests are those of what is stored.
+  DTypePolicy dtype_policy = DTypePolicy::kDefault;
   // Whether what is read is compared with the digests that dsd stores beside
   // the data. Checkpoints written by Python have none: there the CRCs of those
   // records are compared that one rank reads as a whole.
@@ -222,6 +227,7 @@ struct LoadReport {
   int64_t bytes_sent = 0;  // to other ranks, by this one
   int64_t bytes_sent_all = 0;
   bool verified = false;  // all of it was compared with stored digests
+  int64_t cast = 0;       // tensors that were stored with another dtype
   // Sorted; only if allowed: keys of the target, and of the checkpoint.
   std::vector<std::string> missing;
   std::vector<std::string> unexpected;
@@ -238,7 +244,8 @@ struct LoadReport {
 // cannot be read, a digest that differs) the tensors are unspecified; the text
 // says so. Objects change only on success. Every rank gets the same verdict.
 //
-// Errors: NotFound (no checkpoint, or not complete: says which); DataLoss
+// Errors: InvalidArgument (kKeep); NotFound (no checkpoint, or not complete:
+// says which); DataLoss
 // (bytes that do not decode or verify: names key and file); FailedPrecondition
 // (mismatch of keys, shapes or dtypes; ranks see different checkpoints);
 // Unimplemented (transformed or quantized items); what files and `comm` report.
@@ -279,7 +286,8 @@ struct StoredObject {
 // The elements of stored tensors, all on kAnyHolder; Write is Unimplemented.
 // With verification on it keeps, of each tensor, the digest of the elements
 // that were read, so that ranks that read parts can check the whole together.
-// Each element is to be read once for that.
+// Each element is to be read once for that. Read converts between the dtypes of
+// CastFloats.
 class CheckpointEndpoint : public Endpoint {
  public:
   virtual ReadStats stats() const = 0;

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "dsd/core/base/content_digest.h"
+#include "dsd/core/base/float_cast.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/checkpoint_impl.h"
 #include "dsd/frontends/checkpoint/item_reader.h"
@@ -46,23 +47,31 @@ class EndpointImpl final : public CheckpointEndpoint {
   absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
                     DType dtype, absl::Span<std::byte> out) override {
     const TensorSpec& spec = catalog_[tensor];
-    if (dtype != spec.dtype) {
+    const bool is_cast = dtype != spec.dtype;
+    if (is_cast && !(IsCastable(spec.dtype) && IsCastable(dtype))) {
       return absl::UnimplementedError(absl::StrCat(
           "stored ", DTypeName(spec.dtype), " cannot be converted to ",
           DTypeName(dtype), " while reading"));
     }
-    // In pieces that are still in the cache when they are digested.
+    // In pieces that are still in the cache when they are digested and cast.
     Tensor& state = tensors_[tensor];
-    const int64_t step = kPieceBytes / ItemSize(dtype);
+    const int64_t stored_size = ItemSize(spec.dtype);
+    const int64_t step = kPieceBytes / stored_size;
+    if (is_cast) stored_.resize(kPieceBytes);
     for (int64_t at = begin; at < end; at += step) {
       const int64_t until = std::min(end, at + step);
-      const auto piece = out.subspan((at - begin) * ItemSize(dtype),
-                                     (until - at) * ItemSize(dtype));
+      const auto to = out.subspan((at - begin) * ItemSize(dtype),
+                                  (until - at) * ItemSize(dtype));
+      const auto piece =
+          is_cast ? absl::MakeSpan(stored_).first((until - at) * stored_size)
+                  : to;
       DSD_RETURN_IF_ERROR(ReadElements(tensor, box, at, until, piece));
-      if (!state.expected.has_value()) continue;
-      state.elements_read += until - at;
-      state.digest.AddBox(spec.shape(), ItemSize(dtype), box.lo, box.hi, at,
-                          until, piece);
+      if (state.expected.has_value()) {
+        state.elements_read += until - at;
+        state.digest.AddBox(spec.shape(), stored_size, box.lo, box.hi, at,
+                            until, piece);
+      }
+      if (is_cast) CastFloats(spec.dtype, piece, dtype, to);
     }
     return absl::OkStatus();
   }
@@ -238,6 +247,7 @@ class EndpointImpl final : public CheckpointEndpoint {
   ItemReader reader_;
   Catalog catalog_;
   std::vector<Tensor> tensors_;
+  std::vector<std::byte> stored_;  // before it is cast
 };
 
 }  // namespace

@@ -40,15 +40,7 @@ class ConvertedEndpoint final : public Endpoint {
 
   absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
                     DType dtype, absl::Span<std::byte> out) override {
-    const DType stored = source_->catalog()[tensor].dtype;
-    if (dtype == stored) {
-      DSD_RETURN_IF_ERROR(source_->Read(tensor, box, begin, end, stored, out));
-    } else {
-      stored_.resize((end - begin) * ItemSize(stored));
-      DSD_RETURN_IF_ERROR(source_->Read(tensor, box, begin, end, stored,
-                                        absl::MakeSpan(stored_)));
-      CastFloats(stored, stored_, dtype, out);
-    }
+    DSD_RETURN_IF_ERROR(source_->Read(tensor, box, begin, end, dtype, out));
     // Before what is written can count.
     elements_left_ -= end - begin;
     if (elements_left_ > 0) return absl::OkStatus();
@@ -63,7 +55,6 @@ class ConvertedEndpoint final : public Endpoint {
  private:
   const std::unique_ptr<CheckpointEndpoint> source_;
   Catalog catalog_;
-  std::vector<std::byte> stored_;
   int64_t elements_left_ = 0;
 };
 
@@ -88,7 +79,11 @@ class Converter {
     if (options_.dtype.has_value() && !IsCastable(*options_.dtype)) {
       return absl::InvalidArgumentError(
           absl::StrCat("tensors cannot be cast to ", DTypeName(*options_.dtype),
-                       ", only to float64, float32, float16 and bfloat16"));
+                       ", only to ",
+                       absl::StrJoin(CastableDTypes(), ", ",
+                                     [](std::string* out, DType dtype) {
+                                       absl::StrAppend(out, DTypeName(dtype));
+                                     })));
     }
     DSD_RETURN_IF_ERROR(CheckTarget());
     OpenOptions open;

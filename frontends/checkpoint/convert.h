@@ -24,8 +24,8 @@ struct ConvertOptions {
   // What to make; nullopt: what GuessFormat says of the path.
   std::optional<Format> format;
   RenameRules rename;
-  // For tensors of a floating-point dtype; others keep theirs. One of float64,
-  // float32, float16, bfloat16.
+  // For tensors of a dtype that CastFloats has; others keep theirs. One of
+  // these.
   std::optional<DType> dtype;
   // Objects that the target has no place for are left out.
   bool drop_objects = false;

@@ -16,6 +16,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/fake_env.h"
+#include "dsd/core/base/half.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
@@ -181,6 +182,116 @@ TEST_F(ExportTest, EveryFormatFromAndToAnyNumberOfRanks) {
     EXPECT_EQ(*env_.fake_files().Content("/job/1/" + name),
               *env_.fake_files().Content("/job/3/" + name));
   }
+}
+
+// Every format, with other layouts, through the bytes of the smaller type.
+TEST_F(ExportTest, LoadsCastOnRequest) {
+  constexpr int64_t kRows = 6, kColumns = 9;
+  const auto value = [](int64_t i) {
+    return static_cast<float>(i - 20) / 7 * (i % 5 == 0 ? 3e4f : 1.f);
+  };
+  std::vector<float> wide(kRows * kColumns);
+  std::vector<uint16_t> narrow(kRows * kColumns), half(kRows * kColumns);
+  std::vector<int64_t> whole(kRows * kColumns);
+  for (int64_t i = 0; i < kRows * kColumns; ++i) {
+    wide[i] = value(i);
+    narrow[i] = FloatToBFloat16(value(i));
+    half[i] = FloatToFloat16(value(i));
+    whole[i] = i;
+  }
+  const Dims shape = {kRows, kColumns};
+  MemoryEndpoint endpoint;
+  const auto add = [&](const char* name, DType dtype, auto& values) {
+    ASSERT_TRUE(endpoint
+                    .AddLocal({name, dtype, Layout::Replicated(shape, {0})}, 0,
+                              reinterpret_cast<std::byte*>(values.data()))
+                    .ok());
+  };
+  add("wide", DType::kFloat32, wide);
+  add("narrow", DType::kBFloat16, narrow);
+  add("half", DType::kFloat16, half);
+  add("whole", DType::kInt64, whole);
+  State state;
+  state.tensors = &endpoint;
+  SaveOptions save;
+  save.env = &env_;
+  ASSERT_TRUE(Save("/dcp", state, nullptr, save).ok());
+  ASSERT_TRUE(
+      Export("/x.safetensors", Format::kSafetensors, state, nullptr, Options())
+          .ok());
+  ASSERT_TRUE(
+      Export("/x.pt", Format::kTorchArchive, state, nullptr, Options()).ok());
+
+  for (const std::string path : {"/dcp", "/x.safetensors", "/x.pt"}) {
+    SCOPED_TRACE(path);
+    const auto load = [&](Communicator& comm,
+                          const LoadOptions& options) -> absl::Status {
+      const Layout layout = *Layout::FromPlacements(
+          shape, DeviceMesh::Iota({comm.size()}), {Shard(1)});
+      const Box box = layout.BoxesOf(comm.rank())[0].box;
+      const int64_t columns = box.extent(1);
+      std::vector<uint16_t> to_narrow(kRows * columns), to_other(to_narrow);
+      std::vector<float> to_wide(kRows * columns);
+      std::vector<int64_t> to_whole(kRows * columns);
+      MemoryEndpoint target;
+      const auto want = [&](const char* name, DType dtype, auto& values) {
+        return target.AddLocal({name, dtype, layout}, comm.rank(),
+                               reinterpret_cast<std::byte*>(values.data()));
+      };
+      DSD_RETURN_IF_ERROR(want("wide", DType::kBFloat16, to_narrow));
+      DSD_RETURN_IF_ERROR(want("narrow", DType::kFloat32, to_wide));
+      DSD_RETURN_IF_ERROR(want("half", DType::kBFloat16, to_other));
+      DSD_RETURN_IF_ERROR(want("whole", DType::kInt64, to_whole));
+      State into;
+      into.tensors = &target;
+      DSD_ASSIGN_OR_RETURN(const LoadReport report,
+                           Load(path, into, &comm, options));
+      EXPECT_EQ(report.cast, 3);
+      for (int64_t i = 0; i < kRows * columns; ++i) {
+        const int64_t at = i / columns * kColumns + box.lo[1] + i % columns;
+        EXPECT_EQ(to_narrow[i], FloatToBFloat16(wide[at]));
+        EXPECT_EQ(to_wide[i], BFloat16ToFloat(narrow[at]));
+        EXPECT_EQ(to_other[i], FloatToBFloat16(Float16ToFloat(half[at])));
+        EXPECT_EQ(to_whole[i], at);
+      }
+      return absl::OkStatus();
+    };
+    const auto on_three_ranks = [&](DTypePolicy policy) {
+      LoadOptions options;
+      options.env = &env_;
+      options.dtype_policy = policy;
+      return StatusOfRanks(
+          3, [&](Communicator& comm) { return load(comm, options); });
+    };
+    EXPECT_THAT(on_three_ranks(DTypePolicy::kCast), AllOk());
+    for (const DTypePolicy policy :
+         {DTypePolicy::kDefault, DTypePolicy::kError}) {
+      EXPECT_THAT(
+          on_three_ranks(policy),
+          Each(IsStatus(absl::StatusCode::kFailedPrecondition,
+                        "\"wide\": dtype in the checkpoint is float32, in the "
+                        "target bfloat16; dtype_policy = kCast converts it")));
+    }
+    EXPECT_THAT(on_three_ranks(DTypePolicy::kKeep),
+                Each(IsStatus(absl::StatusCode::kInvalidArgument, "kKeep")));
+  }
+  // Integers do not become numbers of another kind.
+  std::vector<float> number(kRows * kColumns);
+  MemoryEndpoint target;
+  ASSERT_TRUE(
+      target
+          .AddLocal({"whole", DType::kFloat32, Layout::Replicated(shape, {0})},
+                    0, reinterpret_cast<std::byte*>(number.data()))
+          .ok());
+  State into;
+  into.tensors = &target;
+  LoadOptions options;
+  options.env = &env_;
+  options.allow_unexpected = true;
+  options.dtype_policy = DTypePolicy::kCast;
+  EXPECT_THAT(Load("/dcp", into, nullptr, options).status(),
+              IsStatus(absl::StatusCode::kFailedPrecondition,
+                       "dtype in the checkpoint is int64"));
 }
 
 TEST_F(ExportTest, OpenSaysWhatIsThere) {

@@ -12,6 +12,8 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "dsd/core/base/dtype.h"
+#include "dsd/core/base/float_cast.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/plan/plan.h"
 #include "dsd/core/transfer/agree_on_catalogs.h"
@@ -100,6 +102,11 @@ class Loader {
   // Everything that can be found wrong without touching what is live.
   absl::Status Prepare() {
     DSD_RETURN_IF_ERROR(CheckKeys(target_));
+    if (options_.dtype_policy == DTypePolicy::kKeep) {
+      return absl::InvalidArgumentError(
+          "dtype_policy = kKeep: the tensors of a target keep their dtypes; "
+          "expected kCast or kError");
+    }
     OpenOptions open;
     open.env = &env_;
     open.verify = options_.verify;
@@ -170,11 +177,15 @@ class Loader {
         wrong.push_back(absl::StrCat(
             key, "shape in the checkpoint is ", DimsToString(from.shape()),
             ", in the target ", DimsToString(spec.shape())));
-      } else if (from.dtype != spec.dtype) {
-        wrong.push_back(absl::StrCat(key, "dtype in the checkpoint is ",
-                                     DTypeName(from.dtype), ", in the target ",
-                                     DTypeName(spec.dtype)));
+      } else if (from.dtype != spec.dtype && !IsCast(from.dtype, spec.dtype)) {
+        wrong.push_back(absl::StrCat(
+            key, "dtype in the checkpoint is ", DTypeName(from.dtype),
+            ", in the target ", DTypeName(spec.dtype),
+            IsCastable(from.dtype) && IsCastable(spec.dtype)
+                ? "; dtype_policy = kCast converts it"
+                : ""));
       } else {
+        report_.cast += from.dtype != spec.dtype;
         pairs_.emplace_back(keys->size(), i);
         keys->push_back(*name);
       }
@@ -225,10 +236,16 @@ class Loader {
                      absl::StrJoin(problems, "; ")));
   }
 
+  bool IsCast(DType from, DType to) const {
+    return options_.dtype_policy == DTypePolicy::kCast && IsCastable(from) &&
+           IsCastable(to);
+  }
+
   Digest Fingerprint() const {
     DigestBuilder digest;
     digest.Add(catalog_.Fingerprint());
     digest.Add(options_.verify);
+    digest.Add(static_cast<int64_t>(options_.dtype_policy));
     digest.Add(names_.Finish());
     if (checkpoint_ != nullptr) digest.Add(checkpoint_->fingerprint());
     for (const WantedObject& object : wanted_objects_) {

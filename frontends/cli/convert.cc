@@ -12,6 +12,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/time.h"
+#include "dsd/core/base/dtype.h"
+#include "dsd/core/base/float_cast.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/cli/progress.h"
 #include "dsd/frontends/cli/text_table.h"
@@ -172,6 +174,10 @@ absl::StatusOr<ExitCode> RunConvert(const Arguments& arguments,
 
 VerbBody DeclareConvert(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
+  std::vector<std::string> names;
+  for (const DType dtype : CastableDTypes()) {
+    names.emplace_back(DTypeName(dtype));
+  }
   app.add_option("SRC", arguments->source, "The checkpoint")->required();
   app.add_option("DST", arguments->target, "What to make of it")->required();
   app.add_option("--to", arguments->to, "Format of DST")
@@ -180,7 +186,7 @@ VerbBody DeclareConvert(CLI::App& app) {
       ->allow_extra_args(false);
   app.add_option("--dtype", arguments->dtype,
                  "Cast floating-point tensors to it")
-      ->check(CLI::IsMember({"float64", "float32", "float16", "bfloat16"}));
+      ->check(CLI::IsMember(names));
   app.add_option("--max-shard-size", arguments->max_file_bytes,
                  "Elements in one safetensors file of a directory, such as "
                  "2GB; default 5GB")
