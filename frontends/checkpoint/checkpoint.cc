@@ -200,10 +200,10 @@ absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(
       DSD_RETURN_IF_ERROR(OpenDcp(options.verify, impl.get()));
       break;
     case Format::kSafetensors:
-      DSD_RETURN_IF_ERROR(OpenSafetensors(impl.get()));
+      DSD_RETURN_IF_ERROR(OpenSafetensors(options.verify, impl.get()));
       break;
     case Format::kTorchArchive:
-      DSD_RETURN_IF_ERROR(OpenTorchArchive(impl.get()));
+      DSD_RETURN_IF_ERROR(OpenTorchArchive(options.verify, impl.get()));
       break;
   }
   impl->check_crcs = options.verify && !impl->has_digests;

@@ -210,8 +210,8 @@ struct LoadOptions {
   // converted as Tensor::copy_ does it, between the dtypes that CastFloats has.
   // Digests are those of what is stored.
   DTypePolicy dtype_policy = DTypePolicy::kDefault;
-  // Whether what is read is compared with the digests that dsd stores beside
-  // the data. Checkpoints written by Python have none: there the CRCs of those
+  // Whether what is read is compared with the digests that dsd stores in every
+  // format. Checkpoints written by Python have none: there the CRCs of those
   // records are compared that one rank reads as a whole.
   bool verify = true;
   Env* env = nullptr;  // as in SaveOptions

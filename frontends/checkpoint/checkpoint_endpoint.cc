@@ -229,6 +229,7 @@ class EndpointImpl final : public CheckpointEndpoint {
       all.insert(file);
       const absl::StatusOr<ItemReader::Chunk*> chunk =
           reader_.OpenChunk(entry_index, i, false);
+      if (chunk.ok() && (*chunk)->item.record_crc == 0) continue;
       if (!chunk.ok()) {
         damaged.insert(file);
         continue;

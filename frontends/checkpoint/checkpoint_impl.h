@@ -45,8 +45,9 @@ struct Checkpoint::Impl {
   std::vector<std::pair<std::string, std::string>> unreadable;
   std::vector<StoredObject> objects;
 
-  // Written by dsd, and its digests are there and in use. Then all bytes of the
-  // data files are known: what is no payload is what dsd writes around it.
+  // Written by dsd, and its digests are there and in use, of all tensors. Then
+  // all bytes of the data files of a DCP checkpoint are known: what is no
+  // payload is what dsd writes around it.
   bool has_digests = false;
   // Without digests: the CRC of a record that is read as a whole is compared.
   bool check_crcs = false;
@@ -63,8 +64,8 @@ absl::Status FillCatalog(Checkpoint::Impl* impl);
 
 // The rest of an Impl that has path and env. `verify`: as in OpenOptions.
 absl::Status OpenDcp(bool verify, Checkpoint::Impl* impl);
-absl::Status OpenSafetensors(Checkpoint::Impl* impl);
-absl::Status OpenTorchArchive(Checkpoint::Impl* impl);
+absl::Status OpenSafetensors(bool verify, Checkpoint::Impl* impl);
+absl::Status OpenTorchArchive(bool verify, Checkpoint::Impl* impl);
 
 // DataLoss over `max_bytes`.
 absl::StatusOr<std::string> ReadWhole(FileSystem& files,

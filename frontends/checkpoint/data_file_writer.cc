@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "dsd/core/base/status_macros.h"
 
@@ -50,6 +51,11 @@ absl::Status DataFileWriter::Append(absl::Span<const std::byte> bytes) {
   return absl::OkStatus();
 }
 
+absl::Status DataFileWriter::Reserve(int64_t bytes) {
+  reserved_ = bytes;
+  return Append(std::string(bytes, '\0'));
+}
+
 absl::Status DataFileWriter::PadTo(int64_t alignment, int64_t remainder) {
   const int64_t padding =
       ((remainder - position_) % alignment + alignment) % alignment;
@@ -57,6 +63,16 @@ absl::Status DataFileWriter::PadTo(int64_t alignment, int64_t remainder) {
 }
 
 absl::Status DataFileWriter::Submit() {
+  if (position_ - used_ < reserved_) {
+    auto held = std::make_unique<AlignedBuffer>(kPieceBytes);
+    if (held->data() == nullptr) {
+      return absl::ResourceExhaustedError("no memory to write a file with");
+    }
+    std::memcpy(held->data(), current_, kPieceBytes);
+    held_.push_back(std::move(held));
+    used_ = 0;
+    return absl::OkStatus();
+  }
   if (writers_.empty()) {
     for (int i = 0; i < kWriters; ++i) {
       writers_.push_back(
@@ -100,22 +116,42 @@ void DataFileWriter::Stop() {
   writers_.clear();
 }
 
-absl::Status DataFileWriter::Finish() {
+absl::Status DataFileWriter::WriteOut(int64_t at,
+                                      absl::Span<const std::byte> bytes) {
+  // The whole pages may go past the page cache, the rest cannot.
+  const size_t pages =
+      bytes.size() / AlignedBuffer::kAlignment * AlignedBuffer::kAlignment;
+  for (const auto& [from, to] :
+       {std::pair(size_t{0}, pages), std::pair(pages, bytes.size())}) {
+    if (from == to) continue;
+    DSD_RETURN_IF_ERROR(file_->WriteAt(at + static_cast<int64_t>(from),
+                                       bytes.subspan(from, to - from)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status DataFileWriter::Finish(absl::string_view front) {
   Stop();
   {
     absl::MutexLock lock(&mu_);
     DSD_RETURN_IF_ERROR(status_);
   }
-  // The whole pages may go past the page cache, the rest cannot.
-  const int64_t begin = position_ - used_;
-  const int64_t pages =
-      used_ / AlignedBuffer::kAlignment * AlignedBuffer::kAlignment;
-  for (const auto& [from, to] :
-       {std::pair(int64_t{0}, pages), std::pair(pages, used_)}) {
-    if (from == to) continue;
-    DSD_RETURN_IF_ERROR(file_->WriteAt(
-        begin + from, absl::MakeConstSpan(current_ + from, to - from)));
+  if (static_cast<int64_t>(front.size()) != reserved_) {
+    return absl::InternalError(absl::StrCat("a front of ", front.size(),
+                                            " bytes, expected ", reserved_));
   }
+  for (size_t i = 0; i < held_.size(); ++i) {
+    const absl::string_view part = front.substr(0, kPieceBytes);
+    std::memcpy(held_[i]->data(), part.data(), part.size());
+    front.remove_prefix(part.size());
+    DSD_RETURN_IF_ERROR(
+        WriteOut(static_cast<int64_t>(i) * kPieceBytes,
+                 absl::MakeConstSpan(held_[i]->data(), kPieceBytes)));
+  }
+  // In what is left of it nothing has been written yet.
+  if (!front.empty()) std::memcpy(current_, front.data(), front.size());
+  DSD_RETURN_IF_ERROR(
+      WriteOut(position_ - used_, absl::MakeConstSpan(current_, used_)));
   DSD_RETURN_IF_ERROR(file_->Sync());
   return file_->Close();
 }

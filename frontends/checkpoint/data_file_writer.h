@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Writes one file from front to back, in large aligned pieces, of which some
-// are on their way to storage while the next is filled.
+// are on their way to storage while the next is filled. What stands at its
+// front may become known last.
 
 #ifndef DSD_FRONTENDS_CHECKPOINT_DATA_FILE_WRITER_H_
 #define DSD_FRONTENDS_CHECKPOINT_DATA_FILE_WRITER_H_
@@ -9,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -37,11 +39,16 @@ class DataFileWriter {
   absl::Status Append(absl::string_view bytes);
   absl::Status Append(absl::Span<const std::byte> bytes);
 
+  // At the beginning: the first `bytes` of the file are those that Finish gets.
+  // The pieces with them stay in memory until then: each is written once.
+  absl::Status Reserve(int64_t bytes);
+
   // Zeros until position() % alignment == remainder.
   absl::Status PadTo(int64_t alignment, int64_t remainder);
 
-  // Returns when all of it is on stable storage; closes.
-  absl::Status Finish();
+  // Returns when all of it is on stable storage; closes. `front` are the bytes
+  // of Reserve.
+  absl::Status Finish(absl::string_view front = "");
 
  private:
   static constexpr int kWriters = 2;
@@ -49,6 +56,8 @@ class DataFileWriter {
 
   // Hands the full buffer to a writer and takes a free one.
   absl::Status Submit();
+  // Writes what begins at byte `at`, whole pages by themselves.
+  absl::Status WriteOut(int64_t at, absl::Span<const std::byte> bytes);
   void RunWriter();
   void Stop();
   bool HasWorkOrStops() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
@@ -64,6 +73,8 @@ class DataFileWriter {
   std::byte* current_ = nullptr;
   int64_t used_ = 0;  // of current_
   int64_t position_ = 0;
+  int64_t reserved_ = 0;
+  std::vector<std::unique_ptr<AlignedBuffer>> held_;  // pieces, from the front
   std::vector<std::unique_ptr<EnvThread>> writers_;
 
   absl::Mutex mu_;

@@ -38,8 +38,11 @@ void AppendSorted(const absl::flat_hash_map<std::string, Digest128>& digests,
 
 std::string EncodeDigests(const StoredDigests& digests) {
   std::string out;
-  absl::StrAppend(&out, kTitle, static_cast<int>(digests.version), "\nindex ",
-                  digests.index_bytes, " ", Hex32(digests.index_crc), "\n");
+  absl::StrAppend(&out, kTitle, static_cast<int>(digests.version), "\n");
+  if (digests.index_bytes > 0) {
+    absl::StrAppend(&out, "index ", digests.index_bytes, " ",
+                    Hex32(digests.index_crc), "\n");
+  }
   AppendSorted(digests.tensors, digests.version, "tensor", &out);
   AppendSorted(digests.objects, digests.version, "object", &out);
   const uint32_t crc = static_cast<uint32_t>(absl::ComputeCrc32c(out));

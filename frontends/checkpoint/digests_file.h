@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The file of content digests that lies beside the data. Text, one key a line:
+// Content digests, as text with a key a line: a file that lies beside the data
+// of a DCP checkpoint, `dsd_digests` in `__metadata__` of a safetensors file,
+// a record of an archive of torch.save.
 //
 //   dsd digests 2
 //   index 951 89abcdef
@@ -10,8 +12,8 @@
 //
 // The number in the first line is the DigestVersion; 1, with digests of 16
 // digits, is read and no longer written. `index`: length and CRC32C of
-// .metadata. `end`: number of keys and CRC32C of the lines above. Keys are
-// C-escaped.
+// .metadata or of the archive's data.pkl; safetensors have none. `end`: number
+// of keys and CRC32C of the lines above. Keys are C-escaped.
 
 #ifndef DSD_FRONTENDS_CHECKPOINT_DIGESTS_FILE_H_
 #define DSD_FRONTENDS_CHECKPOINT_DIGESTS_FILE_H_
@@ -28,7 +30,7 @@ namespace dsd::checkpoint {
 
 struct StoredDigests {
   DigestVersion version = kDigestVersion;
-  int64_t index_bytes = 0;
+  int64_t index_bytes = 0;  // 0: no index
   uint32_t index_crc = 0;
   absl::flat_hash_map<std::string, Digest128> tensors;
   absl::flat_hash_map<std::string, Digest128> objects;

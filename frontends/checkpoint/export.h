@@ -43,7 +43,8 @@ struct ExportOptions {
 //   kTorchArchive  a file, written by rank 0, which torch.load reads with
 //                  weights_only=True: nested dicts and lists by the paths.
 // Each rank gathers what it writes in pieces of 32 MiB, and writes it front to
-// back; each element crosses the network at most once.
+// back, but for the header of safetensors, which comes last: it has the content
+// digests. Each element crosses the network at most once.
 //
 // Absent or complete: everything is written under other names, synced, and
 // renamed, the index last. A single file that is replaced changes atomically.

@@ -306,7 +306,7 @@ TEST_F(ExportTest, OpenSaysWhatIsThere) {
   EXPECT_EQ(stored.path(), "/job/m");
   EXPECT_EQ(stored.directory(), "/job/m");
   EXPECT_NE(stored.save_id(), "");
-  EXPECT_FALSE(stored.has_digests());
+  EXPECT_TRUE(stored.has_digests());
   EXPECT_THAT(stored.attributes(),
               ElementsAre(Pair("author", "n. n."), Pair("format", "pt")));
   EXPECT_EQ(stored.catalog().size(), Tensors(2).size());
@@ -348,6 +348,120 @@ TEST_F(ExportTest, DigestsAreThoseOfTheState) {
   }
   EXPECT_EQ(all[0].whole, all[1].whole);
   EXPECT_EQ(all[0].whole, all[2].whole);
+}
+
+// The files carry them, and what is read is compared.
+TEST_F(ExportTest, StoredDigestsFindWhatIsDamaged) {
+  ExportOptions options = Options();
+  options.max_file_bytes = 100;
+  TestState state = TestState::Filled(Tensors(1), 0, kSeed);
+  ASSERT_TRUE(
+      Export("/d", Format::kSafetensors, state.state(), nullptr, options).ok());
+  ASSERT_TRUE(
+      Export("/a.pt", Format::kTorchArchive, state.state(), nullptr, options)
+          .ok());
+  for (const std::string path : {"/d", "/a.pt"}) {
+    SCOPED_TRACE(path);
+    const auto load = [&](bool verify) {
+      TestState target = TestState::Blank(Tensors(1), 0);
+      LoadOptions options;
+      options.env = &env_;
+      options.verify = verify;
+      const auto report = Load(path, target.state(), nullptr, options);
+      if (report.ok()) {
+        EXPECT_EQ(report->verified, verify);
+      }
+      return report.status();
+    };
+    EXPECT_TRUE(load(true).ok());
+    EXPECT_TRUE(load(false).ok());
+    const auto opened = Checkpoint::Open(path, {true, &env_});
+    ASSERT_TRUE(opened.ok()) << opened.status();
+    EXPECT_TRUE((*opened)->has_digests());
+    const VerifyReport whole = Verify(**opened);
+    EXPECT_THAT(whole.problems, testing::IsEmpty());
+    EXPECT_EQ(whole.compared, static_cast<int64_t>(Tensors(1).size()));
+    for (const KeyDigest& key : ComputeDigests(**opened)->keys) {
+      EXPECT_EQ((*opened)->StoredDigest(key.key), key.digest) << key.key;
+    }
+    EXPECT_FALSE((*Checkpoint::Open(path, {false, &env_}))->has_digests());
+
+    // One bit of an element.
+    const size_t tensor = *(*opened)->catalog().Find("model.rows");
+    const StoredChunk chunk = (*opened)->Chunks(tensor)[0];
+    const std::string file =
+        path == "/d" ? absl::StrCat("/d/", chunk.file) : path;
+    const std::string bytes = *env_.fake_files().Content(file);
+    std::string damaged = bytes;
+    damaged[chunk.offset_bytes + 5] ^= 4;
+    env_.fake_files().SetContent(file, damaged);
+    EXPECT_THAT(load(true), IsStatus(absl::StatusCode::kDataLoss,
+                                     "\"model.rows\" has content digest"));
+    EXPECT_TRUE(load(false).ok());
+    const VerifyReport found = Verify(**Checkpoint::Open(path, {true, &env_}));
+    ASSERT_EQ(found.problems.size(), 1u);
+    EXPECT_EQ(found.problems[0].key, "model.rows");
+
+    // One of the digests; and the name of a tensor.
+    for (const auto& [from, to] :
+         std::vector<std::pair<std::string, std::string>>{
+             {"dsd digests", "dsd_digests"}, {"model.rows", "model.cows"}}) {
+      damaged = bytes;
+      const size_t at = damaged.find(from);
+      ASSERT_NE(at, std::string::npos);
+      damaged.replace(at, from.size(), to);
+      env_.fake_files().SetContent(file, damaged);
+      EXPECT_EQ(load(true).code(), absl::StatusCode::kDataLoss) << from;
+    }
+    env_.fake_files().SetContent(file, bytes);
+  }
+}
+
+// A program that changes tensors and copies `__metadata__`.
+TEST_F(ExportTest, DigestsOfOtherTensorsAreRefused) {
+  TestState state = TestState::Filled(Tensors(1), 0, kSeed);
+  ASSERT_TRUE(Export("/a.safetensors", Format::kSafetensors, state.state(),
+                     nullptr, Options())
+                  .ok());
+  std::string bytes = *env_.fake_files().Content("/a.safetensors");
+  const std::string name = "\"scalar\":{";
+  bytes.replace(bytes.find(name), name.size(), "\"scaled\":{");
+  env_.fake_files().SetContent("/a.safetensors", bytes);
+  EXPECT_THAT(Checkpoint::Open("/a.safetensors", {true, &env_}).status(),
+              IsStatus(absl::StatusCode::kDataLoss,
+                       "changed by a program that kept \"dsd_digests\""));
+  EXPECT_TRUE(Checkpoint::Open("/a.safetensors", {false, &env_}).ok());
+  ExportOptions options = Options();
+  options.attributes = {{"dsd_digests", "x"}};
+  EXPECT_THAT(Export("/b.safetensors", Format::kSafetensors, state.state(),
+                     nullptr, options)
+                  .status(),
+              IsStatus(absl::StatusCode::kInvalidArgument, "by dsd itself"));
+}
+
+// The header is written last, whatever its length.
+TEST_F(ExportTest, HeadersOfSeveralPieces) {
+  for (const int64_t rows : {1, 3000}) {
+    for (const size_t size : {size_t{4'000'000}, size_t{9'000'000}}) {
+      const std::vector<TestTensor> tensors = {
+          {{T("w")}, DType::kFloat32, Layout::Replicated({rows, 1000}, {0})}};
+      TestState state = TestState::Filled(tensors, 0, kSeed);
+      ExportOptions options = Options();
+      options.attributes = {{"notes", std::string(size, 'n')}};
+      const absl::Status written =
+          Export("/a.safetensors", Format::kSafetensors, state.state(), nullptr,
+                 options)
+              .status();
+      ASSERT_TRUE(written.ok()) << written;
+      TestState target = TestState::Blank(tensors, 0);
+      LoadOptions load;
+      load.env = &env_;
+      const auto report = Load("/a.safetensors", target.state(), nullptr, load);
+      ASSERT_TRUE(report.ok()) << report.status();
+      EXPECT_TRUE(report->verified);
+      EXPECT_EQ(target.Difference(kSeed), "");
+    }
+  }
 }
 
 TEST_F(ExportTest, LargeTensorsGoInWindows) {

@@ -23,6 +23,9 @@ inline constexpr char kSafetensorsIndexSuffix[] = ".safetensors.index.json";
 // id.
 inline constexpr char kSaveIdAttribute[] = "dsd_save_id";
 
+// ... and under which each of them has the digests of its tensors.
+inline constexpr char kDigestsAttribute[] = "dsd_digests";
+
 // "directory/name".
 std::string JoinFile(const std::string& directory, absl::string_view name);
 

@@ -58,7 +58,8 @@ absl::StatusOr<ReadableFile*> ItemReader::OpenFile(uint32_t file) {
         "the index names ", QuotedFile(file), ", which is not there"));
   }
   DSD_RETURN_IF_ERROR(opened.status());
-  if (impl_.has_digests && (*opened)->size_bytes() != impl_.file_bytes[file]) {
+  if (!impl_.file_bytes.empty() &&
+      (*opened)->size_bytes() != impl_.file_bytes[file]) {
     return absl::DataLossError(
         absl::StrCat(QuotedFile(file), " has ", (*opened)->size_bytes(),
                      " bytes, expected ", impl_.file_bytes[file]));

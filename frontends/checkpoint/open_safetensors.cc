@@ -18,6 +18,7 @@
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/checkpoint/checkpoint_impl.h"
+#include "dsd/frontends/checkpoint/digests_file.h"
 #include "dsd/frontends/checkpoint/file_names.h"
 #include "dsd/frontends/checkpoint/live_state.h"
 #include "dsd/frontends/checkpoint/safetensors/header.h"
@@ -56,7 +57,8 @@ std::string SeriesOf(absl::string_view name) {
 
 class SafetensorsOpener {
  public:
-  explicit SafetensorsOpener(Checkpoint::Impl* impl) : impl_(*impl) {}
+  SafetensorsOpener(bool verify, Checkpoint::Impl* impl)
+      : verify_(verify), impl_(*impl) {}
 
   absl::Status Run() {
     std::vector<std::string> names;
@@ -74,6 +76,7 @@ class SafetensorsOpener {
     DSD_RETURN_IF_ERROR(FillIndex())
         << absl::StrCat("the checkpoint at \"", impl_.path, "\"");
     impl_.fingerprint = fingerprint_.Finish();
+    impl_.has_digests = !files_.empty() && files_digested_ == files_.size();
     std::sort(impl_.attributes.begin(), impl_.attributes.end());
     return FillCatalog(&impl_);
   }
@@ -197,6 +200,8 @@ class SafetensorsOpener {
         DSD_ASSIGN_OR_RETURN(file->places, safetensors::ParseSharding(value));
       } else if (key == kSaveIdAttribute) {
         save_id = value;
+      } else if (key == kDigestsAttribute) {
+        if (verify_) DSD_RETURN_IF_ERROR(NoteDigests(value, file->header));
       } else if (key != safetensors::kShardingVersionKey) {
         NoteAttribute(key, value);
       }
@@ -225,6 +230,29 @@ class SafetensorsOpener {
       }
     }
     files_.push_back(std::move(file));
+    return absl::OkStatus();
+  }
+
+  // They are of this file's tensors, or its header is not the one that was
+  // written.
+  absl::Status NoteDigests(const std::string& text,
+                           const safetensors::Header& header) {
+    DSD_ASSIGN_OR_RETURN(StoredDigests digests, DecodeDigests(text));
+    bool fits = digests.tensors.size() == header.tensors.size() &&
+                digests.version == kDigestVersion;
+    for (const safetensors::HeaderTensor& tensor : header.tensors) {
+      fits = fits && digests.tensors.contains(tensor.name);
+    }
+    if (!fits) {
+      return absl::DataLossError(absl::StrCat(
+          "the digests in its header are not those of its tensors: it is "
+          "damaged, or was changed by a program that kept \"",
+          kDigestsAttribute, "\"; read it without verification"));
+    }
+    for (auto& [key, digest] : digests.tensors) {
+      impl_.digests.tensors[key] = digest;
+    }
+    ++files_digested_;
     return absl::OkStatus();
   }
 
@@ -329,8 +357,10 @@ class SafetensorsOpener {
             : absl::StrCat(" in ", DimsToString(place.global_shape))));
   }
 
+  const bool verify_;
   Checkpoint::Impl& impl_;
   DigestBuilder fingerprint_;
+  size_t files_digested_ = 0;
   bool has_index_ = false;
   // What the index wants of each file.
   absl::flat_hash_map<std::string, std::vector<std::string>> keys_of_;
@@ -342,8 +372,8 @@ class SafetensorsOpener {
 
 }  // namespace
 
-absl::Status OpenSafetensors(Checkpoint::Impl* impl) {
-  return SafetensorsOpener(impl).Run();
+absl::Status OpenSafetensors(bool verify, Checkpoint::Impl* impl) {
+  return SafetensorsOpener(verify, impl).Run();
 }
 
 }  // namespace dsd::checkpoint

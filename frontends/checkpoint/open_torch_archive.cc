@@ -11,12 +11,38 @@
 #include "dsd/core/value/flatten.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/checkpoint/checkpoint_impl.h"
+#include "dsd/frontends/checkpoint/digests_file.h"
 #include "dsd/frontends/checkpoint/file_names.h"
 #include "dsd/frontends/checkpoint/torch_archive/archive_reader.h"
 
 namespace dsd::checkpoint {
 
-absl::Status OpenTorchArchive(Checkpoint::Impl* impl) {
+namespace {
+
+// What dsd wrote into the archive, if it is dsd's.
+absl::Status ReadDigests(const torch_archive::Archive& archive,
+                         Checkpoint::Impl* impl) {
+  if (absl::IsNotFound(archive.digests.status())) return absl::OkStatus();
+  DSD_RETURN_IF_ERROR(archive.digests.status());
+  DSD_ASSIGN_OR_RETURN(StoredDigests digests, DecodeDigests(*archive.digests));
+  if (digests.index_bytes != archive.pickle_bytes ||
+      digests.index_crc != archive.pickle_crc) {
+    return absl::DataLossError(
+        "its pickle differs from what was written (checksum): it is damaged");
+  }
+  for (const TensorSpec& spec : impl->catalog.tensors()) {
+    if (digests.tensors.contains(spec.fqn)) continue;
+    return absl::DataLossError(
+        absl::StrCat("its digests lack \"", absl::CHexEscape(spec.fqn), "\""));
+  }
+  impl->digests = std::move(digests);
+  impl->has_digests = true;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status OpenTorchArchive(bool verify, Checkpoint::Impl* impl) {
   impl->directory = ParentOf(impl->path);
   impl->index.files.emplace_back(LastPart(impl->path));
   const std::string where =
@@ -53,6 +79,9 @@ absl::Status OpenTorchArchive(Checkpoint::Impl* impl) {
     impl->values.push_back(std::move(value.item));
   }
   DSD_RETURN_IF_ERROR(FillCatalog(impl)) << where;
+  if (verify) {
+    DSD_RETURN_IF_ERROR(ReadDigests(*archive, impl)) << where;
+  }
   absl::flat_hash_set<absl::string_view> keys;
   for (const StoredObject& object : impl->objects) {
     if (impl->catalog.Find(object.key).has_value() ||

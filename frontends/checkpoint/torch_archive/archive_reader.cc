@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/crc/crc32c.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -15,6 +16,7 @@
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/value/flatten.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_reader.h"
+#include "dsd/frontends/checkpoint/torch_archive/archive_writer.h"
 
 namespace dsd::torch_archive {
 namespace {
@@ -66,6 +68,10 @@ class Reader {
                          dcp::Pickle::Parse(pickle_bytes_, limits));
     budget_.emplace(static_cast<int64_t>(pickle_bytes_.size()));
     fingerprint_.Add(pickle_bytes_);
+    archive_.pickle_bytes = static_cast<int64_t>(pickle_bytes_.size());
+    archive_.pickle_crc =
+        static_cast<uint32_t>(absl::ComputeCrc32c(pickle_bytes_));
+    archive_.digests = ReadDigests();
 
     const PickleValue root = pickle.root();
     if (root.kind() == Kind::kInstance ||
@@ -93,6 +99,16 @@ class Reader {
     const dcp::ZipReader::Record* record;
     int64_t content_at;  // -1: not looked up yet
   };
+
+  absl::StatusOr<std::string> ReadDigests() {
+    const auto found = records_.find(kDigestsRecord);
+    if (found == records_.end()) {
+      return absl::NotFoundError("no record of digests");
+    }
+    DSD_ASSIGN_OR_RETURN(const absl::string_view digests,
+                         zip_.Content(*found->second.record, kMaxPickleBytes));
+    return std::string(digests);
+  }
 
   // Whether a tensor is in the value, or for dicts and lists below it.
   bool HasTensor(PickleValue value, int depth) {

@@ -8,6 +8,7 @@
 #ifndef DSD_FRONTENDS_CHECKPOINT_TORCH_ARCHIVE_ARCHIVE_READER_H_
 #define DSD_FRONTENDS_CHECKPOINT_TORCH_ARCHIVE_ARCHIVE_READER_H_
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -41,6 +42,10 @@ struct Archive {
   std::vector<Tensor> tensors;  // in the order of their elements in the file
   std::vector<Value> objects;
   std::vector<Unreadable> unreadable;
+  int64_t pickle_bytes = 0;
+  uint32_t pickle_crc = 0;  // CRC32C
+  // The record kDigestsRecord; NotFound, or what is wrong with it.
+  absl::StatusOr<std::string> digests;
   Digest fingerprint;  // covers the pickle and what the directory says
 };
 

@@ -194,7 +194,8 @@ std::string ArchiveWriter::FinishTensor(uint32_t crc) {
   return Take();
 }
 
-std::string ArchiveWriter::Finish() {
+std::string ArchiveWriter::Finish(absl::string_view digests) {
+  zip_.AddRecord(kDigestsRecord, digests);
   zip_.AddRecord("version", "3\n");
   zip_.Finish();
   return Take();

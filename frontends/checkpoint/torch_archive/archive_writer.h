@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/layout/box.h"
@@ -19,6 +20,8 @@
 #include "dsd/frontends/checkpoint/dcp/zip_writer.h"
 
 namespace dsd::torch_archive {
+
+inline constexpr char kDigestsRecord[] = ".dsd_digests";
 
 struct NewTensor {
   Path path;
@@ -51,7 +54,7 @@ absl::StatusOr<Tree> EncodeTree(absl::Span<const NewTensor> tensors,
 //   for each storage, in the order of EncodeTree:
 //     append writer.StartTensor(bytes), then the elements (contiguous),
 //     then writer.FinishTensor(crc)
-//   append writer.Finish()
+//   append writer.Finish(digests)
 class ArchiveWriter {
  public:
   explicit ArchiveWriter(std::string pickle);
@@ -60,7 +63,8 @@ class ArchiveWriter {
 
   std::string StartTensor(int64_t bytes);
   std::string FinishTensor(uint32_t crc);
-  std::string Finish();
+  // `digests`: the content of the record kDigestsRecord, which Python ignores.
+  std::string Finish(absl::string_view digests);
 
  private:
   std::string Take();

@@ -56,7 +56,7 @@ std::string Write(const std::vector<NewTensor>& tensors,
     out += data;
     out += writer.FinishTensor(dcp::Crc32(0, data));
   }
-  return out + writer.Finish();
+  return out + writer.Finish("digests");
 }
 
 std::string Example() {
@@ -149,6 +149,8 @@ TEST(ArchiveTest, ReadsWhatItWrites) {
   ASSERT_EQ(archive->objects.size(), 3u);
   EXPECT_EQ(Key(archive->objects[1].path), "list.0");
   EXPECT_TRUE(archive->objects[1].item.value == Object());
+  EXPECT_EQ(*archive->digests, "digests");
+  EXPECT_GT(archive->pickle_bytes, 0);
 }
 
 // What is read as tensors with keys of their own is known by these keys.
@@ -260,6 +262,7 @@ TEST(ArchiveTest, ByteOrder) {
   ASSERT_TRUE(big.ok()) << big.status();
   EXPECT_TRUE(big->tensors[0].item.big_endian);
   EXPECT_EQ(Key(big->tensors[0].path), "value");  // no dict around it
+  EXPECT_EQ(big->digests.status().code(), absl::StatusCode::kNotFound);
   EXPECT_FALSE(Read(WithPickle(pickle, ""))->tensors[0].item.big_endian);
   EXPECT_EQ(Read(WithPickle(pickle, "middle")).status().code(),
             absl::StatusCode::kDataLoss);
@@ -380,7 +383,7 @@ TEST(ArchiveTest, LargeStoragesHaveZip64Fields) {
   const int64_t b_at = static_cast<int64_t>(tail.size());
   tail += std::string(7, 'b');
   tail += writer.FinishTensor(dcp::Crc32(0, "bbbbbbb"));
-  tail += writer.Finish();
+  tail += writer.Finish("");
 
   // A file with a hole.
   class Holey final : public ReadableFile {

@@ -232,6 +232,10 @@ class FormatsTest(unittest.TestCase):
       meta = torch.load(target, weights_only=True, map_location="meta")
       self.assertEqual(sorted(flat(meta)), sorted(tensors))
       self.assertIsNone(zipfile.ZipFile(target).testzip())
+      with zipfile.ZipFile(target) as archive:
+        self.assertIn("tensor %s model.scalar\n" % known["model.scalar"],
+                      archive.read("archive/.dsd_digests").decode())
+      self.assertIn(" %d content digests" % len(tensors), dsd("verify", target))
       if name != "safetensors":
         for key in ("step", "text", "bytes", "flags", "dtype"):
           self.assertEqual(loaded[key], state[key], (name, key))
@@ -275,7 +279,8 @@ class FormatsTest(unittest.TestCase):
     dsd("convert", source, target)
     same(self, tensors, safetensors.torch.load_file(target), "again")
     with safetensors.safe_open(target, framework="pt") as file:
-      self.assertEqual(file.metadata(), metadata)
+      self.assertEqual({k: v for k, v in file.metadata().items() if k != "dsd_digests"}, metadata)
+      self.assertIn("tensor %s float32\n" % digests(source)["float32"], file.metadata()["dsd_digests"])
       self.assertEqual(bytes_of(file.get_slice("float32")[1:2]), bytes_of(tensors["float32"][1:2]))
     # To C++ once more.
     safetensors.torch.save_file(safetensors.torch.load_file(target), self.path("third.safetensors"), metadata)
