@@ -374,6 +374,10 @@ std::vector<StoredChunk> Checkpoint::Chunks(size_t tensor) const {
   return chunks;
 }
 
+const std::vector<size_t>& Checkpoint::same_as() const {
+  return impl_->same_as;
+}
+
 const std::vector<std::pair<std::string, std::string>>& Checkpoint::unreadable()
     const {
   return impl_->unreadable;

@@ -74,6 +74,11 @@ struct State {
   // tensor i. Empty: each name is one path segment.
   std::vector<Path> tensor_paths;
 
+  // For each tensor of the catalog the first one that it is, as tied weights
+  // are; itself if it is the first. Empty: each is its own. An archive of
+  // torch.save has such tensors once; nothing else heeds it.
+  std::vector<size_t> same_as;
+
   std::vector<ObjectEntry> objects;
 };
 
@@ -326,6 +331,10 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   const Catalog& catalog() const;
   const Path& tensor_path(size_t tensor) const;
   std::vector<StoredChunk> Chunks(size_t tensor) const;
+
+  // As State::same_as: what is one view of one storage in an archive of
+  // torch.save. Empty for other formats.
+  const std::vector<size_t>& same_as() const;
 
   // Tensors of other dtypes (quantized, sub-byte) and kinds (sparse): key and
   // the file's name of the dtype or kind. They are listed, and cannot be read.

@@ -36,6 +36,7 @@ struct Checkpoint::Impl {
   // Of formats without an archive per item: what a torch.save archive says of
   // chunk i, relative to its location. Empty: elements lie back to back.
   std::vector<dcp::TensorItem> items;
+  std::vector<size_t> same_as;
   // ... and the objects, of index.objects[i].
   std::vector<dcp::ObjectItem> values;
 

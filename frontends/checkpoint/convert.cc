@@ -29,10 +29,10 @@ class ConvertedEndpoint final : public Endpoint {
   explicit ConvertedEndpoint(std::unique_ptr<CheckpointEndpoint> source)
       : source_(std::move(source)) {}
 
-  // Once for each tensor of the source, in order.
-  absl::Status Add(std::string name, DType dtype) {
+  // Once for each tensor of the source, in order. `is_read`: it will be.
+  absl::Status Add(std::string name, DType dtype, bool is_read) {
     const TensorSpec& from = source_->catalog()[catalog_.size()];
-    elements_left_ += from.layout.whole().num_elements();
+    if (is_read) elements_left_ += from.layout.whole().num_elements();
     return catalog_.Add({std::move(name), dtype, from.layout});
   }
 
@@ -156,6 +156,7 @@ class Converter {
       state_.tensor_paths.push_back(
           new_path(catalog[i].fqn, checkpoint_->tensor_path(i)));
     }
+    state_.same_as = checkpoint_->same_as();
     DSD_RETURN_IF_ERROR(MakeObjects(new_path));
     std::vector<std::string> merged;
     for (auto& [key, from] : sources) {
@@ -168,8 +169,10 @@ class Converter {
     }
     tensors_ = std::make_unique<ConvertedEndpoint>(std::move(endpoint));
     for (size_t i = 0; i < catalog.size(); ++i) {
+      const bool is_read = report_.to != Format::kTorchArchive ||
+                           state_.same_as.empty() || state_.same_as[i] == i;
       DSD_RETURN_IF_ERROR(
-          tensors_->Add(JoinPath(state_.tensor_paths[i]), dtypes[i]));
+          tensors_->Add(JoinPath(state_.tensor_paths[i]), dtypes[i], is_read));
     }
     state_.tensors = tensors_.get();
     return absl::OkStatus();

@@ -274,6 +274,76 @@ TEST_F(ConvertTest, CastsValues) {
   EXPECT_THAT(read, ElementsAre(1, -2.5, 0, 65504, HUGE_VAL));
 }
 
+// Stored once in archives, by whatever way; twice elsewhere.
+TEST_F(ConvertTest, TiedTensorsStayTied) {
+  const auto whole = [](Dims shape) {
+    return Layout::Replicated(std::move(shape), {0});
+  };
+  std::vector<float> one(6, 1.5f), other(6, 2.5f);
+  MemoryEndpoint endpoint;
+  for (const auto& [name, values] :
+       {std::pair("embed", &one), std::pair("other", &other),
+        std::pair("head", &one)}) {
+    ASSERT_TRUE(endpoint
+                    .AddLocal({name, DType::kFloat32, whole({2, 3})}, 0,
+                              reinterpret_cast<std::byte*>(values->data()))
+                    .ok());
+  }
+  State state;
+  state.tensors = &endpoint;
+  ExportOptions save;
+  save.env = &env_;
+  const auto apart =
+      Export("/apart.pt", Format::kTorchArchive, state, nullptr, save);
+  ASSERT_TRUE(apart.ok()) << apart.status();
+  EXPECT_EQ(apart->payload_bytes, 72);
+  state.same_as = {0, 1, 0};
+  const auto tied =
+      Export("/tied.pt", Format::kTorchArchive, state, nullptr, save);
+  ASSERT_TRUE(tied.ok()) << tied.status();
+  EXPECT_EQ(tied->payload_bytes, 48);
+  EXPECT_EQ(Whole("/tied.pt"), Whole("/apart.pt"));
+  const auto same = [&](const std::string& path) {
+    const auto opened = Checkpoint::Open(path, {true, &env_});
+    EXPECT_TRUE(opened.ok()) << opened.status();
+    EXPECT_THAT(Verify(**opened).problems, IsEmpty());
+    std::vector<std::pair<std::string, std::string>> pairs;
+    const std::vector<size_t>& same_as = (*opened)->same_as();
+    for (size_t i = 0; i < same_as.size(); ++i) {
+      if (same_as[i] == i) continue;
+      pairs.emplace_back((*opened)->catalog()[same_as[i]].fqn,
+                         (*opened)->catalog()[i].fqn);
+    }
+    return pairs;
+  };
+  EXPECT_THAT(same("/apart.pt"), IsEmpty());
+  EXPECT_THAT(same("/tied.pt"), ElementsAre(testing::Pair("embed", "head")));
+  ConvertOptions cast = Options();
+  cast.dtype = DType::kBFloat16;
+  const auto half = Convert("/tied.pt", "/half.pt", cast);
+  ASSERT_TRUE(half.ok()) << half.status();
+  EXPECT_EQ(half->payload_bytes, 24);
+  EXPECT_THAT(same("/half.pt"), ElementsAre(testing::Pair("embed", "head")));
+  ASSERT_TRUE(Run("/tied.pt", "/s.safetensors", Options()).ok());
+  EXPECT_EQ(Whole("/s.safetensors"), Whole("/apart.pt"));
+
+  for (const std::vector<size_t>& bad :
+       std::vector<std::vector<size_t>>{{0}, {2, 1, 2}, {0, 0, 1}}) {
+    state.same_as = bad;
+    EXPECT_EQ(Export("/bad.pt", Format::kTorchArchive, state, nullptr, save)
+                  .status()
+                  .code(),
+              absl::StatusCode::kInvalidArgument);
+  }
+  // Damage is found in the source, also if one of the two is not read.
+  std::string bytes = *env_.fake_files().Content("/tied.pt");
+  bytes[bytes.find(
+      std::string(reinterpret_cast<const char*>(one.data()), 24))] ^= 1;
+  env_.fake_files().SetContent("/tied.pt", bytes);
+  EXPECT_EQ(Run("/tied.pt", "/again.pt", Options()).code(),
+            absl::StatusCode::kDataLoss);
+}
+
 TEST_F(ConvertTest, SaysWhatIsInTheWay) {
   const auto refused = [&](const std::string& to, const ConvertOptions& options,
                            absl::StatusCode code, const std::string& text,

@@ -392,11 +392,19 @@ class Exporter {
     return spec.layout.whole().num_elements() * ItemSize(spec.dtype);
   }
 
+  // The tensor whose elements are written for tensor i.
+  size_t FirstOf(size_t i) const {
+    const bool once =
+        format_ == Format::kTorchArchive && !state_.same_as.empty();
+    return once ? state_.same_as[i] : i;
+  }
+
   // The same on all ranks, but for names.
   void PlanFiles() {
     files_.emplace_back();
     int64_t bytes = 0;
     for (size_t i = 0; i < catalog_.size(); ++i) {
+      if (FirstOf(i) != i) continue;
       if (!single_ && bytes > 0 &&
           bytes + BytesOf(i) > options_.max_file_bytes) {
         files_.emplace_back();
@@ -457,6 +465,9 @@ class Exporter {
         .Add(catalog_.Fingerprint());
     for (const auto& [key, value] : options_.attributes) {
       digest.Add(key).Add(value);
+    }
+    for (const size_t first : state_.same_as) {
+      digest.Add(static_cast<int64_t>(first));
     }
     return digest.Finish();
   }
@@ -534,9 +545,11 @@ class Exporter {
       return std::make_unique<SafetensorsFrame>(std::move(header));
     }
     std::vector<torch_archive::NewTensor> tensors;
-    for (const size_t i : file.tensors) {
-      tensors.push_back(
-          {TensorPath(state_, i), catalog_[i].dtype, catalog_[i].shape()});
+    for (size_t i = 0; i < catalog_.size(); ++i) {
+      const int64_t first = static_cast<int64_t>(FirstOf(i));
+      tensors.push_back({TensorPath(state_, i), catalog_[i].dtype,
+                         catalog_[i].shape(),
+                         first == static_cast<int64_t>(i) ? -1 : first});
     }
     DSD_ASSIGN_OR_RETURN(torch_archive::Tree tree,
                          torch_archive::EncodeTree(tensors, objects_));
@@ -678,6 +691,11 @@ class Exporter {
   }
 
   absl::Status CloseFile() {
+    for (size_t i = 0; i < catalog_.size(); ++i) {
+      if (FirstOf(i) == i) continue;
+      const Digest128 first = digests_.tensors[catalog_[FirstOf(i)].fqn];
+      digests_.tensors[catalog_[i].fqn] = first;
+    }
     DSD_RETURN_IF_ERROR(out_->Append(frame_->Finish(digests_)));
     DSD_ASSIGN_OR_RETURN(const std::string front, frame_->Front(digests_));
     DSD_RETURN_IF_ERROR(out_->Finish(front));

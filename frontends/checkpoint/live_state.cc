@@ -83,6 +83,23 @@ absl::Status CheckKeys(const State& state) {
   for (const TensorSpec& spec : catalog.tensors()) {
     DSD_RETURN_IF_ERROR(CheckText(spec.fqn));
   }
+  if (!state.same_as.empty() && state.same_as.size() != catalog.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(state.same_as.size(),
+                                                   " entries of same_as for ",
+                                                   catalog.size(), " tensors"));
+  }
+  for (size_t i = 0; i < state.same_as.size(); ++i) {
+    const size_t first = state.same_as[i];
+    if (first > i || state.same_as[first] != first ||
+        catalog[first].dtype != catalog[i].dtype ||
+        catalog[first].shape() != catalog[i].shape()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "tensor ", Quoted(catalog[i].fqn), " is to be the same as tensor ",
+          first,
+          "; expected an earlier one of its dtype and shape that is no "
+          "other's"));
+    }
+  }
   absl::flat_hash_set<std::string> keys;
   std::vector<std::string> repeated;
   for (const ObjectEntry& object : state.objects) {

@@ -2,8 +2,10 @@
 
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
@@ -57,6 +59,19 @@ absl::Status OpenTorchArchive(bool verify, Checkpoint::Impl* impl) {
   DSD_RETURN_IF_ERROR(archive.status()) << where;
 
   impl->fingerprint = archive->fingerprint;
+  // By what says which elements they are.
+  absl::flat_hash_map<std::tuple<int64_t, DType, Dims, Dims, bool, bool>,
+                      size_t>
+      views;
+  for (size_t i = 0; i < archive->tensors.size(); ++i) {
+    const dcp::TensorItem& item = archive->tensors[i].item;
+    const auto [it, is_new] = views.try_emplace(
+        std::make_tuple(item.data_at, item.dtype, item.shape, item.strides,
+                        item.conjugated, item.negated),
+        i);
+    const bool is_empty = Box::Whole(item.shape).empty();
+    impl->same_as.push_back(is_empty ? i : it->second);
+  }
   for (torch_archive::Archive::Tensor& tensor : archive->tensors) {
     dcp::TensorItem& item = tensor.item;
     const int64_t record_at = item.record_at;

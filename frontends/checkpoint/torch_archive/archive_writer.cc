@@ -46,7 +46,14 @@ struct Node {
 class TreeWriter {
  public:
   explicit TreeWriter(absl::Span<const NewTensor> tensors)
-      : tensors_(tensors), pickle_(2, &out_) {}
+      : tensors_(tensors), pickle_(2, &out_) {
+    for (const NewTensor& tensor : tensors) {
+      storages_.push_back(tensor.same_as < 0 ? num_storages_++
+                                             : storages_[tensor.same_as]);
+    }
+  }
+
+  int64_t num_storages() const { return num_storages_; }
 
   absl::Status Add(const Path& path, int64_t tensor,
                    const std::string* pickle) {
@@ -98,7 +105,7 @@ class TreeWriter {
     if (node.tensor >= 0) {
       const NewTensor& tensor = tensors_[node.tensor];
       dcp::WriteTensor(pickle_, tensor.dtype, tensor.shape,
-                       absl::StrCat(node.tensor));
+                       absl::StrCat(storages_[node.tensor]));
       return absl::OkStatus();
     }
     if (node.pickle != nullptr) {
@@ -137,6 +144,8 @@ class TreeWriter {
   }
 
   const absl::Span<const NewTensor> tensors_;
+  std::vector<int64_t> storages_;  // by tensor
+  int64_t num_storages_ = 0;
   std::string out_;
   dcp::PickleWriter pickle_;
   Node root_;
@@ -156,7 +165,8 @@ absl::StatusOr<Tree> EncodeTree(absl::Span<const NewTensor> tensors,
   pickles.reserve(objects.size());
   for (const NewObject& object : objects) {
     absl::StatusOr<dcp::ObjectPickle> encoded = dcp::EncodeObjectPickle(
-        object.value, static_cast<int64_t>(tensors.size() + out.inner.size()));
+        object.value,
+        tree.num_storages() + static_cast<int64_t>(out.inner.size()));
     DSD_RETURN_IF_ERROR(encoded.status()) << "object " << Quoted(object.path);
     pickles.push_back(std::move(encoded->pickle));
     DSD_RETURN_IF_ERROR(tree.Add(object.path, -1, &pickles.back()));

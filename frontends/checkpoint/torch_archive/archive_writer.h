@@ -27,6 +27,7 @@ struct NewTensor {
   Path path;
   DType dtype;
   Dims shape;
+  int64_t same_as = -1;  // an earlier tensor that it is; -1: none
 };
 struct NewObject {
   Path path;
@@ -40,11 +41,11 @@ struct Tree {
   std::vector<std::pair<std::string, HostTensor>> inner;
 };
 
-// A nested dict, with a storage for each tensor: text segments of paths are
-// keys of dicts, numbers indices of lists, in which None stands where nothing
-// is. Errors: InvalidArgument for a path that another one passes through, for a
-// number beside texts, for what is no UTF-8, for an object that has no form
-// (names them).
+// A nested dict, with a storage for each tensor that is no other: text segments
+// of paths are keys of dicts, numbers indices of lists, in which None stands
+// where nothing is. Errors: InvalidArgument for a path that another one passes
+// through, for a number beside texts, for what is no UTF-8, for an object that
+// has no form (names them).
 absl::StatusOr<Tree> EncodeTree(absl::Span<const NewTensor> tensors,
                                 absl::Span<const NewObject> objects);
 

@@ -153,6 +153,32 @@ TEST(ArchiveTest, ReadsWhatItWrites) {
   EXPECT_GT(archive->pickle_bytes, 0);
 }
 
+TEST(ArchiveTest, TensorsThatAreOthersAreEntriesOfOneStorage) {
+  const std::vector<NewTensor> tensors = {
+      {P({T("a")}), DType::kInt8, {2, 3}},
+      {P({T("b")}), DType::kInt8, {4}},
+      {P({T("c")}), DType::kInt8, {2, 3}, 0},
+      {P({T("d")}), DType::kInt8, {1}}};
+  const auto tree = EncodeTree(tensors, {});
+  ASSERT_TRUE(tree.ok()) << tree.status();
+  ArchiveWriter writer(tree->pickle);
+  std::string bytes;
+  for (const std::string data : {"aaaaaa", "bbbb", "d"}) {
+    bytes += writer.StartTensor(static_cast<int64_t>(data.size()));
+    bytes += data;
+    bytes += writer.FinishTensor(dcp::Crc32(0, data));
+  }
+  bytes += writer.Finish("");
+  const auto archive = Read(bytes);
+  ASSERT_TRUE(archive.ok()) << archive.status();
+  std::vector<std::string> found;
+  for (const auto& tensor : archive->tensors) {
+    found.push_back(absl::StrCat(Key(tensor.path), "=",
+                                 bytes.substr(tensor.item.data_at, 1)));
+  }
+  EXPECT_THAT(found, ::testing::ElementsAre("a=a", "c=a", "b=b", "d=d"));
+}
+
 // What is read as tensors with keys of their own is known by these keys.
 TEST(ArchiveTest, TensorsInObjects) {
   Object::Dict dict;

@@ -229,6 +229,10 @@ class FormatsTest(unittest.TestCase):
       for options in ({}, {"mmap": True}):
         loaded = torch.load(target, weights_only=True, **options)
         same(self, tensors, flat(loaded), (name, "torch", options))
+      if name == "torch":
+        self.assertEqual(loaded["model"]["tied"].data_ptr(), loaded["model"]["tied_too"].data_ptr())
+        loaded["model"]["tied"][1, 2] = 99
+        self.assertEqual(loaded["model"]["tied_too"][1, 2], 99)
       meta = torch.load(target, weights_only=True, map_location="meta")
       self.assertEqual(sorted(flat(meta)), sorted(tensors))
       self.assertIsNone(zipfile.ZipFile(target).testzip())
