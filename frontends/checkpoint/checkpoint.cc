@@ -351,6 +351,18 @@ absl::Status FillCatalog(Checkpoint::Impl* impl) {
   return absl::OkStatus();
 }
 
+int64_t StoredBytes(const Checkpoint::Impl& impl) {
+  int64_t bytes = 0;
+  for (size_t i = 0; i < impl.catalog.size(); ++i) {
+    const dcp::TensorEntry& entry = impl.index.tensors[impl.entry_of[i]];
+    for (size_t c = 0; c < entry.num_chunks; ++c) {
+      bytes += impl.index.ChunkBox(entry, c).num_elements() *
+               ItemSize(impl.catalog[i].dtype);
+    }
+  }
+  return bytes;
+}
+
 Format Checkpoint::format() const { return impl_->format; }
 const std::string& Checkpoint::path() const { return impl_->path; }
 const std::string& Checkpoint::directory() const { return impl_->directory; }

@@ -388,8 +388,10 @@ struct VerifyReport {
 
 // Reads every slice of every file and checks archive, CRCs, pickles, agreement
 // of dtype and shape with the index, coverage and digests. Goes on after a
-// problem.
-VerifyReport Verify(const Checkpoint& checkpoint);
+// problem. `progress` is called now and then, with bytes of elements.
+VerifyReport Verify(
+    const Checkpoint& checkpoint,
+    const std::function<void(const Progress&)>& progress = nullptr);
 
 // Content digests of what is stored: the same for equal values, whatever the
 // layout, the number of files and the program that wrote them.
@@ -401,7 +403,9 @@ struct CheckpointDigests {
   std::vector<KeyDigest> keys;  // sorted by key
   Digest128 whole;              // over all keys and their digests
 };
-absl::StatusOr<CheckpointDigests> ComputeDigests(const Checkpoint& checkpoint);
+absl::StatusOr<CheckpointDigests> ComputeDigests(
+    const Checkpoint& checkpoint,
+    const std::function<void(const Progress&)>& progress = nullptr);
 
 // The content digests of the tensors of a live State and of its objects.
 // Collective, as Save; equal to what ComputeDigests gives for the saved state.

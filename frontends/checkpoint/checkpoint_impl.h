@@ -60,6 +60,9 @@ struct Checkpoint::Impl {
   std::vector<int64_t> file_bytes;
 };
 
+// Bytes of the elements in all stored boxes of the catalog.
+int64_t StoredBytes(const Checkpoint::Impl& impl);
+
 // The catalog and the lists of objects and unreadable tensors, from the index.
 absl::Status FillCatalog(Checkpoint::Impl* impl);
 

@@ -471,6 +471,33 @@ TEST(CheckpointTest, RefusesBadStates) {
   EXPECT_THAT(*env.files().List("/"), IsEmpty());
 }
 
+TEST(CheckpointTest, VerifyAndDigestsTellHowFarTheyAre) {
+  FakeEnv env;
+  const std::vector<TestTensor> tensors = {
+      {{std::string("a")}, DType::kFloat32, Rows({700, 1000}, 2)},
+      {{std::string("b")}, DType::kInt8, Whole({9}, 2)}};
+  ASSERT_THAT(SaveOnTwoRanks(tensors, env), AllOk());
+  const auto opened = Checkpoint::Open(kDir, {true, &env});
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  constexpr int64_t kBytes = 700 * 1000 * 4 + 9;
+  for (const bool verify : {true, false}) {
+    int64_t calls = 0, done = 0;
+    const auto note = [&](const Progress& progress) {
+      EXPECT_EQ(progress.bytes_total, kBytes);
+      EXPECT_GT(progress.bytes_done, done);
+      done = progress.bytes_done;
+      ++calls;
+    };
+    if (verify) {
+      EXPECT_THAT(Verify(**opened, note).problems, IsEmpty());
+    } else {
+      EXPECT_TRUE(ComputeDigests(**opened, note).ok());
+    }
+    EXPECT_EQ(done, kBytes);
+    EXPECT_GT(calls, 2);
+  }
+}
+
 TEST(CheckpointTest, OverwritingReplacesAllFilesOrIsRefused) {
   FakeEnv env;
   const std::vector<TestTensor> tensors = {

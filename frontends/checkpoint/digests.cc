@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include <algorithm>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -39,7 +40,9 @@ CheckpointDigests Sorted(std::vector<KeyDigest> keys) {
 
 }  // namespace
 
-absl::StatusOr<CheckpointDigests> ComputeDigests(const Checkpoint& checkpoint) {
+absl::StatusOr<CheckpointDigests> ComputeDigests(
+    const Checkpoint& checkpoint,
+    const std::function<void(const Progress&)>& progress) {
   if (!checkpoint.unreadable().empty()) {
     const auto& [key, dtype] = checkpoint.unreadable()[0];
     return absl::UnimplementedError(
@@ -51,6 +54,8 @@ absl::StatusOr<CheckpointDigests> ComputeDigests(const Checkpoint& checkpoint) {
   DSD_ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointEndpoint> endpoint,
                        checkpoint.MakeEndpoint());
   std::vector<std::byte> buffer(kPieceBytes);
+  Progress done;
+  done.bytes_total = StoredBytes(CheckpointInternals::Get(checkpoint));
   for (size_t i = 0; i < catalog.size(); ++i) {
     const TensorSpec& spec = catalog[i];
     const int64_t item_size = ItemSize(spec.dtype);
@@ -67,6 +72,8 @@ absl::StatusOr<CheckpointDigests> ComputeDigests(const Checkpoint& checkpoint) {
             endpoint->Read(i, chunk.box, begin, end, spec.dtype, piece));
         digest.AddBox(spec.shape(), item_size, chunk.box.lo, chunk.box.hi,
                       begin, end, piece);
+        done.bytes_done += static_cast<int64_t>(piece.size());
+        if (progress) progress(done);
       }
       elements_read += elements;
     }

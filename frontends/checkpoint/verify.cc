@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include <algorithm>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,8 +23,13 @@ constexpr int64_t kPieceBytes = int64_t{1} << 20;
 
 class Verifier {
  public:
-  explicit Verifier(const Checkpoint& checkpoint)
-      : impl_(CheckpointInternals::Get(checkpoint)), reader_(&impl_) {}
+  Verifier(const Checkpoint& checkpoint,
+           const std::function<void(const Progress&)>& progress)
+      : impl_(CheckpointInternals::Get(checkpoint)),
+        progress_(progress),
+        reader_(&impl_) {
+    if (progress_) done_.bytes_total = StoredBytes(impl_);
+  }
 
   VerifyReport Run() {
     for (const auto& [key, dtype] : impl_.unreadable) {
@@ -107,6 +113,8 @@ class Verifier {
       DSD_RETURN_IF_ERROR(reader_.Read(*chunk, box, box, begin, end, piece));
       digest->AddBox(spec.shape(), item_size, box.lo, box.hi, begin, end,
                      piece);
+      done_.bytes_done += static_cast<int64_t>(piece.size());
+      if (progress_) progress_(done_);
       if (one_pass) {
         crc = dcp::Crc32(
             crc, absl::string_view(reinterpret_cast<const char*>(piece.data()),
@@ -160,6 +168,8 @@ class Verifier {
   }
 
   const Checkpoint::Impl& impl_;
+  const std::function<void(const Progress&)>& progress_;
+  Progress done_;
   ItemReader reader_;
   absl::flat_hash_set<std::pair<uint32_t, int64_t>> checked_;  // file, offset
   std::vector<std::byte> buffer_;
@@ -168,8 +178,9 @@ class Verifier {
 
 }  // namespace
 
-VerifyReport Verify(const Checkpoint& checkpoint) {
-  return Verifier(checkpoint).Run();
+VerifyReport Verify(const Checkpoint& checkpoint,
+                    const std::function<void(const Progress&)>& progress) {
+  return Verifier(checkpoint, progress).Run();
 }
 
 }  // namespace dsd::checkpoint

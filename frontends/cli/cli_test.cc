@@ -179,6 +179,15 @@ TEST(ProgressTest, IsForTerminalsAndForWhatTakesLong) {
                           "MiB of 4.00 MiB  1.00 MiB/s"));
   }
   EXPECT_TRUE(absl::EndsWith(err.str(), "\r\033[K"));
+  {
+    ProgressBar bar(context, "verifying");
+    env.Advance(absl::Seconds(2));
+    bar.Show({1 << 20, 2 << 20});
+    EXPECT_THAT(err.str(), HasSubstr(" 50%  1.00 MiB of 2.00 MiB  512 KiB/s"));
+    env.Advance(absl::Seconds(2));
+    bar.Show({2 << 20, 2 << 20});
+    EXPECT_THAT(err.str(), HasSubstr("100%  2.00 MiB of 2.00 MiB  512 KiB/s"));
+  }
   EXPECT_EQ(out.str(), "");
 }
 

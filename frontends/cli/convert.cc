@@ -109,19 +109,11 @@ absl::StatusOr<ExitCode> RunConvert(const Arguments& arguments,
                                     Context& context) {
   DSD_ASSIGN_OR_RETURN(ConvertOptions options, OptionsOf(arguments));
   options.env = context.env;
-  std::unique_ptr<ProgressBar> bar;
-  int64_t done = 0;
-  options.call.progress = [&](const Progress& progress) {
-    if (bar == nullptr) {
-      bar = std::make_unique<ProgressBar>(context, "converting",
-                                          progress.bytes_total);
-    }
-    bar->Add(progress.bytes_done - done);
-    done = progress.bytes_done;
-  };
+  ProgressBar bar(context, "converting");
+  options.call.progress = [&](const Progress& progress) { bar.Show(progress); };
   const absl::StatusOr<ConvertReport> report =
       checkpoint::Convert(arguments.source, arguments.target, options);
-  bar.reset();
+  bar.Wipe();
   if (!report.ok()) return NameOption(report.status());
   if (context.json) {
     context.Print({{"source", arguments.source},

@@ -6,6 +6,7 @@
 #include "CLI/CLI.hpp"
 #include "dsd/core/base/content_digest.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/frontends/cli/progress.h"
 #include "dsd/frontends/cli/value_text.h"
 #include "dsd/frontends/cli/verb.h"
 
@@ -19,8 +20,10 @@ using checkpoint::KeyDigest;
 absl::StatusOr<ExitCode> PrintDigests(const std::string& directory,
                                       Context& context) {
   DSD_ASSIGN_OR_RETURN(const auto stored, Checkpoint::Open(directory));
-  const absl::StatusOr<CheckpointDigests> digests =
-      checkpoint::ComputeDigests(*stored);
+  ProgressBar bar(context, "reading");
+  const absl::StatusOr<CheckpointDigests> digests = checkpoint::ComputeDigests(
+      *stored, [&](const Progress& progress) { bar.Show(progress); });
+  bar.Wipe();
   if (!digests.ok()) {
     context.Fail(digests.status());
     return kExitProblems;

@@ -52,6 +52,11 @@ void ProgressBar::Add(int64_t bytes) {
   is_drawn_ = true;
 }
 
+void ProgressBar::Show(const Progress& progress) {
+  total_bytes_ = progress.bytes_total;
+  Add(progress.bytes_done - done_bytes_);
+}
+
 void ProgressBar::Wipe() {
   if (is_drawn_) context_.err << "\r\033[K" << std::flush;
   is_drawn_ = false;

@@ -10,6 +10,7 @@
 
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "dsd/core/base/call_options.h"
 #include "dsd/frontends/cli/verb.h"
 
 namespace dsd::cli {
@@ -18,13 +19,16 @@ namespace dsd::cli {
 // passed, and wipes the line when it is destroyed. Thread-compatible.
 class ProgressBar {
  public:
-  // `label` says what is being done: "comparing". Borrows `context`.
-  ProgressBar(Context& context, absl::string_view label, int64_t total_bytes);
+  // `label` says what is being done: "comparing". Borrows `context`. Without a
+  // total, Show gives it.
+  ProgressBar(Context& context, absl::string_view label,
+              int64_t total_bytes = 0);
   ~ProgressBar();
   ProgressBar(const ProgressBar&) = delete;
   ProgressBar& operator=(const ProgressBar&) = delete;
 
   void Add(int64_t bytes);
+  void Show(const Progress& progress);
 
   // Wipes the line, so that something else can be printed.
   void Wipe();
@@ -32,7 +36,7 @@ class ProgressBar {
  private:
   Context& context_;
   const std::string label_;
-  const int64_t total_bytes_;
+  int64_t total_bytes_;
   const absl::Time start_;
   absl::Time next_;
   int64_t done_bytes_ = 0;

@@ -8,6 +8,7 @@
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "dsd/frontends/cli/progress.h"
 #include "dsd/frontends/cli/text_table.h"
 #include "dsd/frontends/cli/value_text.h"
 #include "dsd/frontends/cli/verb.h"
@@ -41,7 +42,9 @@ absl::StatusOr<ExitCode> Verify(const std::string& directory,
   VerifyReport report;
   bool has_digests = false;
   if (opened.ok()) {
-    report = checkpoint::Verify(**opened);
+    ProgressBar bar(context, "verifying");
+    report = checkpoint::Verify(
+        **opened, [&](const Progress& progress) { bar.Show(progress); });
     has_digests = (*opened)->has_digests();
   } else if (problems.empty()) {
     return opened.status();
