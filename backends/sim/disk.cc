@@ -128,6 +128,7 @@ class SimFileSystem::Writable final : public WritableFile {
         files_.Begin("write", path_, data, file_.get(), offset));
     return file_->WriteAt(offset, data);
   }
+  absl::Status Reserve(int64_t bytes) override { return file_->Reserve(bytes); }
   absl::Status Sync() override {
     DSD_RETURN_IF_ERROR(files_.Begin("fsync", path_));
     return file_->Sync();

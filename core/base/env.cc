@@ -113,6 +113,16 @@ class PosixWritable final : public WritableFile {
     return absl::OkStatus();
   }
 
+  absl::Status Reserve(int64_t bytes) override {
+    // Not posix_fallocate, which writes all of it where the file system cannot.
+    while (bytes > 0 && fallocate(fd_, 0, 0, bytes) != 0) {
+      if (errno == EINTR) continue;
+      if (errno == EOPNOTSUPP || errno == ENOSYS) break;
+      return ErrnoStatus(errno, "allocate", path_);
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status Sync() override {
     if (fsync(fd_) != 0) return ErrnoStatus(errno, "fsync", path_);
     return absl::OkStatus();

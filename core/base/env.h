@@ -53,6 +53,12 @@ class WritableFile {
   virtual absl::Status WriteAt(int64_t offset,
                                absl::Span<const std::byte> data) = 0;
 
+  // Before the first write: the file will have so many bytes, or more. What is
+  // not written of them reads as zeros, or is not there. A file system that
+  // knows whether there is room for them says so now; others do nothing.
+  // Errors: ResourceExhausted.
+  virtual absl::Status Reserve(int64_t /*bytes*/) { return absl::OkStatus(); }
+
   // Returns when the content is on stable storage (fsync).
   virtual absl::Status Sync() = 0;
 

@@ -72,6 +72,23 @@ TEST_F(RealFilesTest, WritesAndReadsRanges) {
   EXPECT_EQ(files_.Stat(In("x"))->size_bytes, 8);
 }
 
+TEST_F(RealFilesTest, ReservedBytesChangeNothingOfWhatIsWritten) {
+  auto file = files_.CreateWritable(In("a"));
+  ASSERT_TRUE(file.ok()) << file.status();
+  const absl::Status reserved = (*file)->Reserve(1 << 20);
+  ASSERT_TRUE(reserved.ok()) << reserved;
+  const std::string text((1 << 20) + 5, 'x');
+  ASSERT_TRUE(
+      (*file)
+          ->WriteAt(0, absl::MakeConstSpan(
+                           reinterpret_cast<const std::byte*>(text.data()),
+                           text.size()))
+          .ok());
+  ASSERT_TRUE((*file)->Close().ok());
+  EXPECT_EQ(files_.Stat(In("a"))->size_bytes, (1 << 20) + 5);
+  EXPECT_EQ(*Read(In("a"), 0, text.size()), text);
+}
+
 TEST_F(RealFilesTest, NamesPathsInErrors) {
   EXPECT_EQ(Read(In("no"), 0, 1).status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(Read(In("no"), 0, 1).status().message()),

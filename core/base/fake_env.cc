@@ -131,13 +131,8 @@ class FakeFileSystem::Writable final : public WritableFile {
         std::string(reinterpret_cast<const char*>(data.data()), data.size())};
     const bool was_down = files_.crashed_;
     absl::Status status = files_.Begin(Kind::kWrite, path_);
-    const int64_t growth =
-        std::max<int64_t>(0, offset + static_cast<int64_t>(data.size()) -
-                                 static_cast<int64_t>(node_->content.size()));
-    if (status.ok() && files_.capacity_bytes_ >= 0 &&
-        files_.BytesIn(*files_.root_) + growth > files_.capacity_bytes_) {
-      status = absl::ResourceExhaustedError(
-          absl::StrCat("write \"", path_, "\": no space left on device"));
+    if (status.ok()) {
+      status = CheckRoom("write", offset + static_cast<int64_t>(data.size()));
     }
     if (!status.ok()) {
       if (was_down) return status;
@@ -146,6 +141,11 @@ class FakeFileSystem::Writable final : public WritableFile {
     Node::Apply(node_->content, write, write.data.size());
     node_->writes.push_back(std::move(write));
     return status;
+  }
+
+  absl::Status Reserve(int64_t bytes) override {
+    absl::MutexLock lock(&files_.mu_);
+    return CheckRoom("allocate", bytes);
   }
 
   absl::Status Sync() override {
@@ -159,6 +159,19 @@ class FakeFileSystem::Writable final : public WritableFile {
   absl::Status Close() override { return absl::OkStatus(); }
 
  private:
+  // For the file to have `bytes`.
+  absl::Status CheckRoom(absl::string_view what, int64_t bytes)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(files_.mu_) {
+    const int64_t growth = std::max<int64_t>(
+        0, bytes - static_cast<int64_t>(node_->content.size()));
+    if (files_.capacity_bytes_ < 0 ||
+        files_.BytesIn(*files_.root_) + growth <= files_.capacity_bytes_) {
+      return absl::OkStatus();
+    }
+    return absl::ResourceExhaustedError(
+        absl::StrCat(what, " \"", path_, "\": no space left on device"));
+  }
+
   FakeFileSystem& files_;
   const NodePtr node_;
   const std::string path_;

@@ -59,8 +59,8 @@ class FakeFileSystem final : public FileSystem {
   // none.
   void SetFault(std::function<absl::Status(const FileOperation&)> fault);
 
-  // Bytes of all files together; writes beyond end with ResourceExhausted.
-  // Negative: no limit.
+  // Bytes of all files together; what is beyond ends with ResourceExhausted,
+  // when it is written or, before, when it is reserved. Negative: no limit.
   void SetCapacity(int64_t bytes);
 
   // Operation `index` and all after it fail with Unavailable, as if the machine

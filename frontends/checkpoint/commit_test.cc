@@ -14,7 +14,9 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/fake_env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/layout/layout.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/checkpoint/export.h"
 #include "dsd/frontends/checkpoint/steps.h"
 #include "dsd/frontends/checkpoint/test_state.h"
 #include "dsd/testing/harness/rank_threads.h"
@@ -221,6 +223,42 @@ TEST_P(CommitTest, AFullDiskAtAnyByte) {
       const auto names = env.files().List(kDir);
       EXPECT_EQ(names.ok() ? names->size() : 0, overwrite() ? 4u : 0u);
     }
+  }
+}
+
+// What does not fit is known before the first byte is written.
+TEST(FullDiskTest, IsKnownAhead) {
+  for (const char* const what : {"dcp", "a.safetensors", "a.pt"}) {
+    SCOPED_TRACE(what);
+    FakeEnv env;
+    const std::vector<TestTensor> tensors = {
+        {{std::string("w")},
+         DType::kFloat32,
+         Layout::Replicated({3000, 1000}, {0})}};
+    TestState state = TestState::Filled(tensors, 0, 1);
+    int64_t writes = 0;
+    env.fake_files().SetFault([&](const FileOperation& operation) {
+      writes += operation.kind == FileOperation::Kind::kWrite;
+      return absl::OkStatus();
+    });
+    env.fake_files().SetCapacity(11'000'000);
+    absl::Status status;
+    if (std::string(what) == "dcp") {
+      SaveOptions options;
+      options.env = &env;
+      status = Save("/job", state.state(), nullptr, options).status();
+    } else {
+      ExportOptions options;
+      options.env = &env;
+      status = Export(absl::StrCat("/job/", what),
+                      std::string(what) == "a.pt" ? Format::kTorchArchive
+                                                  : Format::kSafetensors,
+                      state.state(), nullptr, options)
+                   .status();
+    }
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kResourceExhausted,
+                                 "no space left"));
+    EXPECT_EQ(writes, 0);
   }
 }
 

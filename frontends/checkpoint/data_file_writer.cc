@@ -56,10 +56,8 @@ absl::Status DataFileWriter::Reserve(int64_t bytes) {
   return Append(std::string(bytes, '\0'));
 }
 
-absl::Status DataFileWriter::PadTo(int64_t alignment, int64_t remainder) {
-  const int64_t padding =
-      ((remainder - position_) % alignment + alignment) % alignment;
-  return Append(std::string(padding, '\0'));
+absl::Status DataFileWriter::PadTo(int64_t position) {
+  return Append(std::string(position - position_, '\0'));
 }
 
 absl::Status DataFileWriter::Submit() {

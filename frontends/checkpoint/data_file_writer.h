@@ -39,12 +39,15 @@ class DataFileWriter {
   absl::Status Append(absl::string_view bytes);
   absl::Status Append(absl::Span<const std::byte> bytes);
 
+  // At the beginning: how many bytes there will be, or at least.
+  absl::Status Expect(int64_t bytes) { return file_->Reserve(bytes); }
+
   // At the beginning: the first `bytes` of the file are those that Finish gets.
   // The pieces with them stay in memory until then: each is written once.
   absl::Status Reserve(int64_t bytes);
 
-  // Zeros until position() % alignment == remainder.
-  absl::Status PadTo(int64_t alignment, int64_t remainder);
+  // Zeros until position() is this.
+  absl::Status PadTo(int64_t position);
 
   // Returns when all of it is on stable storage; closes. `front` are the bytes
   // of Reserve.

@@ -380,10 +380,7 @@ class Exporter {
                        "ends in ",
                        kSafetensorsSuffix));
     }
-    for (std::string at = directory_; absl::IsNotFound(fs_.Stat(at).status());
-         at = ParentOf(at)) {
-      new_directories_.push_back(at);
-    }
+    new_directories_ = MissingDirectories(fs_, directory_);
     return absl::OkStatus();
   }
 
@@ -687,6 +684,9 @@ class Exporter {
     open_file_ = file;
     digests_ = StoredDigests();
     DSD_ASSIGN_OR_RETURN(const int64_t front, frame_->FrontBytes());
+    int64_t least = front;
+    for (const size_t i : files_[file].tensors) least += BytesOf(i);
+    DSD_RETURN_IF_ERROR(out_->Expect(least));
     return out_->Reserve(front);
   }
 

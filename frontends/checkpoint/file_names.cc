@@ -2,6 +2,8 @@
 
 #include "dsd/frontends/checkpoint/file_names.h"
 
+#include <utility>
+
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
@@ -57,6 +59,19 @@ std::string ParentOf(const std::string& path) {
   if (end == std::string::npos) return ".";
   end = path.find_last_not_of('/', end);
   return end == std::string::npos ? "/" : path.substr(0, end + 1);
+}
+
+std::vector<std::string> MissingDirectories(FileSystem& files,
+                                            const std::string& path) {
+  std::vector<std::string> missing;
+  for (std::string at = path; absl::IsNotFound(files.Stat(at).status());) {
+    missing.push_back(at);
+    std::string parent = ParentOf(at);
+    // Where a file system knows no directories, there is an end all the same.
+    if (parent == at) break;
+    at = std::move(parent);
+  }
+  return missing;
 }
 
 absl::string_view LastPart(absl::string_view path) {

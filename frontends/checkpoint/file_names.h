@@ -8,8 +8,10 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/strings/string_view.h"
+#include "dsd/core/base/env.h"
 
 namespace dsd::checkpoint {
 
@@ -31,6 +33,10 @@ std::string JoinFile(const std::string& directory, absl::string_view name);
 
 // The directory that has `path`: "a/b" of "a/b/c" and "a/b/c/", "." of "a".
 std::string ParentOf(const std::string& path);
+
+// `path` and the directories above it that are not there, innermost first.
+std::vector<std::string> MissingDirectories(FileSystem& files,
+                                            const std::string& path);
 
 // What is after the last slash.
 absl::string_view LastPart(absl::string_view path);

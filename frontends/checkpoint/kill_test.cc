@@ -106,6 +106,7 @@ class DeadlyFile final : public WritableFile {
           file_->WriteAt(offset, data.first(data.size() / 2)).IgnoreError();
         });
   }
+  absl::Status Reserve(int64_t bytes) override { return file_->Reserve(bytes); }
   absl::Status Sync() override {
     return killer_.Do("sync", path_, [&] { return file_->Sync(); });
   }

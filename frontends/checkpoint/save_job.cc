@@ -31,6 +31,18 @@ namespace {
 constexpr int64_t kPageBytes = 4096;
 constexpr int64_t kLargePayloadBytes = 1 << 20;
 
+// Where an archive begins in a file that has `end` bytes before it.
+int64_t PlaceOfObject(int64_t end) {
+  constexpr int64_t kAlignment = dcp::ZipWriter::kAlignment;
+  return (end + kAlignment - 1) / kAlignment * kAlignment;
+}
+int64_t PlaceOfTensor(int64_t end, const dcp::TensorArchive& archive) {
+  if (archive.payload_bytes() < kLargePayloadBytes) return PlaceOfObject(end);
+  const int64_t head_bytes = static_cast<int64_t>(archive.head().size());
+  return (end + head_bytes + kPageBytes - 1) / kPageBytes * kPageBytes -
+         head_bytes;
+}
+
 }  // namespace
 
 std::string SaveJob::Encode(const RankRecord& record) {
@@ -242,12 +254,8 @@ absl::Status SaveJob::Prepare(const State& state, const Digest& fingerprint,
         "a checkpoint is there already (\"", InDirectory(kIndexFile),
         "\"); choose another directory or allow overwriting"));
   }
-  // Directories that will be new, innermost first: they are synced, too.
-  for (std::string at = directory_;
-       rank_ == 0 && absl::IsNotFound(files_.Stat(at).status());
-       at = ParentOf(at)) {
-    new_directories_.push_back(ParentOf(at));
-  }
+  // They are synced, too.
+  if (rank_ == 0) new_directories_ = MissingDirectories(files_, directory_);
   return absl::OkStatus();
 }
 
@@ -278,9 +286,10 @@ absl::Status SaveJob::WriteData(Endpoint* tensors) {
                        files_.CreateWritable(path));
   own_files_.push_back(path);
   DataFileWriter out(std::move(file), &env_);
+  DSD_RETURN_IF_ERROR(out.Expect(LengthOfData()));
   for (const EncodedObject& object : objects_) {
     const std::string archive = dcp::ObjectArchive(object.stored);
-    DSD_RETURN_IF_ERROR(out.PadTo(dcp::ZipWriter::kAlignment, 0));
+    DSD_RETURN_IF_ERROR(out.PadTo(PlaceOfObject(out.position())));
     record_.objects.push_back({object.path, dcp::ObjectDigest(object.stored),
                                out.position(),
                                static_cast<int64_t>(archive.size())});
@@ -297,6 +306,20 @@ absl::Status SaveJob::WriteData(Endpoint* tensors) {
   return files_.SyncDir(directory_);
 }
 
+int64_t SaveJob::LengthOfData() {
+  int64_t end = 0;
+  for (const EncodedObject& object : objects_) {
+    end = PlaceOfObject(end) +
+          static_cast<int64_t>(dcp::ObjectArchive(object.stored).size());
+  }
+  for (const Piece& piece : plan_->pieces) {
+    const dcp::TensorArchive& archive =
+        archives_.Get(plan_->catalog[piece.tensor].dtype, piece.box.extents());
+    end = PlaceOfTensor(end, archive) + archive.total_bytes();
+  }
+  return end;
+}
+
 int64_t SaveJob::BytesOf(const Piece& piece) const {
   return piece.box.num_elements() *
          ItemSize(plan_->catalog[piece.tensor].dtype);
@@ -309,13 +332,7 @@ absl::Status SaveJob::WritePiece(const Piece& piece, Endpoint* tensors,
   const int64_t item_size = ItemSize(spec.dtype);
   const dcp::TensorArchive& archive =
       archives_.Get(spec.dtype, piece.box.extents());
-  const int64_t head_bytes = static_cast<int64_t>(archive.head().size());
-  if (archive.payload_bytes() >= kLargePayloadBytes) {
-    DSD_RETURN_IF_ERROR(
-        out->PadTo(kPageBytes, kPageBytes - head_bytes % kPageBytes));
-  } else {
-    DSD_RETURN_IF_ERROR(out->PadTo(dcp::ZipWriter::kAlignment, 0));
-  }
+  DSD_RETURN_IF_ERROR(out->PadTo(PlaceOfTensor(out->position(), archive)));
   record_.chunks.push_back(
       {piece.tensor, piece.box, out->position(), archive.total_bytes()});
   DSD_RETURN_IF_ERROR(out->Append(archive.head()));
@@ -372,8 +389,8 @@ absl::Status SaveJob::Commit(const std::vector<std::string>& blobs) {
 
   // All names are on storage before the one that makes them count.
   DSD_RETURN_IF_ERROR(files_.SyncDir(directory_));
-  for (const std::string& parent : new_directories_) {
-    DSD_RETURN_IF_ERROR(files_.SyncDir(parent));
+  for (const std::string& made : new_directories_) {
+    DSD_RETURN_IF_ERROR(files_.SyncDir(ParentOf(made)));
   }
   const absl::Status renamed =
       files_.Rename(temporary, InDirectory(kIndexFile));

@@ -107,6 +107,8 @@ class SaveJob {
   CallOptions CommOptions() const;
   absl::Status Broadcast(absl::Span<int64_t> numbers);
   absl::Status ChooseId();
+  // Of this rank's file.
+  int64_t LengthOfData();
   int64_t BytesOf(const Piece& piece) const;
   absl::Status WriteData(Endpoint* tensors);
   absl::Status WritePiece(const Piece& piece, Endpoint* tensors,

@@ -156,6 +156,7 @@ class NeverSyncs final : public FileSystem {
                          absl::Span<const std::byte> data) override {
       return to_->WriteAt(offset, data);
     }
+    absl::Status Reserve(int64_t bytes) override { return to_->Reserve(bytes); }
     absl::Status Sync() override { return absl::OkStatus(); }
     absl::Status Close() override { return to_->Close(); }
 
