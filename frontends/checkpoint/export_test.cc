@@ -381,7 +381,9 @@ TEST_F(ExportTest, StoredDigestsFindWhatIsDamaged) {
     const VerifyReport whole = Verify(**opened);
     EXPECT_THAT(whole.problems, testing::IsEmpty());
     EXPECT_EQ(whole.compared, static_cast<int64_t>(Tensors(1).size()));
-    for (const KeyDigest& key : ComputeDigests(**opened)->keys) {
+    const auto digests = ComputeDigests(**opened);
+    ASSERT_TRUE(digests.ok()) << digests.status();
+    for (const KeyDigest& key : digests->keys) {
       EXPECT_EQ((*opened)->StoredDigest(key.key), key.digest) << key.key;
     }
     EXPECT_FALSE((*Checkpoint::Open(path, {false, &env_}))->has_digests());

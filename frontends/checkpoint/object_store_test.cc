@@ -83,9 +83,8 @@ class ObjectStore final : public FileSystem {
   absl::Status Remove(const std::string& path) override {
     absl::MutexLock lock(&mu_);
     DSD_RETURN_IF_ERROR(Request());
-    return objects_.erase(path) > 0
-               ? absl::OkStatus()
-               : absl::NotFoundError(absl::StrCat("\"", path, "\""));
+    objects_.erase(path);
+    return absl::OkStatus();
   }
 
   absl::Status CreateDirs(const std::string&) override {
@@ -236,21 +235,21 @@ class StoreEnv final : public Env {
 
 constexpr char kDir[] = "bucket/job/checkpoint";
 
-std::vector<TestTensor> Tensors(int ranks) {
+std::vector<TestTensor> Tensors(int ranks, int64_t rows_of_w = 64) {
   const auto rows = [&](Dims shape) {
     return *Layout::FromPlacements(std::move(shape), DeviceMesh::Iota({ranks}),
                                    {Shard(0)});
   };
-  // One of them takes several parts.
-  return {{{std::string("w")}, DType::kFloat32, rows({3000, 1000})},
+  return {{{std::string("w")}, DType::kFloat32, rows({rows_of_w, 1000})},
           {{std::string("b")}, DType::kBFloat16, rows({7})}};
 }
 
 std::vector<absl::Status> SaveOn(int ranks, StoreEnv& env,
-                                 const std::string& directory, uint64_t seed) {
+                                 const std::string& directory, uint64_t seed,
+                                 int64_t rows = 64) {
   return StatusOfRanks(ranks, [&](Communicator& comm) {
     TestState state = TestState::Filled(
-        Tensors(ranks), comm.rank(), seed,
+        Tensors(ranks, rows), comm.rank(), seed,
         {{{std::string("step")}, dsd::Object(static_cast<int64_t>(seed))}});
     SaveOptions options;
     options.env = &env;
@@ -259,9 +258,10 @@ std::vector<absl::Status> SaveOn(int ranks, StoreEnv& env,
 }
 
 // The seed of what is there, verified; 0 if nothing is.
-uint64_t Holds(StoreEnv& env, const std::string& path, bool objects) {
+uint64_t Holds(StoreEnv& env, const std::string& path, bool objects,
+               int64_t rows = 64) {
   TestState target = TestState::Blank(
-      Tensors(1), 0,
+      Tensors(1, rows), 0,
       objects ? std::vector<ObjectEntry>{{{std::string("step")}, dsd::Object()}}
               : std::vector<ObjectEntry>());
   LoadOptions options;
@@ -287,6 +287,13 @@ TEST(ObjectStoreTest, SavesLoadsAndOverwrites) {
   EXPECT_EQ(Holds(env, kDir, true), 2u);
   // Index, digests and a file of each rank.
   EXPECT_EQ(env.store.List(kDir)->size(), 4u);
+}
+
+TEST(ObjectStoreTest, AFileOfSeveralParts) {
+  constexpr int64_t kRows = 2500;  // of 4000 bytes
+  StoreEnv env;
+  EXPECT_THAT(SaveOn(1, env, kDir, 1, kRows), AllOk());
+  EXPECT_EQ(Holds(env, kDir, true, kRows), 1u);
 }
 
 TEST(ObjectStoreTest, ASeries) {

@@ -242,6 +242,51 @@ TEST(CheckpointTest, CheckpointOfAnotherModelListsAllAndChangesNothing) {
 }
 
 // A dict that one rank cannot save is an error on all ranks, and no checkpoint.
+// A model in half precision from a checkpoint in full, and the reverse, onto
+// shards.
+TEST(CheckpointTest, CastsBetweenModelsOfTwoTypes) {
+  for (const auto& [from, to] : {std::pair(c10::kFloat, c10::kBFloat16),
+                                 std::pair(c10::kBFloat16, c10::kFloat)}) {
+    const std::string directory = NewDirectory();
+    Trained saved;
+    ASSERT_TRUE(saved.Init(1, 0, 0.1).ok());
+    saved.net.to(from);
+    const auto got = GetModelStateDict(saved.net);
+    ASSERT_TRUE(got.ok()) << got.status();
+    StateDict state;
+    state.Set("model", Value(*got));
+    ASSERT_TRUE(SaveCheckpoint(directory, state).ok());
+    const auto load = [&, to = to](Communicator& comm) -> absl::Status {
+      Net net;
+      net.to(to);
+      DSD_RETURN_IF_ERROR(Cut(net, comm.size(), comm.rank()));
+      DSD_ASSIGN_OR_RETURN(StateDict model, GetModelStateDict(net, &comm));
+      StateDict target;
+      target.Set("model", Value(std::move(model)));
+      EXPECT_EQ(LoadCheckpoint(directory, &target, &comm).status().code(),
+                absl::StatusCode::kFailedPrecondition);
+      checkpoint::LoadOptions options;
+      options.dtype_policy = DTypePolicy::kCast;
+      DSD_ASSIGN_OR_RETURN(const checkpoint::LoadReport report,
+                           LoadCheckpoint(directory, &target, &comm, options));
+      EXPECT_EQ(report.cast, 4);
+      EXPECT_TRUE(report.verified);
+      const auto whole = saved.net.named_parameters();
+      for (const auto& item : net.named_parameters()) {
+        const at::Tensor& param = whole[item.key()];
+        const int64_t chunk = (param.size(0) + comm.size() - 1) / comm.size();
+        EXPECT_TRUE(
+            at::equal(item.value().detach(),
+                      param.detach().to(to).narrow(0, comm.rank() * chunk,
+                                                   item.value().size(0))))
+            << item.key();
+      }
+      return absl::OkStatus();
+    };
+    EXPECT_THAT(RunRankThreads(2, load), AllOk());
+  }
+}
+
 TEST(CheckpointTest, DictThatCannotBeSavedOnOneRank) {
   const std::string directory = NewDirectory();
   const std::vector<absl::Status> results = RunRankThreads(
