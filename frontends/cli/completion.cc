@@ -159,7 +159,7 @@ std::string Zsh(const std::vector<VerbWords>& verbs) {
 # Completion of dsd for zsh.
 _dsd_keys() {
   local -a keys
-  keys=(${(f)"$(dsd ls --keys -- ${~words[2]} 2>/dev/null)"})
+  keys=(${(f)"$(dsd ls --keys -- ${(Q)~line[1]} 2>/dev/null)"})
   compadd -a keys
 }
 _dsd() {
@@ -185,7 +185,22 @@ std::string FishText(absl::string_view text) {
 }
 
 std::string Fish(const std::vector<VerbWords>& verbs) {
-  std::string out = "# Completion of dsd for fish.\n";
+  std::string out = R"fish(# Completion of dsd for fish.
+function __dsd_keys # <options with a value>...: of the checkpoint that is named
+  set -l operands
+  set -l skip
+  for word in (commandline -opc)
+    if test -n "$skip"
+      set skip
+    else if contains -- $word $argv
+      set skip yes
+    else if not string match -q -- '-*' $word
+      set -a operands $word
+    end
+  end
+  set -q operands[3]; and dsd ls --keys -- $operands[3] 2>/dev/null
+end
+)fish";
   for (const VerbWords& verb : verbs) {
     absl::StrAppend(&out, "complete -c dsd -n __fish_use_subcommand -f -a ",
                     verb.name, " -d '", FishText(verb.summary), "'\n");
@@ -203,9 +218,12 @@ std::string Fish(const std::vector<VerbWords>& verbs) {
     if (verb.name == "completion") {
       absl::StrAppend(&out, when, " -f -a 'bash zsh fish'\n");
     } else if (verb.name == "cat") {
-      absl::StrAppend(&out, when,
-                      " -a '(set -l w (commandline -opc); test (count $w) -gt 2"
-                      "; and dsd ls --keys -- $w[3] 2>/dev/null)'\n");
+      std::string valued;
+      for (const OptionWords& option : verb.options) {
+        if (!option.has_value) continue;
+        absl::StrAppend(&valued, " ", absl::StrJoin(option.names, " "));
+      }
+      absl::StrAppend(&out, when, " -a '(__dsd_keys", valued, ")'\n");
     }
   }
   return out;

@@ -237,7 +237,7 @@ Picture Draw(const Planned& plan, const Checkpoint& stored) {
   const double side = cell * world;
   const double bars_x = kLeft + side + 60;
   Picture picture(bars_x + kBars + 90, std::max(kTop + side + 50, 260.0));
-  picture.AddText(20, 34, Printable(stored.directory()), 900, {18, true});
+  picture.AddText(20, 34, Printable(stored.path()), 900, {18, true});
   picture.AddText(20, 56,
                   absl::StrCat(Plural(plan.source.size(), "tensor"), ", ",
                                FormatBytes(plan.bytes), ": from ", plan.from,

@@ -10,6 +10,7 @@
 #include "CLI/CLI.hpp"
 #include "absl/functional/function_ref.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "dsd/core/base/status_macros.h"
@@ -66,12 +67,23 @@ struct Holders {
   std::vector<int64_t> bytes;
 };
 
+// "layers.9" before "layers.10".
+struct NumbersByValue {
+  bool operator()(const std::string& a, const std::string& b) const {
+    int64_t x, y;
+    if (absl::SimpleAtoi(a, &x) && absl::SimpleAtoi(b, &y) && x != y) {
+      return x < y;
+    }
+    return a < b;
+  }
+};
+
 // The names' common beginnings, as nested groups.
 struct Group {
   std::string name;  // one or more segments
   int64_t bytes = 0;
   int64_t tensors = 0;
-  std::map<std::string, std::unique_ptr<Group>> groups;
+  std::map<std::string, std::unique_ptr<Group>, NumbersByValue> groups;
   std::vector<const Shown*> leaves;
 };
 
@@ -113,7 +125,9 @@ class Plot {
   void Draw(const Group& group, Area area, int depth);
 
  private:
-  void DrawTensor(const Shown& shown, const Area& area);
+  // `name`: what of the key is not said around it.
+  void DrawTensor(const Shown& shown, const std::string& name,
+                  const Area& area);
   void DrawTogether(const Group& group, const Area& area);
   void DrawBands(const std::vector<const Shown*>& tensors, int64_t bytes,
                  const std::string& hint, const Area& area);
@@ -129,6 +143,10 @@ class Plot {
   const Holders& holders_;
   Picture& picture_;
 };
+
+std::string LastSegment(const std::string& key) {
+  return key.substr(key.rfind('.') + 1);  // npos + 1 is 0
+}
 
 Area Inside(const Area& area, double border, double head) {
   border = std::min(border, 0.1 * std::min(area.width, area.height));
@@ -187,10 +205,17 @@ void Plot::Draw(const Group& group, Area area, int depth) {
   }
   const std::vector<Area> areas = Squarify(sizes, area);
   for (size_t i = 0; i < items.size(); ++i) {
-    if (items[i].group != nullptr) {
-      Draw(*items[i].group, Inside(areas[i], 1, 0), depth + 1);
+    const Area inside = Inside(areas[i], 1, 0);
+    const Group* const child = items[i].group;
+    if (child == nullptr) {
+      DrawTensor(*items[i].tensor, LastSegment(items[i].tensor->key), inside);
+    } else if (child->tensors == 1 && child->leaves.size() == 1) {
+      // A box around one would say nothing.
+      const Shown& shown = *child->leaves[0];
+      DrawTensor(shown, absl::StrCat(child->name, ".", LastSegment(shown.key)),
+                 inside);
     } else {
-      DrawTensor(*items[i].tensor, Inside(areas[i], 1, 0));
+      Draw(*child, inside, depth + 1);
     }
   }
 }
@@ -294,7 +319,8 @@ class Cuts {
   std::vector<size_t> dims_;                // that are cut
 };
 
-void Plot::DrawTensor(const Shown& shown, const Area& area) {
+void Plot::DrawTensor(const Shown& shown, const std::string& name,
+                      const Area& area) {
   const std::string hint = absl::StrCat(Printable(shown.key), "  ", shown.text,
                                         ", ", FormatBytes(shown.bytes));
   const double surface = area.width * area.height;
@@ -318,11 +344,8 @@ void Plot::DrawTensor(const Shown& shown, const Area& area) {
       });
     }
   }
-  const size_t dot = shown.key.rfind('.');
-  const std::string name = Printable(
-      dot == std::string::npos ? shown.key : shown.key.substr(dot + 1));
   if (area.width < 36 || area.height < 16) return;
-  picture_.AddText(area.x + 4, area.y + 13, name, area.width - 6,
+  picture_.AddText(area.x + 4, area.y + 13, Printable(name), area.width - 6,
                    {11, false, "#222", Anchor::kStart, true});
   if (area.height > 32 && Picture::WidthOf(shown.text, 9.5) < area.width - 6) {
     picture_.AddText(area.x + 4, area.y + 25, shown.text, area.width - 6,
@@ -400,6 +423,7 @@ void DrawLegend(const Holders& holders, bool has_replicas, Picture& picture) {
                                                    holders.bytes.end()));
   const size_t shown = std::min(holders.names.size(), kMaxLegend);
   const double room = kLegendWidth - 48;
+  const double bar = kLegendWidth - 40 - 18;  // ends where the sizes end
   for (size_t i = 0; i < shown; ++i) {
     picture.AddBox({x, y, 12, 12}, ColourOf(static_cast<int64_t>(i)));
     const std::string size = FormatBytes(holders.bytes[i]);
@@ -409,7 +433,7 @@ void DrawLegend(const Holders& holders, bool has_replicas, Picture& picture) {
                     room - 90, {11});
     picture.AddText(x + kLegendWidth - 40, y + 10.5, size, 90,
                     {11, false, "#555", Anchor::kEnd});
-    picture.AddBox({x + 18, y + 14, room * holders.bytes[i] / most, 3},
+    picture.AddBox({x + 18, y + 14, bar * holders.bytes[i] / most, 3},
                    ColourOf(static_cast<int64_t>(i)));
     y += 24;
   }
@@ -460,7 +484,7 @@ absl::StatusOr<ExitCode> Run(const Arguments& arguments, Context& context) {
 
   Picture picture(kMargin + kMapWidth + 24 + kLegendWidth + kMargin,
                   kHead + kMapHeight + kMargin);
-  picture.AddText(kMargin, 32, Printable(stored->directory()), kMapWidth,
+  picture.AddText(kMargin, 32, Printable(stored->path()), kMapWidth,
                   {18, true});
   picture.AddText(
       kMargin, 54,
@@ -476,7 +500,7 @@ absl::StatusOr<ExitCode> Run(const Arguments& arguments, Context& context) {
   }
   DrawLegend(holders, has_replicas, picture);
   const absl::Status written =
-      WritePicture(picture, absl::StrCat("dsd plot ", stored->directory()),
+      WritePicture(picture, absl::StrCat("dsd plot ", stored->path()),
                    arguments.output, context);
   if (!written.ok()) {
     context.Fail(written);

@@ -182,10 +182,9 @@ absl::StatusOr<Selection> ParseSelection(absl::string_view text,
         absl::StrCat("\"", Printable(key), "\" has dtype ", Printable(dtype),
                      ", which is not supported"));
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("the checkpoint at \"", Printable(checkpoint.directory()),
-                   "\" has no key \"", Printable(key), "\"",
-                   DidYouMean(AllKeys(checkpoint), key)));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "the checkpoint at \"", Printable(checkpoint.path()), "\" has no key \"",
+      Printable(key), "\"", DidYouMean(AllKeys(checkpoint), key)));
 }
 
 }  // namespace dsd::cli
