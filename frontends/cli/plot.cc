@@ -10,11 +10,11 @@
 #include "CLI/CLI.hpp"
 #include "absl/functional/function_ref.h"
 #include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/cli/named_layout.h"
+#include "dsd/frontends/cli/natural_order.h"
 #include "dsd/frontends/cli/picture.h"
 #include "dsd/frontends/cli/text_table.h"
 #include "dsd/frontends/cli/treemap.h"
@@ -67,23 +67,12 @@ struct Holders {
   std::vector<int64_t> bytes;
 };
 
-// "layers.9" before "layers.10".
-struct NumbersByValue {
-  bool operator()(const std::string& a, const std::string& b) const {
-    int64_t x, y;
-    if (absl::SimpleAtoi(a, &x) && absl::SimpleAtoi(b, &y) && x != y) {
-      return x < y;
-    }
-    return a < b;
-  }
-};
-
 // The names' common beginnings, as nested groups.
 struct Group {
   std::string name;  // one or more segments
   int64_t bytes = 0;
   int64_t tensors = 0;
-  std::map<std::string, std::unique_ptr<Group>, NumbersByValue> groups;
+  std::map<std::string, std::unique_ptr<Group>, NaturalOrder> groups;
   std::vector<const Shown*> leaves;
 };
 
