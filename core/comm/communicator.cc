@@ -212,18 +212,20 @@ void Communicator::Core::WaitFor(uint64_t lane, int peer) {
 absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
                                             std::string missing,
                                             std::vector<int> peers) {
-  const std::string question = absl::StrCat(absl::Hex(active.lane));
-  const std::string own_answer = Answer(question);
-  if (!status().ok()) return ErrorDuring(active.call.text);
-  std::vector<std::optional<std::string>> answers(size);
-  if (membership != nullptr) {
-    answers = membership->Ask(question, env->Now() + kAskPatience);
-  }
-  answers[rank] = own_answer;
+  const absl::Time now = env->Now();
   std::vector<std::optional<Whereabouts>> ranks(size);
-  for (int r = 0; r < size; ++r) {
-    if (answers[r].has_value()) {
-      ranks[r] = Whereabouts::Decode(*answers[r], size);
+  {
+    absl::MutexLock lock(&mu);
+    ranks[rank] = position.On(active.lane, now);
+  }
+  if (!status().ok()) return ErrorDuring(active.call.text);
+  if (membership != nullptr) {
+    const std::vector<std::optional<std::string>> answers = membership->Ask(
+        absl::StrCat(absl::Hex(active.lane)), now + kAskPatience);
+    for (int r = 0; r < size; ++r) {
+      if (r != rank && answers[r].has_value()) {
+        ranks[r] = Whereabouts::Decode(*answers[r], size);
+      }
     }
   }
   return FailDuring(

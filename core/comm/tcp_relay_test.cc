@@ -24,6 +24,7 @@
 #include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/rebuild.h"
 #include "dsd/core/comm/socket.h"
+#include "dsd/core/comm/store_frames.h"
 #include "dsd/core/comm/store_protocol.h"
 #include "dsd/core/comm/tcp_store.h"
 #include "gmock/gmock.h"
@@ -38,76 +39,24 @@ using ::testing::HasSubstr;
 constexpr absl::Duration kBound = absl::Seconds(2);
 constexpr char kToken[] = "0123456789abcdef";
 
+using test::HelloFrame;
+using test::In;
+using test::JoinFrame;
+using test::OkReplyTo;
+using test::PassFrame;
+using test::ReadFrame;
+using test::ReadToEnd;
+using test::Soon;
+using test::WelcomeFrame;
+
 Env* const env = Env::Real();
-
-absl::Time In(absl::Duration duration) { return env->Now() + duration; }
-absl::Time Soon() { return In(absl::Seconds(30)); }
-
-std::string Hello(int rank, const std::string& nonce = NewNonce(env)) {
-  return FrameWriter(FrameKind::kHello, 0)
-      .Put(kStoreMagic)
-      .Put(kStoreVersion)
-      .Put(absl::string_view(kLibraryVersion))
-      .Put(absl::string_view(nonce))
-      .Put(absl::string_view("job"))
-      .Put(uint64_t{0})
-      .Put(int32_t{rank})
-      .Finish();
-}
-
-std::string Join(int rank, int size) {
-  return FrameWriter(FrameKind::kJoin, 1)
-      .Put(absl::string_view("g"))
-      .Put(int32_t{rank})
-      .Put(int32_t{size})
-      .Put(absl::string_view())
-      .Put(int64_t{1} << 40)
-      .Finish();
-}
 
 std::string Open(uint64_t channel, int rank) {
   return FrameWriter(FrameKind::kOpen, channel).Put(int32_t{rank}).Finish();
 }
 
-std::string Passed(uint64_t channel, absl::string_view frame) {
-  return FrameWriter(FrameKind::kPass, channel)
-      .Put(frame.substr(kFrameHeaderBytes))
-      .Finish();
-}
-
-std::string OkReplyTo(uint64_t request) {
-  return FrameWriter(FrameKind::kReply, request)
-      .Put(absl::OkStatus())
-      .Put(absl::string_view())
-      .Finish();
-}
-
-std::string Welcome(StoreRole role, absl::Duration bound) {
-  return FrameWriter(FrameKind::kReply, 0)
-      .Put(absl::OkStatus())
-      .Put(absl::ToInt64Nanoseconds(bound))
-      .Put(absl::string_view())
-      .Put(static_cast<uint8_t>(role))
-      .Put(int32_t{0})
-      .Put(absl::string_view())
-      .Finish();
-}
-
 void Say(Socket& socket, const std::string& bytes) {
   EXPECT_EQ(socket.WriteAll(env, bytes, Soon()), absl::OkStatus());
-}
-
-std::string ReadFrame(Socket& socket) {
-  const absl::StatusOr<std::string> head =
-      socket.ReadExactly(env, kFrameHeaderBytes, Soon());
-  EXPECT_TRUE(head.ok()) << head.status();
-  if (!head.ok()) return "";
-  uint32_t size;
-  std::memcpy(&size, head->data(), sizeof(size));
-  const absl::StatusOr<std::string> body =
-      socket.ReadExactly(env, size, Soon());
-  EXPECT_TRUE(body.ok()) << body.status();
-  return body.value_or("");
 }
 
 FrameKind KindOf(const std::string& body) {
@@ -131,21 +80,6 @@ std::string ReadKind(Socket& socket, FrameKind kind) {
     const std::string body = ReadFrame(socket);
     if (body.empty() || KindOf(body) == kind) return body;
   }
-}
-
-// All that comes until the other side hangs up.
-std::string ReadToEnd(Socket& socket) {
-  std::string in;
-  absl::StatusOr<bool> open = true;
-  while (open.ok() && *open) {
-    pollfd poll = {socket.fd(), POLLIN, 0};
-    const absl::StatusOr<int> ready =
-        env->Poll(absl::MakeSpan(&poll, 1), Soon());
-    EXPECT_TRUE(ready.ok() && *ready == 1) << "nobody hangs up";
-    if (::testing::Test::HasFailure()) break;
-    open = socket.ReadSome(in, 1 << 20);
-  }
-  return in;
 }
 
 Socket AcceptAt(const Socket& listener) {
@@ -283,7 +217,7 @@ class TcpRelayTest : public ::testing::Test {
   // As a client does.
   Place Greet(Socket& socket, int rank) {
     const std::string nonce = NewNonce(env);
-    Say(socket, Hello(rank, nonce));
+    Say(socket, HelloFrame(rank, kLibraryVersion, nonce));
     std::string body = ReadFrame(socket);
     if (!token_.empty()) {
       EXPECT_EQ(KindOf(body), FrameKind::kChallenge);
@@ -303,6 +237,13 @@ class TcpRelayTest : public ::testing::Test {
     place.address = std::string(reader.GetText());
     EXPECT_TRUE(reader.ok());
     return place;
+  }
+
+  // A rank that is to relay, and whose clients are what the test says.
+  Socket BeRelay(int rank) {
+    Socket socket = Raw(port_);
+    EXPECT_EQ(Greet(socket, rank).role, StoreRole::kRelay);
+    return socket;
   }
 
   // The port to which a rank is sent.
@@ -391,7 +332,7 @@ TEST_F(TcpRelayTest, TheDeathOfALeafIsToldToAll) {
   const auto ranks = ConnectAll({0, 1, 2, 4, 5}, 6);
   Socket leaf = Raw(PortFor(3));
   EXPECT_EQ(Greet(leaf, 3).role, StoreRole::kClient);
-  Say(leaf, Join(3, 6));
+  Say(leaf, JoinFrame(3, 6));
   JoinAll(ranks);
   leaf.Close();
   for (const auto& rank : ranks) {
@@ -405,7 +346,7 @@ TEST_F(TcpRelayTest, ALeafThatIsSilentIsToldToAllAndToItself) {
   const auto ranks = ConnectAll({0, 1, 2, 4, 5}, 6);
   Socket leaf = Raw(PortFor(3));
   EXPECT_EQ(Greet(leaf, 3).role, StoreRole::kClient);
-  Say(leaf, Join(3, 6));
+  Say(leaf, JoinFrame(3, 6));
   JoinAll(ranks);
   for (const auto& rank : ranks) {
     EXPECT_THAT(rank->Verdict(),
@@ -419,10 +360,9 @@ TEST_F(TcpRelayTest, ALeafThatIsSilentIsToldToAllAndToItself) {
 TEST_F(TcpRelayTest, TheDeathOfARelayIsNotThatOfItsClients) {
   Serve(/*fan_out=*/2);
   const auto ranks = ConnectAll({0, 1, 4, 5}, 6);
-  Socket relay = Raw(port_);
-  EXPECT_EQ(Greet(relay, 2).role, StoreRole::kRelay);
-  Say(relay,
-      Open(7, 3) + Open(8, 2) + Passed(7, Join(3, 6)) + Passed(8, Join(2, 6)));
+  Socket relay = BeRelay(2);
+  Say(relay, Open(7, 3) + Open(8, 2) + PassFrame(7, JoinFrame(3, 6)) +
+                 PassFrame(8, JoinFrame(2, 6)));
   JoinAll(ranks);
   relay.Close();
   for (const auto& rank : ranks) {
@@ -435,9 +375,8 @@ TEST_F(TcpRelayTest, TheDeathOfARelayIsNotThatOfItsClients) {
 TEST_F(TcpRelayTest, TheDeathOfARelayEndsTheWaitForItsClients) {
   Serve(/*fan_out=*/2);
   const auto ranks = ConnectAll({0}, 6);
-  Socket relay = Raw(port_);
-  EXPECT_EQ(Greet(relay, 2).role, StoreRole::kRelay);
-  Say(relay, Open(7, 3) + Passed(7, Join(3, 6)));
+  Socket relay = BeRelay(2);
+  Say(relay, Open(7, 3) + PassFrame(7, JoinFrame(3, 6)));
   std::thread waiter([&] {
     EXPECT_EQ(ranks[0]->Join().ToString(),
               "UNAVAILABLE: rank 2 died (its connection to rank 0 closed)");
@@ -452,10 +391,9 @@ TEST_F(TcpRelayTest, TheDeathOfARelayEndsTheWaitForItsClients) {
 TEST_F(TcpRelayTest, ARelayThatIsSilentIsNamed) {
   Serve(/*fan_out=*/2, kBound);
   const auto ranks = ConnectAll({0, 1, 4, 5}, 6);
-  Socket relay = Raw(port_);
-  EXPECT_EQ(Greet(relay, 2).role, StoreRole::kRelay);
-  Say(relay,
-      Open(7, 3) + Open(8, 2) + Passed(7, Join(3, 6)) + Passed(8, Join(2, 6)));
+  Socket relay = BeRelay(2);
+  Say(relay, Open(7, 3) + Open(8, 2) + PassFrame(7, JoinFrame(3, 6)) +
+                 PassFrame(8, JoinFrame(2, 6)));
   JoinAll(ranks);
   for (const auto& rank : ranks) {
     EXPECT_THAT(rank->Verdict(),
@@ -483,7 +421,7 @@ class ClientOfTheTestsRelayTest : public TcpRelayTest {
     std::thread relaying([&] {
       client_ = AcceptAt(listener);
       ReadFrame(client_);
-      Say(client_, Welcome(StoreRole::kClient, kBound));
+      Say(client_, WelcomeFrame(StoreRole::kClient, kBound));
       Say(client_, OkReplyTo(IdOf(ReadKind(client_, FrameKind::kJoin))));
     });
     absl::StatusOr<std::shared_ptr<Store>> store = Connect(3);
@@ -544,10 +482,10 @@ TEST_F(TcpRelayTest, TheSilenceOfTheServerIsPassedOn) {
   std::thread serving([&] {
     server = AcceptAt(listener);
     ReadFrame(server);
-    Say(server, Welcome(StoreRole::kRelay, kBound));
+    Say(server, WelcomeFrame(StoreRole::kRelay, kBound));
     // It lets one in, and is stopped.
     const uint64_t channel = IdOf(ReadKind(server, FrameKind::kPass));
-    Say(server, Passed(channel, OkReplyTo(/*request=*/1)));
+    Say(server, PassFrame(channel, OkReplyTo(/*request=*/1)));
   });
   absl::StatusOr<std::shared_ptr<Store>> store = Connect(2);
   ASSERT_TRUE(store.ok()) << store.status();
@@ -563,10 +501,9 @@ TEST_F(TcpRelayTest, TheSilenceOfTheServerIsPassedOn) {
 TEST_F(TcpRelayTest, AfterItsSilenceTheServerHearsThatItWasGivenUp) {
   Serve(/*fan_out=*/2);
   const auto ranks = ConnectAll({0, 1}, 4);
-  Socket relay = Raw(port_);
-  EXPECT_EQ(Greet(relay, 2).role, StoreRole::kRelay);
-  Say(relay,
-      Open(7, 3) + Open(8, 2) + Passed(7, Join(3, 4)) + Passed(8, Join(2, 4)));
+  Socket relay = BeRelay(2);
+  Say(relay, Open(7, 3) + Open(8, 2) + PassFrame(7, JoinFrame(3, 4)) +
+                 PassFrame(8, JoinFrame(2, 4)));
   JoinAll(ranks);
   const absl::Status verdict =
       absl::UnavailableError("rank 0 does not answer for 7s");
@@ -670,14 +607,14 @@ TEST_F(TcpRelayTest, GarbageOfAClientEndsItOnly) {
   const std::string cases[] = {
       "GET / HTTP/1.1\r\n\r\n",
       std::string("\xff\xff\xff\xff\x01", 5),
-      Hello(3) + std::string("\xff\xff\xff\xff\x01", 5),
-      Hello(3) + Hello(3),
-      Hello(3) + FrameWriter(static_cast<FrameKind>(99), 1).Finish(),
-      Hello(3) + FrameWriter(FrameKind::kSet, 1).Finish(),
-      Hello(3) + Open(1, 3),
-      Hello(3) + Passed(1, Join(3, 4)),
-      Hello(3) + FrameWriter(FrameKind::kClose, 1).Finish(),
-      Hello(3) + FrameWriter(FrameKind::kLost, 1).Finish(),
+      HelloFrame(3) + std::string("\xff\xff\xff\xff\x01", 5),
+      HelloFrame(3) + HelloFrame(3),
+      HelloFrame(3) + FrameWriter(static_cast<FrameKind>(99), 1).Finish(),
+      HelloFrame(3) + FrameWriter(FrameKind::kSet, 1).Finish(),
+      HelloFrame(3) + Open(1, 3),
+      HelloFrame(3) + PassFrame(1, JoinFrame(3, 4)),
+      HelloFrame(3) + FrameWriter(FrameKind::kClose, 1).Finish(),
+      HelloFrame(3) + FrameWriter(FrameKind::kLost, 1).Finish(),
   };
   for (const std::string& bytes : cases) {
     Socket socket = Raw(port);
@@ -700,7 +637,7 @@ TEST_F(TcpRelayTest, GarbageOfARelayEndsIt) {
       FrameWriter(FrameKind::kPass, 1).Finish(),
       FrameWriter(FrameKind::kSilent, 1).Finish(),
       FrameWriter(FrameKind::kFailAll, 1).Finish(),
-      Join(2, 4),
+      JoinFrame(2, 4),
       std::string("\xff\xff\xff\xff\x01", 5),
   };
   for (const std::string& bytes : cases) {
@@ -711,14 +648,13 @@ TEST_F(TcpRelayTest, GarbageOfARelayEndsIt) {
   }
   // Channels that are not there are none; one whose client says what is not
   // understood is closed.
-  Socket relay = Raw(port_);
-  EXPECT_EQ(Greet(relay, 2).role, StoreRole::kRelay);
-  Say(relay, Passed(9, Join(3, 4)) +
+  Socket relay = BeRelay(2);
+  Say(relay, PassFrame(9, JoinFrame(3, 4)) +
                  FrameWriter(FrameKind::kClose, 9).Finish() +
                  FrameWriter(FrameKind::kSilent, 9)
                      .Put(absl::string_view("sleeps"))
                      .Finish() +
-                 Open(1, 3) + Passed(1, Passed(1, Join(3, 4))));
+                 Open(1, 3) + PassFrame(1, PassFrame(1, JoinFrame(3, 4))));
   EXPECT_EQ(IdOf(ReadKind(relay, FrameKind::kClose)), 1);
   EXPECT_EQ(ranks[0]->store().Set("k", "v", Soon()), absl::OkStatus());
 }
@@ -747,7 +683,7 @@ TEST_F(TcpRelayTest, ARelayAsksForTheToken) {
                                 .Put(absl::string_view(std::string(32, 'x')))
                                 .Finish();
   for (const std::string& bytes :
-       {set, proof, Hello(3) + set, Hello(3) + proof + set}) {
+       {set, proof, HelloFrame(3) + set, HelloFrame(3) + proof + set}) {
     Socket socket = Raw(port);
     Say(socket, bytes);
     ReadToEnd(socket);
@@ -789,7 +725,7 @@ TEST_F(TcpRelayTest, ManyRanksMeetAnswerAndHearOfADeath) {
   ASSERT_EQ(ranks.size(), kRanks - 1);
   Socket leaf = Raw(PortFor(kDead));
   EXPECT_EQ(Greet(leaf, kDead).role, StoreRole::kClient);
-  Say(leaf, Join(kDead, kRanks));
+  Say(leaf, JoinFrame(kDead, kRanks));
   JoinAll(ranks);
   EXPECT_EQ(ranks[0]->store().Set("key", "", Soon()), absl::OkStatus());
   const int relays = (kRanks - 1) / fan_out;

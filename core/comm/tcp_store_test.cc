@@ -21,6 +21,7 @@
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/socket.h"
+#include "dsd/core/comm/store_frames.h"
 #include "dsd/core/comm/store_protocol.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -33,10 +34,17 @@ using ::testing::AnyOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-Env* const env = Env::Real();
+using test::HelloFrame;
+using test::In;
+using test::JoinFrame;
+using test::OkReplyTo;
+using test::PassFrame;
+using test::ReadFrame;
+using test::ReadToEnd;
+using test::Soon;
+using test::WelcomeFrame;
 
-absl::Time In(absl::Duration duration) { return env->Now() + duration; }
-absl::Time Soon() { return In(absl::Seconds(30)); }
+Env* const env = Env::Real();
 
 std::string TextOf(const absl::Status& status) {
   return std::string(status.message());
@@ -84,77 +92,6 @@ MemberOptions Member(int rank, int size, absl::string_view group = "g") {
   options.size = size;
   options.on_failure = [](const absl::Status&) {};
   return options;
-}
-
-std::string HelloOfJob(absl::string_view library = kLibraryVersion,
-                       int rank = -1) {
-  return FrameWriter(FrameKind::kHello, 0)
-      .Put(kStoreMagic)
-      .Put(kStoreVersion)
-      .Put(library)
-      .Put(absl::string_view(NewNonce(env)))
-      .Put(absl::string_view("job"))
-      .Put(uint64_t{0})
-      .Put(int32_t{rank})
-      .Finish();
-}
-
-// The answer to it, from a server that is the test's own.
-std::string WelcomeOf(StoreRole role, absl::Duration bound,
-                      absl::string_view proof = "") {
-  return FrameWriter(FrameKind::kReply, 0)
-      .Put(absl::OkStatus())
-      .Put(absl::ToInt64Nanoseconds(bound))
-      .Put(proof)
-      .Put(static_cast<uint8_t>(role))
-      .Put(int32_t{0})
-      .Put(absl::string_view())
-      .Finish();
-}
-
-std::string JoinOf(int rank, int size, absl::string_view group = "g") {
-  return FrameWriter(FrameKind::kJoin, 1)
-      .Put(group)
-      .Put(int32_t{rank})
-      .Put(int32_t{size})
-      .Put(absl::string_view())
-      .Put(int64_t{1} << 40)
-      .Finish();
-}
-
-// That of a request of a client.
-std::string OkReplyTo(uint64_t request) {
-  return FrameWriter(FrameKind::kReply, request)
-      .Put(absl::OkStatus())
-      .Put(absl::string_view())
-      .Finish();
-}
-
-// What a relay makes of a frame, and what is made for it.
-std::string Passed(uint64_t channel, absl::string_view frame) {
-  return FrameWriter(FrameKind::kPass, channel)
-      .Put(frame.substr(kFrameHeaderBytes))
-      .Finish();
-}
-
-// All that comes until the other side hangs up.
-std::string ReadToEnd(Socket& socket) {
-  std::string in;
-  absl::StatusOr<bool> open = true;
-  while (open.ok() && *open) {
-    pollfd poll = {socket.fd(), POLLIN, 0};
-    EXPECT_EQ(*env->Poll(absl::MakeSpan(&poll, 1), Soon()), 1);
-    if (::testing::Test::HasFailure()) break;
-    open = socket.ReadSome(in, 1 << 20);
-  }
-  return in;
-}
-
-std::string ReadFrame(Socket& socket) {
-  const std::string head = *socket.ReadExactly(env, 4, Soon());
-  uint32_t size;
-  std::memcpy(&size, head.data(), 4);
-  return *socket.ReadExactly(env, size, Soon());
 }
 
 TEST_F(TcpStoreTest, KeysAndCounters) {
@@ -307,7 +244,8 @@ TEST_F(TcpStoreTest, ClientsOfAnotherVersionAreRefusedByName) {
 
   // The same protocol, but perhaps other plans.
   Socket other = Raw();
-  ASSERT_EQ(other.WriteAll(env, HelloOfJob("99.1"), Soon()), absl::OkStatus());
+  ASSERT_EQ(other.WriteAll(env, HelloFrame(-1, "99.1"), Soon()),
+            absl::OkStatus());
   EXPECT_THAT(ReadToEnd(other),
               AllOf(HasSubstr(absl::StrCat("of dsd ", kLibraryVersion)),
                     HasSubstr("of dsd 99.1")));
@@ -316,7 +254,7 @@ TEST_F(TcpStoreTest, ClientsOfAnotherVersionAreRefusedByName) {
 // Whatever comes in, the connection is closed and the store serves on.
 TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
   const auto client = Connect();
-  const std::string hello = HelloOfJob();
+  const std::string hello = HelloFrame();
   const auto after_hello = [&](std::string frame) { return hello + frame; };
   const std::string cases[] = {
       "GET / HTTP/1.1\r\n\r\n",
@@ -346,7 +284,7 @@ TEST_F(TcpStoreTest, GarbageEndsTheConnectionOnly) {
                       .Put(absl::string_view("1 127.0.0.1"))
                       .Finish()),
       after_hello(FrameWriter(FrameKind::kOpen, 1).Put(int32_t{3}).Finish()),
-      after_hello(Passed(1, JoinOf(3, 4))),
+      after_hello(PassFrame(1, JoinFrame(3, 4))),
       after_hello(FrameWriter(FrameKind::kClose, 1).Finish()),
   };
   for (const std::string& bytes : cases) {
@@ -380,7 +318,7 @@ TEST(TcpStoreBeatTest, AClientThatGivesNoSignOfLifeIsGivenUp) {
   client.job_id = "job";
   const auto a = *ConnectTcpStore(env, client, Soon());
   Socket silent = *ConnectTo(env, "127.0.0.1", server->port(), Soon());
-  ASSERT_EQ(silent.WriteAll(env, HelloOfJob() + JoinOf(1, 2), Soon()),
+  ASSERT_EQ(silent.WriteAll(env, HelloFrame() + JoinFrame(1, 2), Soon()),
             absl::OkStatus());
   absl::Notification heard;
   absl::Status verdict;
@@ -406,9 +344,10 @@ TEST(TcpStoreBeatTest, AServerThatGivesNoSignOfLifeIsGivenUp) {
     silent = *AcceptFrom(listener);
     // It greets, lets one in, and is stopped.
     ReadFrame(silent);
-    ASSERT_EQ(silent.WriteAll(
-                  env, WelcomeOf(StoreRole::kClient, absl::Seconds(2)), Soon()),
-              absl::OkStatus());
+    ASSERT_EQ(
+        silent.WriteAll(env, WelcomeFrame(StoreRole::kClient, absl::Seconds(2)),
+                        Soon()),
+        absl::OkStatus());
     while (ReadFrame(silent)[0] != static_cast<char>(FrameKind::kJoin)) {
     }
     ASSERT_EQ(silent.WriteAll(env, OkReplyTo(1), Soon()), absl::OkStatus());
@@ -507,7 +446,7 @@ TEST(TcpStoreImpostorTest, AServerThatDoesNotKnowTheTokenIsNotTrusted) {
     const std::string proof = ReadFrame(socket).substr(1 + 8 + 4);
     ASSERT_EQ(
         socket.WriteAll(
-            env, WelcomeOf(StoreRole::kClient, absl::ZeroDuration(), proof),
+            env, WelcomeFrame(StoreRole::kClient, absl::ZeroDuration(), proof),
             Soon()),
         absl::OkStatus());
     ReadToEnd(socket);
@@ -530,10 +469,10 @@ TEST_F(TcpStoreTokenTest, NothingIsDoneForThoseWhoHaveNotProvedIt) {
                                 .Put(absl::string_view(std::string(32, 'x')))
                                 .Finish();
   for (const std::string& bytes :
-       {proof, set, HelloOfJob() + set, HelloOfJob() + HelloOfJob(),
-        HelloOfJob() + proof + set,
-        HelloOfJob() + FrameWriter(FrameKind::kProof, 0).Finish(),
-        HelloOfJob() + std::string("\xff\xff\xff\xff\xff\xff\xff\x7f", 8)}) {
+       {proof, set, HelloFrame() + set, HelloFrame() + HelloFrame(),
+        HelloFrame() + proof + set,
+        HelloFrame() + FrameWriter(FrameKind::kProof, 0).Finish(),
+        HelloFrame() + std::string("\xff\xff\xff\xff\xff\xff\xff\x7f", 8)}) {
     Socket socket = Raw();
     ASSERT_EQ(socket.WriteAll(env, bytes, Soon()), absl::OkStatus());
     ReadToEnd(socket);
@@ -555,7 +494,7 @@ TEST(TcpStoreStrangersTest, TheirNumberAndTimeAreBounded) {
     strangers.push_back(*ConnectTo(env, "127.0.0.1", server->port(), Soon()));
     if (i % 2 == 0) {
       ASSERT_EQ(
-          strangers.back().WriteAll(env, HelloOfJob().substr(0, 9), Soon()),
+          strangers.back().WriteAll(env, HelloFrame().substr(0, 9), Soon()),
           absl::OkStatus());
     }
   }

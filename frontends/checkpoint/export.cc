@@ -10,13 +10,11 @@
 #include <vector>
 
 #include "absl/container/flat_hash_set.h"
-#include "absl/crc/crc32c.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/strip.h"
-#include "dsd/core/base/content_digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/plan/plan.h"
 #include "dsd/core/transfer/agree_on_catalogs.h"
@@ -26,8 +24,7 @@
 #include "dsd/frontends/checkpoint/data_file_writer.h"
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
 #include "dsd/frontends/checkpoint/dcp/pickle_writer.h"
-#include "dsd/frontends/checkpoint/dcp/zip_writer.h"
-#include "dsd/frontends/checkpoint/digests_file.h"
+#include "dsd/frontends/checkpoint/export_file.h"
 #include "dsd/frontends/checkpoint/file_names.h"
 #include "dsd/frontends/checkpoint/live_state.h"
 #include "dsd/frontends/checkpoint/patient_endpoint.h"
@@ -118,93 +115,6 @@ class PartStream {
   size_t file_ = 0;
   size_t at_ = 0;
   int64_t element_ = 0;
-};
-
-// The bytes of a file around those of its elements, in the order in which they
-// are asked for.
-class FileFrame {
- public:
-  virtual ~FileFrame() = default;
-  virtual bool needs_crc() const = 0;
-  // Length of what Front gives.
-  virtual absl::StatusOr<int64_t> FrontBytes() = 0;
-  virtual std::string StartTensor(int64_t bytes) = 0;
-  virtual std::string FinishTensor(uint32_t crc) = 0;
-  virtual std::string Finish(const StoredDigests& digests) = 0;
-  // What stands before all of it.
-  virtual absl::StatusOr<std::string> Front(const StoredDigests& digests) = 0;
-};
-
-class SafetensorsFrame final : public FileFrame {
- public:
-  explicit SafetensorsFrame(safetensors::Header header)
-      : header_(std::move(header)) {
-    header_.metadata.emplace_back(kDigestsAttribute, "");
-  }
-  bool needs_crc() const override { return false; }
-  absl::StatusOr<int64_t> FrontBytes() override {
-    // Digests are of one length.
-    StoredDigests digests;
-    for (const safetensors::HeaderTensor& tensor : header_.tensors) {
-      digests.tensors[tensor.name] = Digest128();
-    }
-    DSD_ASSIGN_OR_RETURN(const std::string front, Front(digests));
-    return static_cast<int64_t>(front.size());
-  }
-  std::string StartTensor(int64_t) override { return ""; }
-  std::string FinishTensor(uint32_t) override { return ""; }
-  std::string Finish(const StoredDigests&) override { return ""; }
-  absl::StatusOr<std::string> Front(const StoredDigests& digests) override {
-    header_.metadata.back().second = EncodeDigests(digests);
-    return safetensors::EncodeHeader(header_);
-  }
-
- private:
-  safetensors::Header header_;
-};
-
-class TorchFrame final : public FileFrame {
- public:
-  explicit TorchFrame(torch_archive::Tree tree)
-      : pickle_bytes_(static_cast<int64_t>(tree.pickle.size())),
-        pickle_crc_(static_cast<uint32_t>(absl::ComputeCrc32c(tree.pickle))),
-        writer_(std::move(tree.pickle)),
-        inner_(std::move(tree.inner)) {}
-  bool needs_crc() const override { return true; }
-  absl::StatusOr<int64_t> FrontBytes() override { return 0; }
-  std::string StartTensor(int64_t bytes) override {
-    return writer_.StartTensor(bytes);
-  }
-  std::string FinishTensor(uint32_t crc) override {
-    return writer_.FinishTensor(crc);
-  }
-  std::string Finish(const StoredDigests& digests) override {
-    StoredDigests all = digests;
-    all.index_bytes = pickle_bytes_;
-    all.index_crc = pickle_crc_;
-    std::string out;
-    for (const auto& [key, tensor] : inner_) {
-      const absl::string_view bytes = tensor.bytes();
-      out += writer_.StartTensor(static_cast<int64_t>(bytes.size()));
-      absl::StrAppend(&out, bytes);
-      out += writer_.FinishTensor(dcp::Crc32(0, bytes));
-      ContentDigest digest(static_cast<int64_t>(bytes.size()));
-      digest.AddRun(0, absl::MakeConstSpan(
-                           reinterpret_cast<const std::byte*>(bytes.data()),
-                           bytes.size()));
-      all.tensors[key] = digest.Finish(tensor.dtype(), tensor.shape());
-    }
-    return absl::StrCat(out, writer_.Finish(EncodeDigests(all)));
-  }
-  absl::StatusOr<std::string> Front(const StoredDigests&) override {
-    return "";
-  }
-
- private:
-  const int64_t pickle_bytes_;
-  const uint32_t pickle_crc_;
-  torch_archive::ArchiveWriter writer_;
-  const std::vector<std::pair<std::string, HostTensor>> inner_;
 };
 
 class Exporter {
@@ -539,7 +449,7 @@ class Exporter {
         tensor.end_bytes = end;
         header.tensors.push_back(std::move(tensor));
       }
-      return std::make_unique<SafetensorsFrame>(std::move(header));
+      return MakeSafetensorsFrame(std::move(header));
     }
     std::vector<torch_archive::NewTensor> tensors;
     for (size_t i = 0; i < catalog_.size(); ++i) {
@@ -550,7 +460,7 @@ class Exporter {
     }
     DSD_ASSIGN_OR_RETURN(torch_archive::Tree tree,
                          torch_archive::EncodeTree(tensors, objects_));
-    return std::make_unique<TorchFrame>(std::move(tree));
+    return MakeArchiveFrame(std::move(tree));
   }
 
   // Whether this rank, alone, reads the tensor front to back.
@@ -675,52 +585,39 @@ class Exporter {
   }
 
   absl::Status OpenFile(size_t file) {
-    DSD_ASSIGN_OR_RETURN(frame_, MakeFrame(files_[file]));
+    DSD_ASSIGN_OR_RETURN(std::unique_ptr<FileFrame> frame,
+                         MakeFrame(files_[file]));
     const std::string path = Temporary(files_[file].name);
     DSD_ASSIGN_OR_RETURN(std::unique_ptr<WritableFile> writable,
                          fs_.CreateWritable(path));
     own_files_.push_back(path);
-    out_ = std::make_unique<DataFileWriter>(std::move(writable), &env_);
+    int64_t bytes = 0;
+    for (const size_t i : files_[file].tensors) bytes += BytesOf(i);
+    DSD_ASSIGN_OR_RETURN(
+        out_,
+        ExportFile::Start(std::move(frame), std::move(writable), bytes, &env_));
     open_file_ = file;
-    digests_ = StoredDigests();
-    DSD_ASSIGN_OR_RETURN(const int64_t front, frame_->FrontBytes());
-    int64_t least = front;
-    for (const size_t i : files_[file].tensors) least += BytesOf(i);
-    DSD_RETURN_IF_ERROR(out_->Expect(least));
-    return out_->Reserve(front);
+    return absl::OkStatus();
   }
 
   absl::Status CloseFile() {
     for (size_t i = 0; i < catalog_.size(); ++i) {
-      if (FirstOf(i) == i) continue;
-      const Digest128 first = digests_.tensors[catalog_[FirstOf(i)].fqn];
-      digests_.tensors[catalog_[i].fqn] = first;
+      if (FirstOf(i) != i) {
+        out_->AddSame(catalog_[i].fqn, catalog_[FirstOf(i)].fqn);
+      }
     }
-    DSD_RETURN_IF_ERROR(out_->Append(frame_->Finish(digests_)));
-    DSD_ASSIGN_OR_RETURN(const std::string front, frame_->Front(digests_));
-    DSD_RETURN_IF_ERROR(out_->Finish(front));
-    files_[open_file_].file_bytes = out_->position();
+    DSD_ASSIGN_OR_RETURN(files_[open_file_].file_bytes, out_->Finish());
     out_.reset();
     return absl::OkStatus();
   }
 
   absl::Status StartTensor(const Part& part) {
     if (out_ == nullptr) DSD_RETURN_IF_ERROR(OpenFile(part.file));
-    crc_ = 0;
-    digest_ = ContentDigest(BytesOf(part.tensor));
-    digested_bytes_ = 0;
-    return out_->Append(frame_->StartTensor(BytesOf(part.tensor)));
+    return out_->StartTensor(BytesOf(part.tensor));
   }
 
   absl::Status Append(absl::Span<const std::byte> bytes) {
     DSD_RETURN_IF_ERROR(deadline_.Check());
-    if (frame_->needs_crc()) {
-      crc_ = dcp::Crc32(
-          crc_, absl::string_view(reinterpret_cast<const char*>(bytes.data()),
-                                  bytes.size()));
-    }
-    digest_.AddRun(digested_bytes_, bytes);
-    digested_bytes_ += static_cast<int64_t>(bytes.size());
     DSD_RETURN_IF_ERROR(out_->Append(bytes));
     payload_bytes_ += static_cast<int64_t>(bytes.size());
     if (options_.call.progress) {
@@ -730,13 +627,9 @@ class Exporter {
   }
 
   absl::Status FinishTensor(const Part& part) {
-    DSD_RETURN_IF_ERROR(out_->Append(frame_->FinishTensor(crc_)));
-    const TensorSpec& spec = catalog_[part.tensor];
-    digests_.tensors[spec.fqn] = digest_.Finish(spec.dtype, spec.shape());
-    if (part.tensor != files_[part.file].tensors.back()) {
-      return absl::OkStatus();
-    }
-    return CloseFile();
+    DSD_RETURN_IF_ERROR(out_->FinishTensor(catalog_[part.tensor]));
+    return part.tensor == files_[part.file].tensors.back() ? CloseFile()
+                                                           : absl::OkStatus();
   }
 
   // Rank 0, when all files are on storage under their temporary names.
@@ -905,12 +798,7 @@ class Exporter {
 
   std::vector<std::byte> window_;
   size_t open_file_ = 0;
-  std::unique_ptr<FileFrame> frame_;
-  std::unique_ptr<DataFileWriter> out_;
-  uint32_t crc_ = 0;
-  ContentDigest digest_{0};  // of the tensor that is written
-  int64_t digested_bytes_ = 0;
-  StoredDigests digests_;  // of the open file
+  std::unique_ptr<ExportFile> out_;  // that file, while it is written
   std::vector<std::string> own_files_;
   int64_t payload_bytes_ = 0;
   int64_t bytes_total_ = 0;  // that this rank writes

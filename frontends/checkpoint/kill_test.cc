@@ -24,6 +24,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/env.h"
+#include "dsd/core/base/own_files_env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/checkpoint/steps.h"
@@ -118,66 +119,43 @@ class DeadlyFile final : public WritableFile {
   Killer& killer_;
 };
 
-class DeadlyEnv final : public Env, public FileSystem {
+class DeadlyFiles final : public FileSystem {
  public:
-  explicit DeadlyEnv(Killer* killer) : killer_(*killer) {}
-
-  absl::Time Now() override { return real_.Now(); }
-  absl::Time WallTime() override { return real_.WallTime(); }
-  bool Await(absl::Mutex& mu, const absl::Condition& condition,
-             absl::Time deadline) override ABSL_NO_THREAD_SAFETY_ANALYSIS {
-    return real_.Await(mu, condition, deadline);
-  }
-  void SleepUntil(absl::Time time) override { real_.SleepUntil(time); }
-  absl::StatusOr<int> Poll(absl::Span<struct pollfd> fds,
-                           absl::Time deadline) override {
-    return real_.Poll(fds, deadline);
-  }
-  std::unique_ptr<EnvThread> StartThread(
-      absl::string_view name, absl::AnyInvocable<void()> body) override {
-    return real_.StartThread(name, std::move(body));
-  }
-  uint64_t RandomSeed() override { return real_.RandomSeed(); }
-  FileSystem& files() override { return *this; }
+  explicit DeadlyFiles(Killer* killer) : killer_(*killer) {}
 
   absl::StatusOr<std::unique_ptr<ReadableFile>> OpenReadable(
       const std::string& path) override {
-    return real_.files().OpenReadable(path);
+    return real_.OpenReadable(path);
   }
   absl::StatusOr<std::unique_ptr<WritableFile>> CreateWritable(
       const std::string& path) override {
-    DSD_ASSIGN_OR_RETURN(std::unique_ptr<WritableFile> file,
-                         killer_.Do("create", path, [&] {
-                           return real_.files().CreateWritable(path);
-                         }));
+    DSD_ASSIGN_OR_RETURN(
+        std::unique_ptr<WritableFile> file,
+        killer_.Do("create", path, [&] { return real_.CreateWritable(path); }));
     return std::make_unique<DeadlyFile>(std::move(file), path, &killer_);
   }
   absl::Status Rename(const std::string& from, const std::string& to) override {
-    return killer_.Do("rename", to,
-                      [&] { return real_.files().Rename(from, to); });
+    return killer_.Do("rename", to, [&] { return real_.Rename(from, to); });
   }
   absl::Status Remove(const std::string& path) override {
-    return killer_.Do("remove", path,
-                      [&] { return real_.files().Remove(path); });
+    return killer_.Do("remove", path, [&] { return real_.Remove(path); });
   }
   absl::Status CreateDirs(const std::string& path) override {
-    return killer_.Do("mkdir", path,
-                      [&] { return real_.files().CreateDirs(path); });
+    return killer_.Do("mkdir", path, [&] { return real_.CreateDirs(path); });
   }
   absl::StatusOr<std::vector<std::string>> List(
       const std::string& path) override {
-    return real_.files().List(path);
+    return real_.List(path);
   }
   absl::StatusOr<FileInfo> Stat(const std::string& path) override {
-    return real_.files().Stat(path);
+    return real_.Stat(path);
   }
   absl::Status SyncDir(const std::string& path) override {
-    return killer_.Do("syncdir", path,
-                      [&] { return real_.files().SyncDir(path); });
+    return killer_.Do("syncdir", path, [&] { return real_.SyncDir(path); });
   }
 
  private:
-  Env& real_ = *Env::Real();
+  FileSystem& real_ = Env::Real()->files();
   Killer& killer_;
 };
 
@@ -262,7 +240,8 @@ TEST(KillTest, TheOldOrTheNewCheckpointWhereverTheProcessDies) {
           if (child == 0) {
             close(ends[0]);
             Killer killer(at, when, ends[1]);
-            DeadlyEnv env(&killer);
+            DeadlyFiles files(&killer);
+            OwnFilesEnv env(&files);
             _exit(SaveTo(directory, 2, &env, scenario).ok() ? 0 : 1);
           }
           close(ends[1]);

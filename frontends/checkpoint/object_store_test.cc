@@ -14,7 +14,6 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
-#include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/match.h"
@@ -22,9 +21,9 @@
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/env.h"
+#include "dsd/core/base/own_files_env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
@@ -206,33 +205,6 @@ class ObjectStore final : public FileSystem {
   int64_t requests_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
-// The world as it is, but for files.
-class StoreEnv final : public Env {
- public:
-  absl::Time Now() override { return real_.Now(); }
-  absl::Time WallTime() override { return real_.WallTime(); }
-  bool Await(absl::Mutex& mu, const absl::Condition& condition,
-             absl::Time deadline) override ABSL_NO_THREAD_SAFETY_ANALYSIS {
-    return real_.Await(mu, condition, deadline);
-  }
-  void SleepUntil(absl::Time time) override { real_.SleepUntil(time); }
-  absl::StatusOr<int> Poll(absl::Span<struct pollfd> fds,
-                           absl::Time deadline) override {
-    return real_.Poll(fds, deadline);
-  }
-  std::unique_ptr<EnvThread> StartThread(
-      absl::string_view name, absl::AnyInvocable<void()> body) override {
-    return real_.StartThread(name, std::move(body));
-  }
-  uint64_t RandomSeed() override { return real_.RandomSeed(); }
-  FileSystem& files() override { return store; }
-
-  ObjectStore store;
-
- private:
-  Env& real_ = *Env::Real();
-};
-
 constexpr char kDir[] = "bucket/job/checkpoint";
 
 std::vector<TestTensor> Tensors(int ranks, int64_t rows_of_w = 64) {
@@ -244,9 +216,10 @@ std::vector<TestTensor> Tensors(int ranks, int64_t rows_of_w = 64) {
           {{std::string("b")}, DType::kBFloat16, rows({7})}};
 }
 
-std::vector<absl::Status> SaveOn(int ranks, StoreEnv& env,
+std::vector<absl::Status> SaveOn(int ranks, ObjectStore& store,
                                  const std::string& directory, uint64_t seed,
                                  int64_t rows = 64) {
+  OwnFilesEnv env(&store);
   return StatusOfRanks(ranks, [&](Communicator& comm) {
     TestState state = TestState::Filled(
         Tensors(ranks, rows), comm.rank(), seed,
@@ -258,8 +231,9 @@ std::vector<absl::Status> SaveOn(int ranks, StoreEnv& env,
 }
 
 // The seed of what is there, verified; 0 if nothing is.
-uint64_t Holds(StoreEnv& env, const std::string& path, bool objects,
+uint64_t Holds(ObjectStore& store, const std::string& path, bool objects,
                int64_t rows = 64) {
+  OwnFilesEnv env(&store);
   TestState target = TestState::Blank(
       Tensors(1, rows), 0,
       objects ? std::vector<ObjectEntry>{{{std::string("step")}, dsd::Object()}}
@@ -279,25 +253,26 @@ uint64_t Holds(StoreEnv& env, const std::string& path, bool objects,
 }
 
 TEST(ObjectStoreTest, SavesLoadsAndOverwrites) {
-  StoreEnv env;
-  EXPECT_EQ(Holds(env, kDir, true), 0u);
-  EXPECT_THAT(SaveOn(3, env, kDir, 1), AllOk());
-  EXPECT_EQ(Holds(env, kDir, true), 1u);
-  EXPECT_THAT(SaveOn(2, env, kDir, 2), AllOk());
-  EXPECT_EQ(Holds(env, kDir, true), 2u);
+  ObjectStore store;
+  EXPECT_EQ(Holds(store, kDir, true), 0u);
+  EXPECT_THAT(SaveOn(3, store, kDir, 1), AllOk());
+  EXPECT_EQ(Holds(store, kDir, true), 1u);
+  EXPECT_THAT(SaveOn(2, store, kDir, 2), AllOk());
+  EXPECT_EQ(Holds(store, kDir, true), 2u);
   // Index, digests and a file of each rank.
-  EXPECT_EQ(env.store.List(kDir)->size(), 4u);
+  EXPECT_EQ(store.List(kDir)->size(), 4u);
 }
 
 TEST(ObjectStoreTest, AFileOfSeveralParts) {
   constexpr int64_t kRows = 2500;  // of 4000 bytes
-  StoreEnv env;
-  EXPECT_THAT(SaveOn(1, env, kDir, 1, kRows), AllOk());
-  EXPECT_EQ(Holds(env, kDir, true, kRows), 1u);
+  ObjectStore store;
+  EXPECT_THAT(SaveOn(1, store, kDir, 1, kRows), AllOk());
+  EXPECT_EQ(Holds(store, kDir, true, kRows), 1u);
 }
 
 TEST(ObjectStoreTest, ASeries) {
-  StoreEnv env;
+  ObjectStore store;
+  OwnFilesEnv env(&store);
   TestState state = TestState::Filled(Tensors(1), 0, 1);
   for (const int step : {5, 10, 15}) {
     SaveOptions options;
@@ -307,12 +282,13 @@ TEST(ObjectStoreTest, ASeries) {
                             nullptr, options);
     ASSERT_TRUE(saved.ok()) << saved.status();
   }
-  EXPECT_THAT(*env.store.List("/runs"),
+  EXPECT_THAT(*store.List("/runs"),
               testing::ElementsAre("step-10", "step-15", "step-latest"));
 }
 
 TEST(ObjectStoreTest, ExportsInEveryFormat) {
-  StoreEnv env;
+  ObjectStore store;
+  OwnFilesEnv env(&store);
   for (const auto& [path, format] :
        {std::pair("/out/a.safetensors", Format::kSafetensors),
         std::pair("/out/d", Format::kSafetensors),
@@ -331,7 +307,7 @@ TEST(ObjectStoreTest, ExportsInEveryFormat) {
                               .status();
                         }),
           AllOk());
-      EXPECT_EQ(Holds(env, path, false), seed);
+      EXPECT_EQ(Holds(store, path, false), seed);
     }
   }
 }
@@ -341,33 +317,33 @@ TEST(ObjectStoreTest, AFailureAtAnyRequestLeavesTheOldOrTheNew) {
   for (const bool overwrite : {false, true}) {
     int64_t total;
     {
-      StoreEnv env;
+      ObjectStore store;
       if (overwrite) {
-        ASSERT_THAT(SaveOn(2, env, kDir, 1), AllOk());
+        ASSERT_THAT(SaveOn(2, store, kDir, 1), AllOk());
       }
-      env.store.FailFrom(std::numeric_limits<int64_t>::max());
-      ASSERT_THAT(SaveOn(2, env, kDir, 2), AllOk());
-      total = env.store.requests();
+      store.FailFrom(std::numeric_limits<int64_t>::max());
+      ASSERT_THAT(SaveOn(2, store, kDir, 2), AllOk());
+      total = store.requests();
     }
     EXPECT_GT(total, 5);
     int64_t old_ones = 0, new_ones = 0;
     for (int64_t at = 0; at < total; ++at) {
       SCOPED_TRACE(absl::StrCat("request ", at));
-      StoreEnv env;
+      ObjectStore store;
       if (overwrite) {
-        ASSERT_THAT(SaveOn(2, env, kDir, 1), AllOk());
+        ASSERT_THAT(SaveOn(2, store, kDir, 1), AllOk());
       }
-      env.store.FailFrom(at);
-      const std::vector<absl::Status> statuses = SaveOn(2, env, kDir, 2);
-      env.store.FailFrom(std::numeric_limits<int64_t>::max());
-      const uint64_t found = Holds(env, kDir, true);
+      store.FailFrom(at);
+      const std::vector<absl::Status> statuses = SaveOn(2, store, kDir, 2);
+      store.FailFrom(std::numeric_limits<int64_t>::max());
+      const uint64_t found = Holds(store, kDir, true);
       EXPECT_THAT(found, AnyOf(overwrite ? 1u : 0u, 2u));
       EXPECT_EQ(found == 2u, statuses[0].ok());
       (found == 2u ? new_ones : old_ones) += 1;
       // What was left behind is no obstacle.
-      EXPECT_THAT(SaveOn(2, env, kDir, 2), AllOk());
-      EXPECT_EQ(Holds(env, kDir, true), 2u);
-      EXPECT_EQ(env.store.List(kDir)->size(), 4u);
+      EXPECT_THAT(SaveOn(2, store, kDir, 2), AllOk());
+      EXPECT_EQ(Holds(store, kDir, true), 2u);
+      EXPECT_EQ(store.List(kDir)->size(), 4u);
     }
     EXPECT_GT(old_ones, 0);
     EXPECT_GT(new_ones, 0);

@@ -286,14 +286,17 @@ absl::Status SaveJob::WriteData(Endpoint* tensors) {
                        files_.CreateWritable(path));
   own_files_.push_back(path);
   DataFileWriter out(std::move(file), &env_);
-  DSD_RETURN_IF_ERROR(out.Expect(LengthOfData()));
+  std::vector<std::string> archives;  // of the objects
   for (const EncodedObject& object : objects_) {
-    const std::string archive = dcp::ObjectArchive(object.stored);
+    archives.push_back(dcp::ObjectArchive(object.stored));
+  }
+  DSD_RETURN_IF_ERROR(out.Expect(LengthOfData(archives)));
+  for (size_t i = 0; i < archives.size(); ++i) {
     DSD_RETURN_IF_ERROR(out.PadTo(PlaceOfObject(out.position())));
-    record_.objects.push_back({object.path, dcp::ObjectDigest(object.stored),
-                               out.position(),
-                               static_cast<int64_t>(archive.size())});
-    DSD_RETURN_IF_ERROR(out.Append(archive));
+    record_.objects.push_back(
+        {objects_[i].path, dcp::ObjectDigest(objects_[i].stored),
+         out.position(), static_cast<int64_t>(archives[i].size())});
+    DSD_RETURN_IF_ERROR(out.Append(archives[i]));
   }
   const std::byte* snapshot = snapshot_;
   for (const Piece& piece : plan_->pieces) {
@@ -306,11 +309,10 @@ absl::Status SaveJob::WriteData(Endpoint* tensors) {
   return files_.SyncDir(directory_);
 }
 
-int64_t SaveJob::LengthOfData() {
+int64_t SaveJob::LengthOfData(const std::vector<std::string>& objects) {
   int64_t end = 0;
-  for (const EncodedObject& object : objects_) {
-    end = PlaceOfObject(end) +
-          static_cast<int64_t>(dcp::ObjectArchive(object.stored).size());
+  for (const std::string& archive : objects) {
+    end = PlaceOfObject(end) + static_cast<int64_t>(archive.size());
   }
   for (const Piece& piece : plan_->pieces) {
     const dcp::TensorArchive& archive =

@@ -107,8 +107,8 @@ class SaveJob {
   CallOptions CommOptions() const;
   absl::Status Broadcast(absl::Span<int64_t> numbers);
   absl::Status ChooseId();
-  // Of this rank's file.
-  int64_t LengthOfData();
+  // Of this rank's file, with these archives of its objects.
+  int64_t LengthOfData(const std::vector<std::string>& objects);
   int64_t BytesOf(const Piece& piece) const;
   absl::Status WriteData(Endpoint* tensors);
   absl::Status WritePiece(const Piece& piece, Endpoint* tensors,
