@@ -34,6 +34,7 @@ SimulationOptions SimulationOptions::FromSeed(uint64_t seed) {
   if (options.link.bytes_per_second > 1e6) {
     options.link.slowest_link = one_of(1.0, 10.0);
   }
+  options.ranks_per_host = one_of(0, 1, 2, 3);
   return options;
 }
 
@@ -100,7 +101,9 @@ void Simulation::OnYield(Scheduler::Process process, int64_t number) {
 }
 
 void Simulation::OnMessage(Fate& fate) {
-  messages_[fate.from * processes_.size() + fate.to] = fate.number + 1;
+  LinkUse& link = links_[fate.from * processes_.size() + fate.to];
+  link.messages = fate.number + 1;
+  link.bytes += fate.size;
   for (Fault& fault : faults_) {
     if (fault.kind == FaultKind::kReorder) {
       fate.extra_delay += scheduler_.RandomDuration(fault.length);
@@ -211,7 +214,7 @@ Outcome Simulation::RunProcesses(
   disk_full_ = false;
   rank_use_.assign(world_size, {});
   link_use_.clear();
-  messages_.assign(world_size * world_size, 0);
+  links_.assign(world_size * world_size, {});
   processes_.clear();
   for (int rank = 0; rank < world_size; ++rank) {
     processes_.push_back(scheduler_.AddProcess(absl::StrCat("rank ", rank)));
@@ -256,8 +259,10 @@ Outcome Simulation::RunProcesses(
     outcome.ranks[rank].died = scheduler_.IsDead(processes_[rank]);
   }
   for (int i = 0; i < world_size * world_size; ++i) {
-    if (messages_[i] == 0) continue;
-    link_use_.push_back({i / world_size, i % world_size, messages_[i]});
+    if (links_[i].messages == 0) continue;
+    links_[i].from = i / world_size;
+    links_[i].to = i % world_size;
+    link_use_.push_back(links_[i]);
   }
   control_plane_.reset();
   network_.reset();
@@ -278,6 +283,10 @@ Outcome Simulation::Run(
         comm_options.world_size = world_size;
         comm_options.descriptor = options.descriptor;
         comm_options.env = &env;
+        if (options_.ranks_per_host > 0) {
+          comm_options.host =
+              absl::StrCat("host ", rank / options_.ranks_per_host);
+        }
         comm_options.store = std::move(store);
         comm_options.generation = generation;
         comm_options.connect_timeout = options.connect_timeout;

@@ -41,8 +41,10 @@ struct SimulationOptions {
   absl::Duration disk_latency = absl::Microseconds(100);
   // Whether the store is in rank 0's process and dies with it.
   bool store_at_rank0 = true;
+  // Rank r is on host r / ranks_per_host; 0: all are on one.
+  int ranks_per_host = 0;
 
-  // A link, a control plane and a place of the store drawn by `seed`.
+  // A link, a control plane, a place of the store and hosts drawn by `seed`.
   static SimulationOptions FromSeed(uint64_t seed);
 };
 
@@ -114,9 +116,10 @@ class Simulation {
     int64_t disk_writes = 0;
   };
   struct LinkUse {
-    int from;
-    int to;
-    int64_t messages;
+    int from = 0;
+    int to = 0;
+    int64_t messages = 0;
+    int64_t bytes = 0;
   };
   const std::vector<RankUse>& rank_use() const { return rank_use_; }
   const std::vector<LinkUse>& link_use() const { return link_use_; }
@@ -139,7 +142,7 @@ class Simulation {
   bool lost_power_ = false;
   std::vector<RankUse> rank_use_;  // by rank
   std::vector<LinkUse> link_use_;  // of links with messages
-  std::vector<int64_t> messages_;  // by from * size + to
+  std::vector<LinkUse> links_;     // by from * size + to
 
   // Of the Run in progress.
   std::vector<Scheduler::Process> processes_;  // by rank

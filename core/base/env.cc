@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -17,6 +18,7 @@
 
 #include "absl/base/call_once.h"
 #include "absl/base/no_destructor.h"
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "dsd/core/base/status_macros.h"
@@ -309,6 +311,24 @@ class RealEnv final : public Env {
   uint64_t RandomSeed() override {
     std::random_device device;
     return (static_cast<uint64_t>(device()) << 32) | device();
+  }
+
+  std::string HostId() override {
+    char text[64];
+    // Of the running kernel: containers differ in their host names, copies of a
+    // virtual machine in nothing else.
+    const int fd =
+        open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    ssize_t bytes = -1;
+    if (fd >= 0) {
+      bytes = read(fd, text, sizeof(text));
+      close(fd);
+    }
+    if (bytes <= 0)
+      bytes = gethostname(text, sizeof(text)) == 0 ? strnlen(text, sizeof(text))
+                                                   : 0;
+    return std::string(
+        absl::StripAsciiWhitespace({text, static_cast<size_t>(bytes)}));
   }
 
   FileSystem& files() override { return files_; }

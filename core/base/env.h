@@ -146,6 +146,10 @@ class Env {
   // A fresh seed, different for each call.
   virtual uint64_t RandomSeed() = 0;
 
+  // The same in all processes of a machine, in its containers too, and nowhere
+  // else; empty: unknown.
+  virtual std::string HostId() { return ""; }
+
   virtual FileSystem& files() = 0;
 };
 

@@ -134,6 +134,13 @@ TEST(RealEnvTest, SeedsDifferAndThreadsJoin) {
   EXPECT_EQ(value, 5);
 }
 
+TEST(RealEnvTest, HostsHaveNames) {
+  const std::string name = Env::Real()->HostId();
+  EXPECT_NE(name, "");
+  EXPECT_EQ(name, Env::Real()->HostId());
+  EXPECT_EQ(name.find_first_of(" \n"), std::string::npos) << name;
+}
+
 TEST(RealEnvTest, AwaitEndsWithTheConditionOrTheDeadline) {
   Env* const env = Env::Real();
   absl::Mutex mu;

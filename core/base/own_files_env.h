@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
@@ -41,6 +42,7 @@ class OwnFilesEnv final : public Env {
     return real_.StartThread(name, std::move(body));
   }
   uint64_t RandomSeed() override { return real_.RandomSeed(); }
+  std::string HostId() override { return real_.HostId(); }
   FileSystem& files() override { return files_; }
 
  private:

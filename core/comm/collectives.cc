@@ -64,6 +64,88 @@ int64_t ReduceStep(int world_size, int64_t item_size) {
   return std::max<int64_t>(1, kReduceStagingBytes / world_size / item_size);
 }
 
+// Who passes a broadcast on to whom: from the root to one rank of each other
+// host, and from these, and the root, to the others of their hosts; in both
+// steps along a binomial tree or a chain. So it reaches each host once.
+class BroadcastRoute {
+ public:
+  BroadcastRoute(absl::Span<const int> host_of_rank, int rank, int root) {
+    const int world = static_cast<int>(host_of_rank.size());
+    const int num_hosts =
+        *std::max_element(host_of_rank.begin(), host_of_rank.end()) + 1;
+    hosts_.resize(num_hosts);
+    for (int i = 0; i < world; ++i) {
+      const int r = (root + i) % world;
+      const int host =
+          (host_of_rank[r] + num_hosts - host_of_rank[root]) % num_hosts;
+      if (r == rank) {
+        host_ = host;
+        place_ = static_cast<int>(hosts_[host].size());
+      }
+      hosts_[host].push_back(r);
+      longest_ = std::max(longest_, static_cast<int>(hosts_[host].size()));
+    }
+  }
+
+  int num_hosts() const { return static_cast<int>(hosts_.size()); }
+  bool has_parent() const { return host_ > 0 || place_ > 0; }
+
+  // In the tree place p hears from p without its lowest bit.
+  int tree_parent() const {
+    return place_ > 0 ? hosts_[host_][place_ & (place_ - 1)]
+                      : hosts_[host_ & (host_ - 1)][0];
+  }
+  // Those with the most behind them first.
+  std::vector<int> TreeChildren() const {
+    std::vector<int> children;
+    if (place_ == 0) {
+      for (const int host : ChildrenOf(host_, num_hosts())) {
+        children.push_back(hosts_[host][0]);
+      }
+    }
+    const std::vector<int>& here = hosts_[host_];
+    for (const int place : ChildrenOf(place_, static_cast<int>(here.size()))) {
+      children.push_back(here[place]);
+    }
+    return children;
+  }
+
+  int chain_previous() const {
+    return place_ > 0 ? hosts_[host_][place_ - 1] : hosts_[host_ - 1][0];
+  }
+  std::vector<int> ChainNext() const {
+    std::vector<int> next;
+    if (place_ == 0 && host_ + 1 < num_hosts()) {
+      next.push_back(hosts_[host_ + 1][0]);
+    }
+    const std::vector<int>& here = hosts_[host_];
+    if (place_ + 1 < static_cast<int>(here.size())) {
+      next.push_back(here[place_ + 1]);
+    }
+    return next;
+  }
+  // Of all chains the most steps from the root, at most.
+  int chain_length() const { return num_hosts() + longest_; }
+
+ private:
+  static std::vector<int> ChildrenOf(int place, int places) {
+    std::vector<int> children;
+    int bit = 1;
+    while (bit < places) bit *= 2;
+    for (bit /= 2; bit > 0; bit /= 2) {
+      if (place % (2 * bit) == 0 && place + bit < places) {
+        children.push_back(place + bit);
+      }
+    }
+    return children;
+  }
+
+  std::vector<std::vector<int>> hosts_;  // ranks, the root's host first
+  int host_ = 0;                         // of this rank
+  int place_ = 0;                        // on its host
+  int longest_ = 0;
+};
+
 }  // namespace
 
 absl::Status Communicator::Lane::RunInChunks(absl::Span<const SendOp> sends,
@@ -116,6 +198,28 @@ absl::Status Communicator::Lane::Barrier(const ActiveCall& active) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::vector<uint64_t>> Communicator::Lane::BarrierWithWord(
+    uint64_t mine, const ActiveCall& active) {
+  const auto bytes = [](uint64_t* words, int count) {
+    return absl::MakeSpan(reinterpret_cast<std::byte*>(words),
+                          count * sizeof(uint64_t));
+  };
+  // Backwards from this rank: of those that it has heard of.
+  std::vector<uint64_t> back(size);
+  back[0] = mine;
+  for (int distance = 1; distance < size; distance *= 2) {
+    const int count = std::min(distance, size - distance);
+    DSD_RETURN_IF_ERROR(
+        Run({{(rank + distance) % size, bytes(back.data(), count)}},
+            {{(rank + size - distance) % size,
+              bytes(back.data() + distance, count)}},
+            active));
+  }
+  std::vector<uint64_t> words(size);
+  for (int i = 0; i < size; ++i) words[(rank + size - i) % size] = back[i];
+  return words;
+}
+
 absl::Status Communicator::Lane::AllGather(
     absl::Span<const absl::Span<std::byte>> parts, const ActiveCall& active,
     const CallOptions& options) {
@@ -151,27 +255,25 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
                                                       lane_->GroupRank(root))),
                                     options, true));
   const int world = size();
-  const int place = (rank() + world - root) % world;  // the root is 0
-  const auto rank_at = [&](int p) { return (p + root) % world; };
+  const BroadcastRoute route(lane_->host_of_rank, rank(), root);
 
   if (bytes <= kSmallBroadcastBytes) {
-    // Binomial tree: place p hears from p without its highest bit.
-    int bit = 1;
-    while (bit <= place) bit *= 2;
-    if (place > 0) {
+    if (route.has_parent()) {
       DSD_RETURN_IF_ERROR(
-          lane_->Run({}, {{rank_at(place - bit / 2), data}}, *active));
+          lane_->Run({}, {{route.tree_parent(), data}}, *active));
     }
     std::vector<SendOp> sends;
-    for (; place + bit < world; bit *= 2) {
-      sends.push_back({rank_at(place + bit), data});
-    }
+    for (const int child : route.TreeChildren()) sends.push_back({child, data});
     return lane_->Run(sends, {}, *active);
   }
 
   // Fewer chunks than ranks would leave most of a chain idle: there the root
-  // gives each other rank a slice, and these give theirs to each other.
-  if (bytes >= kSlicedBroadcastBytes && bytes < (world - 2) * kChunkBytes) {
+  // gives each other rank a slice, and these give theirs to each other. Between
+  // hosts each slice would go once for each rank.
+  if (bytes >= kSlicedBroadcastBytes && bytes < (world - 2) * kChunkBytes &&
+      route.num_hosts() == 1) {
+    const int place = (rank() + world - root) % world;  // the root is 0
+    const auto rank_at = [&](int p) { return (p + root) % world; };
     const int64_t slice_bytes = (bytes + world - 2) / (world - 1);
     const auto slice = [&](int p) {  // of place p > 0
       const int64_t begin = std::min(bytes, (p - 1) * slice_bytes);
@@ -195,38 +297,45 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
     return lane_->RunInChunks(sends, recvs, *active, options);
   }
 
-  // A chain that passes chunks on while the next arrive.
-  const bool has_previous = place > 0;
-  const bool has_next = place + 1 < world;
-  const int64_t chunks = (bytes + kChunkBytes - 1) / kChunkBytes;
+  // Chains that pass chunks on while the next arrive. Between hosts, which
+  // cannot slice, chunks are small enough to fill them.
+  const int64_t chunk_bytes =
+      route.num_hosts() == 1
+          ? kChunkBytes
+          : std::clamp(bytes / (kChunksInFlight * route.chain_length()),
+                       kSmallBroadcastBytes, kChunkBytes);
+  const std::vector<int> next = route.ChainNext();
+  const int64_t chunks = (bytes + chunk_bytes - 1) / chunk_bytes;
   const auto chunk = [&](int64_t i) {
-    return data.subspan(i * kChunkBytes, kChunkBytes);
+    return data.subspan(i * chunk_bytes, chunk_bytes);
   };
   std::deque<PendingExchange> arriving;
   std::deque<PendingExchange> leaving;
   int64_t posted = 0;
   for (int64_t i = 0; i < chunks; ++i) {
-    if (has_previous) {
+    if (route.has_parent()) {
       for (; posted < std::min(chunks, i + kChunksInFlight); ++posted) {
         DSD_ASSIGN_OR_RETURN(
             PendingExchange pending,
-            lane_->Post({}, {{rank_at(place - 1), chunk(posted)}}, *active));
+            lane_->Post({}, {{route.chain_previous(), chunk(posted)}},
+                        *active));
         arriving.push_back(std::move(pending));
       }
       DSD_RETURN_IF_ERROR(arriving.front().Wait());
       arriving.pop_front();
     }
-    if (has_next) {
+    if (!next.empty()) {
       if (leaving.size() == kChunksInFlight) {
         DSD_RETURN_IF_ERROR(leaving.front().Wait());
         leaving.pop_front();
       }
-      DSD_ASSIGN_OR_RETURN(
-          PendingExchange pending,
-          lane_->Post({{rank_at(place + 1), chunk(i)}}, {}, *active));
+      std::vector<SendOp> sends;
+      for (const int to : next) sends.push_back({to, chunk(i)});
+      DSD_ASSIGN_OR_RETURN(PendingExchange pending,
+                           lane_->Post(sends, {}, *active));
       leaving.push_back(std::move(pending));
     }
-    Report(options, std::min(bytes, (i + 1) * kChunkBytes), bytes);
+    Report(options, std::min(bytes, (i + 1) * chunk_bytes), bytes);
   }
   for (PendingExchange& pending : leaving) {
     DSD_RETURN_IF_ERROR(pending.Wait());
@@ -569,6 +678,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::OpenLane(
   lane->rank = lane_->rank;
   lane->size = lane_->size;
   lane->members = lane_->members;
+  lane->host_of_rank = lane_->host_of_rank;
   if (has_cuda_memory() && core.engine != nullptr) {
     const ActiveCall active(*lane, Call("OpenLane"), options,
                             /*collective=*/true);
@@ -608,11 +718,17 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Split(
   });
   const int own = static_cast<int>(
       std::find(ranks.begin(), ranks.end(), rank()) - ranks.begin());
-  for (int& r : ranks) r = lane_->GroupRank(r);
-  return absl::WrapUnique(new Communicator(std::make_unique<Lane>(
+  std::vector<int> hosts;
+  for (int& r : ranks) {
+    hosts.push_back(lane_->host_of_rank[r]);
+    r = lane_->GroupRank(r);
+  }
+  auto lane = std::make_unique<Lane>(
       lane_->core,
       absl::StrCat(lane_->name, ", split ", number, ", color ", color), own,
-      std::move(ranks))));
+      std::move(ranks));
+  lane->SetHosts(absl::MakeConstSpan(hosts));
+  return absl::WrapUnique(new Communicator(std::move(lane)));
 }
 
 absl::Status Communicator::Shutdown(const CallOptions& options) {

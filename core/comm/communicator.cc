@@ -475,6 +475,7 @@ Communicator::Lane::Lane(std::shared_ptr<Core> c, std::string n, bool main)
       is_main(main),
       rank(core->rank),
       size(core->size),
+      host_of_rank(core->size, 0),
       next_send(core->size, 0),
       next_recv(core->size, 0) {}
 
@@ -757,7 +758,12 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
                : core->EngineFailed(status, "connect");
   }
   // Everybody is connected to everybody when it returns, or nobody uses it.
-  DSD_RETURN_IF_ERROR(communicator->lane_->Barrier(active));
+  const std::string host =
+      options.host.empty() ? options.env->HostId() : options.host;
+  DSD_ASSIGN_OR_RETURN(const std::vector<uint64_t> hosts,
+                       communicator->lane_->BarrierWithWord(
+                           XXH3_64bits(host.data(), host.size()), active));
+  communicator->lane_->SetHosts(absl::MakeConstSpan(hosts));
   return communicator;
 }
 
@@ -792,6 +798,9 @@ bool Communicator::has_cuda_memory() const {
 }
 uint64_t Communicator::generation() const { return lane_->core->generation; }
 Env* Communicator::env() const { return lane_->core->env; }
+absl::Span<const int> Communicator::host_of_rank() const {
+  return lane_->host_of_rank;
+}
 
 absl::Status Communicator::status() const { return lane_->core->status(); }
 

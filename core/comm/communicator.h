@@ -60,6 +60,9 @@ struct CommunicatorOptions {
   uint64_t generation = 0;
   // See EngineOptions.
   std::string bind_address;
+  // The same for ranks that reach each other without the network, and no
+  // others; empty: Env::HostId().
+  std::string host;
   // What backends that need more of the caller say that it is; usually null.
   std::shared_ptr<void> backend_context;
   absl::Duration connect_timeout = absl::Minutes(2);
@@ -134,6 +137,10 @@ class Communicator {
   bool has_cuda_memory() const;
   uint64_t generation() const;
   Env* env() const;
+
+  // By rank: equal numbers, equal host; from 0, in the order in which they
+  // first appear. Known on all ranks since they connected.
+  absl::Span<const int> host_of_rank() const;
 
   // OK, or the first error.
   absl::Status status() const;
@@ -261,6 +268,7 @@ struct WorldOptions {
   const BackendDescriptor* descriptor = nullptr;
   Env* env = Env::Real();
   std::string bind_address;  // see EngineOptions
+  std::string host;          // see CommunicatorOptions; LaunchInfo's counts
   absl::Duration connect_timeout = absl::Minutes(2);
   // A process that gives no sign of life for so long, because it is stopped or
   // its host is out of reach, is dead for the others (Unavailable, naming its

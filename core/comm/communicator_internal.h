@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
@@ -152,6 +153,7 @@ struct Communicator::Lane {
   int rank = 0;
   int size = 1;
   std::vector<int> members;  // the group's numbers of them; empty: all
+  std::vector<int> host_of_rank;
   int64_t splits = 0;
   std::vector<uint64_t> next_send;  // sequence numbers, by peer
   std::vector<uint64_t> next_recv;
@@ -162,6 +164,18 @@ struct Communicator::Lane {
   // Of Split.
   Lane(std::shared_ptr<Core> core, std::string name, int rank,
        std::vector<int> members);
+
+  // Ranks with equal `names` share a host.
+  template <class Name>
+  void SetHosts(absl::Span<const Name> names) {
+    absl::flat_hash_map<Name, int> numbers;
+    host_of_rank.clear();
+    for (const Name& name : names) {
+      host_of_rank.push_back(
+          numbers.try_emplace(name, static_cast<int>(numbers.size()))
+              .first->second);
+    }
+  }
 
   // The group's number of a rank of this lane.
   int GroupRank(int r) const { return members.empty() ? r : members[r]; }
@@ -201,6 +215,9 @@ struct Communicator::Lane {
                         const Described& expected, uint64_t sequence) const;
 
   absl::Status Barrier(const ActiveCall& active);
+  // The same, in which each rank says a word, which all get: by rank.
+  absl::StatusOr<std::vector<uint64_t>> BarrierWithWord(
+      uint64_t mine, const ActiveCall& active);
   // parts[rank] is in place already.
   absl::Status AllGather(absl::Span<const absl::Span<std::byte>> parts,
                          const ActiveCall& active, const CallOptions& options);

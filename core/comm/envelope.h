@@ -21,7 +21,7 @@ namespace dsd {
 // expected matches no receive, whatever the backend would do with it.
 struct EnvelopeHead {
   static constexpr uint32_t kMagic = 0x6d647364;  // "dsdm"
-  static constexpr uint16_t kVersion = 3;
+  static constexpr uint16_t kVersion = 4;
 
   uint32_t magic = kMagic;
   uint16_t version = kVersion;

@@ -314,6 +314,7 @@ absl::StatusOr<LaunchInfo> LaunchFromEnvironment(const EnvironmentMap& env) {
     DSD_ASSIGN_OR_RETURN(info.control_fan_out,
                          reader.Number("DSD_CONTROL_FAN_OUT", 0, kMax));
   }
+  info.host = reader.Text("DSD_HOST");
   for (const auto& [name, field] :
        {std::pair("DSD_TOKEN", &info.token),
         std::pair("DSD_TOKEN_FILE", &info.token_file)}) {

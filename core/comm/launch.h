@@ -35,6 +35,8 @@ struct LaunchInfo {
   // WorldOptions::control_fan_out, from outside. Variable DSD_CONTROL_FAN_OUT;
   // rank 0's counts.
   std::optional<int> control_fan_out;
+  // CommunicatorOptions::host, from outside. Variable DSD_HOST.
+  std::string host;
   // The secret of the job, the same for all ranks, or empty: with it only those
   // who know it can take part in its store. Variable DSD_TOKEN; or
   // DSD_TOKEN_FILE, the path of a file that holds it.

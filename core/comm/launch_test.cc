@@ -238,6 +238,14 @@ TEST(LaunchTest, TheFanOutOfControlConnections) {
   }
 }
 
+TEST(LaunchTest, HostsWhateverTheLauncher) {
+  EXPECT_EQ(LaunchFromEnvironment({})->host, "");
+  EXPECT_EQ(LaunchFromEnvironment(
+                {{"RANK", "0"}, {"WORLD_SIZE", "1"}, {"DSD_HOST", "blue"}})
+                ->host,
+            "blue");
+}
+
 TEST(LaunchTest, TokensWhateverTheLauncher) {
   EXPECT_EQ(LaunchFromEnvironment({})->token, "");
   const auto info = LaunchFromEnvironment({{"DSD_TOKEN", "secret"}});

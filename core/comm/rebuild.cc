@@ -257,6 +257,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::ConnectThrough(
   comm_options.group = kWorldGroup;
   comm_options.generation = options.generation;
   comm_options.bind_address = options.bind_address;
+  comm_options.host = launch.host.empty() ? options.host : launch.host;
   comm_options.connect_timeout = deadline - options.env->Now();
   DSD_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> comm,
                        Create(comm_options));

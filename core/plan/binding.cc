@@ -29,6 +29,33 @@ Binding::Binding(int world_size) {
   impl_ = std::move(impl);
 }
 
+Binding::Binding(absl::Span<const int> host_of_rank)
+    : Binding(static_cast<int>(host_of_rank.size())) {
+  auto impl = std::make_shared<Impl>(*impl_);
+  SetHosts(*impl, host_of_rank);
+  Seal(*impl);
+  impl_ = std::move(impl);
+}
+
+// Hosts are numbered by first appearance; one host is the same as none named.
+void Binding::SetHosts(Impl& impl, absl::Span<const int> host_of_rank) {
+  absl::flat_hash_map<int, int> number;
+  for (const int host : host_of_rank) {
+    impl.host_of_rank.push_back(
+        number.try_emplace(host, static_cast<int>(number.size()))
+            .first->second);
+  }
+  if (number.size() <= 1) {
+    impl.host_of_rank.clear();
+    return;
+  }
+  impl.ranks_on_host.resize(number.size());
+  for (size_t rank = 0; rank < impl.host_of_rank.size(); ++rank) {
+    impl.ranks_on_host[impl.host_of_rank[rank]].push_back(
+        static_cast<int>(rank));
+  }
+}
+
 absl::StatusOr<Binding> Binding::Create(
     int world_size, const absl::flat_hash_map<Holder, int>& rank_of,
     const std::vector<int>& host_of_rank) {
@@ -76,20 +103,7 @@ absl::StatusOr<Binding> Binding::Create(
       }
     }
   }
-
-  // Hosts are numbered by first appearance; one host is the same as none named.
-  absl::flat_hash_map<int, int> number;
-  for (int host : host_of_rank) {
-    impl->host_of_rank.push_back(
-        number.try_emplace(host, static_cast<int>(number.size()))
-            .first->second);
-  }
-  if (number.size() <= 1) impl->host_of_rank.clear();
-  impl->ranks_on_host.resize(impl->host_of_rank.empty() ? 0 : number.size());
-  for (size_t rank = 0; rank < impl->host_of_rank.size(); ++rank) {
-    impl->ranks_on_host[impl->host_of_rank[rank]].push_back(
-        static_cast<int>(rank));
-  }
+  SetHosts(*impl, host_of_rank);
   Seal(*impl);
   return Binding(std::shared_ptr<const Impl>(std::move(impl)));
 }

@@ -24,6 +24,9 @@ class Binding {
   // Holder r is rank r, for r < world_size; all on one host.
   explicit Binding(int world_size);
 
+  // Holder r is rank r; host_of_rank as in Create, but one per rank.
+  explicit Binding(absl::Span<const int> host_of_rank);
+
   // rank_of[h] is the rank of holder h; host_of_rank[r] names the host of rank
   // r (equal numbers, equal host; empty: all on one). Several holders may be on
   // one rank. InvalidArgument for world_size < 1, a rank outside [0,
@@ -83,6 +86,7 @@ class Binding {
   };
 
   explicit Binding(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+  static void SetHosts(Impl& impl, absl::Span<const int> host_of_rank);
   static void Seal(Impl& impl);
 
   std::shared_ptr<const Impl> impl_;

@@ -25,7 +25,7 @@ Mover::Mover(Communicator* comm)
     : comm_(comm),
       self_(rank()),
       replicas_(DeviceMesh::Iota({world_size()})),
-      binding_(world_size()) {}
+      binding_(BindRanks(comm)) {}
 
 void Mover::set_self(Holder self) {
   if (comm_ != nullptr || self == self_) return;

@@ -14,9 +14,12 @@
 #include "ATen/core/Tensor.h"
 #include "ATen/core/grad_mode.h"
 #include "ATen/ops/from_blob.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+#include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/placement.h"
 #include "dsd/core/tensor/local_view.h"
@@ -225,6 +228,27 @@ absl::Status TensorEndpoint::WriteOnDevice(size_t tensor, const Box& box,
                                                    view);
     at += view.numel() * ItemSize(dtype);
   });
+}
+
+std::vector<size_t> TensorEndpoint::SameMemory() const {
+  std::vector<size_t> first;
+  absl::flat_hash_map<Digest, size_t> seen;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    first.push_back(i);
+    DigestBuilder key;
+    key.Add(static_cast<int64_t>(catalog_[i].dtype))
+        .Add(catalog_[i].layout.symbols());
+    int64_t num_elements = 0;
+    for (const at::Tensor& local : entries_[i].locals) {
+      num_elements += local.numel();
+      key.Add(reinterpret_cast<intptr_t>(local.const_data_ptr()))
+          .Add(absl::MakeConstSpan(local.strides().data(),
+                                   local.strides().size()));
+    }
+    if (num_elements == 0) continue;
+    first.back() = seen.try_emplace(key.Finish(), i).first->second;
+  }
+  return first;
 }
 
 absl::Status TensorEndpoint::Finish() {

@@ -55,6 +55,11 @@ class TensorEndpoint : public Endpoint {
   // many tensors of few shapes.
   absl::StatusOr<Layout> ReplicatedLayout(const Dims& shape);
 
+  // For each tensor the first one of its type and layout that is the same
+  // memory on this rank, as tied weights are; itself where none is, and where
+  // this rank has nothing of it.
+  std::vector<size_t> SameMemory() const;
+
   const Catalog& catalog() const override { return catalog_; }
   absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
                     DType dtype, absl::Span<std::byte> out) override;

@@ -684,13 +684,17 @@ absl::Status Agree(Communicator* comm, absl::string_view what,
       absl::StrCat(what, ": ranks disagree: ", PerRank(texts)));
 }
 
+Binding BindRanks(const Communicator* comm) {
+  return comm == nullptr ? Binding(1) : Binding(comm->host_of_rank());
+}
+
 absl::StatusOr<TransferStats> Redistribute(Endpoint& source, Endpoint& target,
                                            Communicator* comm,
                                            const TransferOptions& options) {
   const Catalog& from = source.catalog();
   const Catalog& to = target.catalog();
   const int rank = comm == nullptr ? 0 : comm->rank();
-  const Binding binding(comm == nullptr ? 1 : comm->size());
+  const Binding binding = BindRanks(comm);
   const absl::StatusOr<Plan> plan =
       PlanForRank(rank, from, to, MatchByName(from, to), binding, binding);
   DigestBuilder fingerprint;

@@ -14,6 +14,7 @@
 #include "dsd/core/base/call_options.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/core/plan/binding.h"
 #include "dsd/core/plan/plan.h"
 #include "dsd/core/transfer/endpoint.h"
 
@@ -36,6 +37,9 @@ struct TransferOptions {
   int64_t chunk_bytes = int64_t{4} << 20;
   CallOptions call;
 };
+
+// Holder r is rank r of `comm`, on its host; null: a world of one.
+Binding BindRanks(const Communicator* comm);
 
 // Carries out `plan` of this rank. Collective: all ranks of `comm` must call it
 // with plans of the same catalogs, pairs and bindings; `comm` may be null if
@@ -72,7 +76,7 @@ absl::Status Agree(Communicator* comm, absl::string_view what,
 
 // Plan and transfer of all tensors that have equal names in both, after
 // agreement on both catalogs: the one operation everything is made of.
-// Collective. Bindings: holder r is rank r.
+// Collective. Bound by BindRanks.
 absl::StatusOr<TransferStats> Redistribute(Endpoint& source, Endpoint& target,
                                            Communicator* comm,
                                            const TransferOptions& options = {});

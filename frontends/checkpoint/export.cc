@@ -548,7 +548,7 @@ class Exporter {
         }
       }
     }
-    const Binding binding(size_);
+    const Binding binding = BindRanks(comm_);
     DSD_ASSIGN_OR_RETURN(const Plan plan,
                          PlanForRank(rank_, catalog_, target.catalog(), pairs,
                                      binding, binding));

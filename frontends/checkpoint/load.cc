@@ -114,7 +114,7 @@ class Loader {
     std::vector<std::string> keys;
     DSD_RETURN_IF_ERROR(Match(&keys));
     DSD_ASSIGN_OR_RETURN(source_, checkpoint_->MakeEndpoint(keys));
-    const Binding binding(size_);
+    const Binding binding = BindRanks(comm_);
     DSD_ASSIGN_OR_RETURN(plan_, PlanForRank(rank_, source_->catalog(), catalog_,
                                             pairs_, binding, binding));
     return absl::OkStatus();

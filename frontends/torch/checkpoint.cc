@@ -2,17 +2,28 @@
 
 #include "dsd/frontends/torch/checkpoint.h"
 
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/container/btree_map.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/layout/layout.h"
+#include "dsd/core/plan/catalog.h"
 #include "dsd/core/state_dict/flat_state.h"
+#include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/transfer/transfer.h"
 
 namespace dsd {
@@ -40,6 +51,67 @@ checkpoint::State ToState(FlatState& flat) {
   return state;
 }
 
+// Whether this holder has elements of a tensor.
+bool HasPart(const Layout& layout, Holder holder) {
+  if (layout.kind() == Layout::Kind::kFlat) {
+    return layout.IntervalOf(holder).has_value();
+  }
+  return !layout.BoxesOf(holder).empty();
+}
+
+// State::same_as: tensors of one type and layout that are the same memory on
+// every rank that has a part of them.
+absl::StatusOr<std::vector<size_t>> FindTies(const TensorEndpoint& tensors,
+                                             Communicator* comm,
+                                             const CallOptions& call) {
+  std::vector<size_t> same_as = tensors.SameMemory();
+  if (comm == nullptr || comm->size() == 1) return same_as;
+  // Few are tied, so pairs are told: a tensor, and the first that it is.
+  constexpr int64_t kMaxBytes = int64_t{1} << 30;
+  std::vector<uint64_t> pairs;
+  for (size_t i = 0; i < same_as.size(); ++i) {
+    if (same_as[i] == i) continue;
+    pairs.push_back(i);
+    pairs.push_back(same_as[i]);
+  }
+  DSD_ASSIGN_OR_RETURN(
+      const std::vector<std::string> all,
+      comm->AllGatherBlobs({reinterpret_cast<const char*>(pairs.data()),
+                            pairs.size() * sizeof(uint64_t)},
+                           kMaxBytes, call));
+  const Catalog& catalog = tensors.catalog();
+  absl::btree_map<size_t, std::vector<int64_t>> firsts;  // by tensor; by rank
+  for (int rank = 0; rank < comm->size(); ++rank) {
+    pairs.resize(all[rank].size() / sizeof(uint64_t));
+    std::memcpy(pairs.data(), all[rank].data(),
+                pairs.size() * sizeof(uint64_t));
+    for (size_t k = 0; k + 1 < pairs.size(); k += 2) {
+      // Of another catalog; that is Export's to say.
+      if (std::max(pairs[k], pairs[k + 1]) >= catalog.size()) continue;
+      for (const size_t i : {pairs[k], pairs[k + 1]}) {
+        const auto [it, is_new] = firsts.try_emplace(i, comm->size(), i);
+        if (is_new) {
+          for (int r = 0; r < comm->size(); ++r) {
+            if (!HasPart(catalog[i].layout, r)) it->second[r] = -1;
+          }
+        }
+      }
+      firsts[pairs[k]][rank] = static_cast<int64_t>(pairs[k + 1]);
+    }
+  }
+  std::iota(same_as.begin(), same_as.end(), 0);
+  absl::flat_hash_map<Digest, size_t> seen;
+  for (const auto& [i, first_on] : firsts) {
+    const Digest key = DigestBuilder()
+                           .Add(static_cast<int64_t>(catalog[i].dtype))
+                           .Add(catalog[i].layout.symbols())
+                           .Add(absl::MakeConstSpan(first_on))
+                           .Finish();
+    same_as[i] = seen.try_emplace(key, i).first->second;
+  }
+  return same_as;
+}
+
 }  // namespace
 
 absl::StatusOr<checkpoint::SaveReport> SaveCheckpoint(
@@ -62,6 +134,20 @@ absl::Status StartCheckpoint(checkpoint::Saver& saver,
                        FlattenTogether(absl::StrCat("save \"", directory, "\""),
                                        state, saver.comm(), options.call));
   return saver.Start(directory, ToState(flat), options);
+}
+
+absl::StatusOr<checkpoint::SaveReport> ExportCheckpoint(
+    const std::string& path, checkpoint::Format format, const StateDict& state,
+    Communicator* comm, const checkpoint::ExportOptions& options) {
+  DSD_ASSIGN_OR_RETURN(FlatState flat,
+                       FlattenTogether(absl::StrCat("export to \"", path, "\""),
+                                       state, comm, options.call));
+  checkpoint::State whole = ToState(flat);
+  if (format == checkpoint::Format::kTorchArchive) {
+    DSD_ASSIGN_OR_RETURN(whole.same_as,
+                         FindTies(flat.tensors, comm, options.call));
+  }
+  return checkpoint::Export(path, format, whole, comm, options);
 }
 
 absl::StatusOr<checkpoint::LoadReport> LoadCheckpoint(

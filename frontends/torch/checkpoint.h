@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // State dicts to and from checkpoints that Python's
-// torch.distributed.checkpoint opens and writes.
+// torch.distributed.checkpoint opens and writes, and to and from safetensors
+// and archives of torch.save.
 //
 //   dsd::StateDict state;
 //   state.Set("model", dsd::Value(got.model));
@@ -20,6 +21,7 @@
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/state_dict/state_dict.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/checkpoint/export.h"
 
 namespace dsd {
 
@@ -39,6 +41,15 @@ absl::Status StartCheckpoint(checkpoint::Saver& saver,
                              const std::string& directory,
                              const StateDict& state,
                              const checkpoint::SaveOptions& options = {});
+
+// Writes whole tensors, of shards too, to files that others read: safetensors
+// (tensors only), or an archive that torch.load reads, in which tied tensors
+// are one. Collective, as SaveCheckpoint. Absent or complete. Errors: of
+// checkpoint::Export, and of Flatten, the same verdict on every rank.
+absl::StatusOr<checkpoint::SaveReport> ExportCheckpoint(
+    const std::string& path, checkpoint::Format format, const StateDict& state,
+    Communicator* comm = nullptr,
+    const checkpoint::ExportOptions& options = {});
 
 // Fills `*state` in place, as Python's dcp.load: its keys, layouts and types
 // say what is wanted, on any number of ranks. Tensors are written where they

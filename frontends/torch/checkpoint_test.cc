@@ -14,11 +14,13 @@
 #include "ATen/ops/equal.h"
 #include "ATen/ops/ones.h"
 #include "ATen/ops/zeros.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/tensor/sharding_table.h"
+#include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/torch/state_dict.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
@@ -61,8 +63,10 @@ absl::StatusOr<StateDict> JobState(nn::Module& net, optim::Optimizer& optimizer,
 
 // Replaces the parameters of `net` by this rank's rows of them.
 absl::Status Cut(nn::Module& net, int ranks, int rank) {
+  absl::flat_hash_set<const void*> cut;  // tied ones come twice
   for (auto& item : net.named_parameters()) {
     at::Tensor& param = item.value();
+    if (!cut.insert(param.unsafeGetTensorImpl()).second) continue;
     Dims shape(param.sizes().begin(), param.sizes().end());
     DSD_ASSIGN_OR_RETURN(
         const Layout layout,
@@ -113,6 +117,118 @@ struct Trained {
   Net net;
   std::unique_ptr<optim::AdamW> optimizer;
 };
+
+// A decoder with the weight of the encoder, and a bias that nobody has.
+struct TiedNet : nn::Module {
+  TiedNet()
+      : encoder(register_parameter("encoder", at::ones({6, 4}).cumsum(0))),
+        bias(register_parameter("bias", at::ones({6, 4}))),
+        decoder(register_parameter("decoder", encoder)) {}
+  at::Tensor encoder;
+  at::Tensor bias;
+  at::Tensor decoder;
+};
+
+TEST(CheckpointTest, TiedTensorsAreOneInAnArchive) {
+  for (const int ranks : {1, 2, 3}) {
+    const std::string directory = NewDirectory();
+    EXPECT_THAT(RunRankThreads(
+                    ranks,
+                    [&](Communicator& comm) -> absl::Status {
+                      TiedNet net;
+                      DSD_RETURN_IF_ERROR(Cut(net, ranks, comm.rank()));
+                      DSD_ASSIGN_OR_RETURN(StateDict state,
+                                           GetModelStateDict(net, &comm));
+                      return ExportCheckpoint(absl::StrCat(directory, ".pt"),
+                                              checkpoint::Format::kTorchArchive,
+                                              state, &comm)
+                          .status();
+                    }),
+                AllOk());
+    const auto opened =
+        checkpoint::Checkpoint::Open(absl::StrCat(directory, ".pt"));
+    ASSERT_TRUE(opened.ok()) << opened.status();
+    const Catalog& catalog = (*opened)->catalog();
+    ASSERT_EQ(catalog.size(), 3);
+    const size_t encoder = *catalog.Find("encoder");
+    const size_t decoder = *catalog.Find("decoder");
+    const size_t bias = *catalog.Find("bias");
+    const std::vector<size_t>& same_as = (*opened)->same_as();
+    EXPECT_EQ(same_as[decoder], same_as[encoder]) << ranks;
+    EXPECT_EQ(same_as[bias], bias) << ranks;
+  }
+}
+
+// One rank has two names for one memory, the other has not.
+TEST(CheckpointTest, TiesAreTiesOnAllRanks) {
+  const std::string path = absl::StrCat(NewDirectory(), ".pt");
+  EXPECT_THAT(
+      RunRankThreads(
+          2,
+          [&](Communicator& comm) -> absl::Status {
+            const at::Tensor one = at::ones({2, 3});
+            StateDict state;
+            state.Set("a", Value(TensorValue(one)));
+            state.Set("b",
+                      Value(TensorValue(comm.rank() == 0 ? one : one.clone())));
+            state.Set("c", Value(TensorValue(one)));
+            return ExportCheckpoint(path, checkpoint::Format::kTorchArchive,
+                                    state, &comm)
+                .status();
+          }),
+      AllOk());
+  const auto opened = checkpoint::Checkpoint::Open(path);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  EXPECT_THAT((*opened)->same_as(), testing::ElementsAre(0, 1, 0));
+}
+
+TEST(CheckpointTest, ShardsAreExportedWholeAndLoaded) {
+  for (const auto format :
+       {checkpoint::Format::kSafetensors, checkpoint::Format::kTorchArchive}) {
+    const std::string path = absl::StrCat(
+        NewDirectory(),
+        format == checkpoint::Format::kSafetensors ? ".safetensors" : ".pt");
+    EXPECT_THAT(
+        RunRankThreads(
+            4,
+            [&](Communicator& comm) -> absl::Status {
+              Trained saved;
+              DSD_RETURN_IF_ERROR(saved.Init(4, comm.rank(), 0.1));
+              DSD_ASSIGN_OR_RETURN(StateDict state,
+                                   GetModelStateDict(saved.net, &comm));
+              return ExportCheckpoint(path, format, state, &comm).status();
+            }),
+        AllOk());
+    EXPECT_THAT(
+        RunRankThreads(
+            2,
+            [&](Communicator& comm) -> absl::Status {
+              Trained live;
+              DSD_RETURN_IF_ERROR(live.Init(2, comm.rank(), 7));
+              DSD_ASSIGN_OR_RETURN(StateDict state,
+                                   GetModelStateDict(live.net, &comm));
+              DSD_RETURN_IF_ERROR(LoadCheckpoint(path, &state, &comm).status());
+              Trained expected;
+              DSD_RETURN_IF_ERROR(expected.Init(2, comm.rank(), 0.1));
+              for (const char* name : {"first.weight", "second.bias"}) {
+                const auto params = live.net.named_parameters();
+                EXPECT_TRUE(
+                    at::equal(params[name].detach(),
+                              expected.net.named_parameters()[name].detach()))
+                    << name;
+              }
+              return absl::OkStatus();
+            }),
+        AllOk());
+  }
+  StateDict with_number;
+  with_number.Set("step", Value(int64_t{1}));
+  EXPECT_EQ(ExportCheckpoint(absl::StrCat(NewDirectory(), ".safetensors"),
+                             checkpoint::Format::kSafetensors, with_number)
+                .status()
+                .code(),
+            absl::StatusCode::kInvalidArgument);
+}
 
 TEST(CheckpointTest, OneRankLoadsInPlace) {
   const std::string directory = NewDirectory();
