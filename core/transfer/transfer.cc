@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -104,8 +105,12 @@ bool IsContiguous(const StridedView& view, absl::Span<const int64_t> extents,
 class Executor {
   static constexpr uint8_t kSends = 1;  // from a device, mostly
   static constexpr uint8_t kReceives = 2;
-  // Two buffers are for what is sent, two for what is received.
+  // Buffers of staging: two for each direction.
+  static constexpr int kSendBuffers = 0;
+  static constexpr int kRecvBuffers = 2;
   static constexpr int kLocalBuffer = 4;
+  // Chunks that are under way at once.
+  static constexpr size_t kMaxInFlight = 4;
 
  public:
   Executor(const Plan& plan, Endpoint& source, Endpoint& target,
@@ -383,7 +388,7 @@ class Executor {
       DSD_RETURN_IF_ERROR(
           ExchangeStep(next, to[next], previous, from[previous]));
     }
-    return absl::OkStatus();
+    return LandUntil(0);
   }
 
   bool ReadsFromDevice(const Move& move) {
@@ -409,9 +414,11 @@ class Executor {
            (static_cast<uint8_t>(devices_[receiver]) & kReceives) != 0;
   }
 
-  // One stream out and one in, each two chunks deep: while one chunk travels
-  // the next is packed and the last unpacked. On a device both directions are
-  // one exchange, and ranks start exchanges in one order (step, chunk).
+  // One stream out and one in. A message that needs staging waits for one of
+  // two buffers of its direction; of others kMaxInFlight are under way, also
+  // those of the next step, since they cost no memory. Ranks start messages in
+  // one order (step, chunk) and end them so, so none waits in a circle. On a
+  // device both directions are one exchange.
   absl::Status ExchangeStep(int next, const std::vector<size_t>& out_moves,
                             int previous, const std::vector<size_t>& in_moves) {
     Stream out(plan_, source_.catalog());
@@ -425,35 +432,33 @@ class Executor {
       return on_device ? staging_->stream()->space() : MemorySpace{};
     };
 
-    struct Chunk {
-      std::optional<PendingExchange> recv;  // or both directions
-      std::optional<PendingExchange> send;
-      int64_t recv_bytes = 0;
-      bool recv_is_staged = true;
-    };
-    Chunk chunks[2];
-    Stream arriving = in;  // runs one chunk behind `in`
-    for (int k = 0;; ++k) {
-      Chunk& now = chunks[k % 2];
+    const auto arriving = std::make_shared<Stream>(in);
+    while (true) {
       const int64_t in_bytes = in.NextPieceBytes(options_.chunk_bytes);
       const int64_t out_bytes = out.NextPieceBytes(options_.chunk_bytes);
-      now.recv_bytes = in_bytes;
+      if (in_bytes == 0 && out_bytes == 0) break;
+      DSD_RETURN_IF_ERROR(LandUntil(kMaxInFlight - 1));
+      Flight flight;
       std::optional<RecvOp> recv;
       std::string recv_label;
       if (in_bytes > 0) {
+        flight.recv_bytes = in_bytes;
+        flight.arriving = arriving;
+        flight.recv_is_on_device = in_on_device;
         recv_label = Label(in);
-        TakePieces(in, in_bytes, /*incoming=*/true);
+        TakePieces(in, in_bytes, /*incoming=*/true, pieces_);
         std::byte* memory = MemoryOfOne(in_on_device);
-        now.recv_is_staged = memory == nullptr;
-        if (now.recv_is_staged) {
-          DSD_ASSIGN_OR_RETURN(
-              memory, AbortOthers(staging_->Memory(2 + k % 2, in_on_device)));
+        if (memory == nullptr) {
+          DSD_ASSIGN_OR_RETURN(flight.recv_buffer,
+                               FreeBuffer(kRecvBuffers, &Flight::recv_buffer));
+          DSD_ASSIGN_OR_RETURN(memory, AbortOthers(staging_->Memory(
+                                           flight.recv_buffer, in_on_device)));
         }
         recv = RecvOp{previous, absl::MakeSpan(memory, in_bytes),
                       space(in_on_device), recv_label};
         if (!together) {
           DSD_ASSIGN_OR_RETURN(
-              now.recv,
+              flight.recv,
               comm_->StartExchange({}, {*recv}, recv_label, TimeLeft()));
         }
       }
@@ -461,69 +466,102 @@ class Executor {
       std::string send_label;
       if (out_bytes > 0) {
         send_label = Label(out);
-        DSD_ASSIGN_OR_RETURN(
-            const std::byte* const memory,
-            AbortOthers(Pack(out, out_bytes, k % 2, out_on_device)));
+        TakePieces(out, out_bytes, /*incoming=*/false, pieces_);
+        const std::byte* memory = MemoryOfOne(out_on_device);
+        if (memory == nullptr) {
+          DSD_ASSIGN_OR_RETURN(flight.send_buffer,
+                               FreeBuffer(kSendBuffers, &Flight::send_buffer));
+          DSD_ASSIGN_OR_RETURN(
+              memory, AbortOthers(Pack(flight.send_buffer, out_on_device)));
+        }
         send = SendOp{next, absl::MakeConstSpan(memory, out_bytes),
                       space(out_on_device), send_label};
         if (!together) {
           DSD_ASSIGN_OR_RETURN(
-              now.send,
+              flight.send,
               comm_->StartExchange({*send}, {}, send_label, TimeLeft()));
         }
         stats_.bytes_sent += out_bytes;
         ++stats_.messages_sent;
       }
-      if (together && (send.has_value() || recv.has_value())) {
+      if (together) {
         DSD_ASSIGN_OR_RETURN(
-            now.recv,
+            flight.recv,
             comm_->StartExchange(
                 absl::MakeConstSpan(send ? &*send : nullptr, send ? 1 : 0),
                 absl::MakeConstSpan(recv ? &*recv : nullptr, recv ? 1 : 0),
                 send ? send_label : recv_label, TimeLeft()));
       }
+      flights_.push_back(std::move(flight));
       DSD_RETURN_IF_ERROR(CopySomeLocally(options_.chunk_bytes));
-      Chunk& before = chunks[(k + 1) % 2];
-      if (before.send.has_value()) {
-        DSD_RETURN_IF_ERROR(before.send->Wait());
-        before.send.reset();
+    }
+    return together ? LandUntil(0) : absl::OkStatus();
+  }
+
+  // Messages of one chunk of a step, under way.
+  struct Flight {
+    std::optional<PendingExchange> recv;  // or both directions
+    std::optional<PendingExchange> send;
+    int64_t recv_bytes = 0;
+    std::shared_ptr<Stream> arriving;  // that they are the next of
+    bool recv_is_on_device = false;
+    int recv_buffer = -1;  // of staging; -1: where it belongs
+    int send_buffer = -1;
+  };
+
+  // Ends the oldest of them until so many are left.
+  absl::Status LandUntil(size_t left) {
+    while (flights_.size() > left) {
+      Flight flight = std::move(flights_.front());
+      flights_.pop_front();
+      if (flight.send.has_value()) DSD_RETURN_IF_ERROR(flight.send->Wait());
+      if (flight.recv.has_value()) DSD_RETURN_IF_ERROR(flight.recv->Wait());
+      if (flight.recv_bytes == 0) continue;
+      stats_.bytes_received += flight.recv_bytes;
+      TakePieces(*flight.arriving, flight.recv_bytes, /*incoming=*/true,
+                 landed_pieces_);
+      if (flight.recv_buffer >= 0) {
+        DSD_RETURN_IF_ERROR(AbortOthers(staging_->Unpack(
+            flight.recv_buffer, flight.recv_is_on_device, landed_pieces_)));
       }
-      if (before.recv.has_value()) {
-        DSD_RETURN_IF_ERROR(before.recv->Wait());
-        before.recv.reset();
-        if (before.recv_bytes > 0) {
-          stats_.bytes_received += before.recv_bytes;
-          TakePieces(arriving, before.recv_bytes, /*incoming=*/true);
-          if (before.recv_is_staged) {
-            DSD_RETURN_IF_ERROR(AbortOthers(
-                staging_->Unpack(2 + (k + 1) % 2, in_on_device, pieces_)));
-          }
-          DSD_RETURN_IF_ERROR(Report(before.recv_bytes));
+      DSD_RETURN_IF_ERROR(Report(flight.recv_bytes));
+    }
+    return absl::OkStatus();
+  }
+
+  // The one of two buffers of staging, from `first` on, that is free, or free
+  // first.
+  absl::StatusOr<int> FreeBuffer(int first, int Flight::*buffer) {
+    while (true) {
+      for (const int candidate : {first, first + 1}) {
+        if (std::none_of(flights_.begin(), flights_.end(),
+                         [&](const Flight& flight) {
+                           return flight.*buffer == candidate;
+                         })) {
+          return candidate;
         }
       }
-      if (in_bytes == 0 && out_bytes == 0) return absl::OkStatus();
+      DSD_RETURN_IF_ERROR(LandUntil(flights_.size() - 1));
     }
   }
 
-  // The next bytes of a stream out: where they are, or in a buffer.
-  absl::StatusOr<const std::byte*> Pack(Stream& stream, int64_t bytes,
-                                        int buffer, bool on_device) {
-    TakePieces(stream, bytes, /*incoming=*/false);
-    if (const std::byte* memory = MemoryOfOne(on_device)) return memory;
+  // pieces_ in a buffer.
+  absl::StatusOr<const std::byte*> Pack(int buffer, bool on_device) {
     DSD_RETURN_IF_ERROR(staging_->Pack(buffer, on_device, pieces_));
     if (!on_device) DSD_RETURN_IF_ERROR(staging_->WaitPacked(buffer));
     return staging_->Memory(buffer, on_device);
   }
 
-  // Makes the next bytes of a stream pieces_.
-  void TakePieces(Stream& stream, int64_t bytes, bool incoming) {
-    pieces_.clear();
+  // The next bytes of a stream.
+  void TakePieces(Stream& stream, int64_t bytes, bool incoming,
+                  std::vector<MessagePiece>& pieces) {
+    pieces.clear();
     stream.Next(bytes, [&](const Move& move, int64_t begin, int64_t end,
                            int64_t offset) {
       const bool in_target = incoming || IsRelayed(move);
-      pieces_.push_back({in_target ? &target_ : &source_,
-                         in_target ? move.target_tensor : move.source_tensor,
-                         &move.box, begin, end, move.wire_dtype, offset});
+      pieces.push_back({in_target ? &target_ : &source_,
+                        in_target ? move.target_tensor : move.source_tensor,
+                        &move.box, begin, end, move.wire_dtype, offset});
     });
   }
 
@@ -579,7 +617,9 @@ class Executor {
   Env* const env_;
   const absl::Time deadline_;
   std::optional<Staging> staging_;
+  std::deque<Flight> flights_;  // oldest first; they use staging_
   std::vector<MessagePiece> pieces_;
+  std::vector<MessagePiece> landed_pieces_;
   std::vector<size_t> local_moves_;  // to be copied at any time
   size_t next_local_ = 0;
   std::vector<std::byte> devices_;  // of each rank, if that matters
