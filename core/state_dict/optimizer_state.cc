@@ -17,7 +17,6 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "c10/core/ScalarType.h"
@@ -107,12 +106,12 @@ Value WithTypedKeys(const Value& value, const Value* like, bool to_numbers) {
     PathSegment key = dict->key(i);
     const Value* there = like_dict == nullptr ? nullptr : like_dict->Find(key);
     const auto* text = std::get_if<std::string>(&key);
-    int64_t number = 0;
-    if (there == nullptr && text != nullptr &&
-        absl::SimpleAtoi(*text, &number) && absl::StrCat(number) == *text) {
-      there =
-          like_dict == nullptr ? nullptr : like_dict->Find(PathSegment(number));
-      if (there != nullptr || to_numbers) key = number;
+    const std::optional<int64_t> number =
+        text == nullptr ? std::nullopt : ToNumberKey(*text);
+    if (there == nullptr && number.has_value()) {
+      there = like_dict == nullptr ? nullptr
+                                   : like_dict->Find(PathSegment(*number));
+      if (there != nullptr || to_numbers) key = *number;
     }
     out.Set(std::move(key), WithTypedKeys(dict->value(i), there, to_numbers));
   }

@@ -9,16 +9,21 @@
 #define DSD_CORE_VALUE_FLATTEN_H_
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/value/value.h"
 
@@ -29,6 +34,15 @@ inline std::string JoinPath(const Path& path) {
   return absl::StrJoin(path, ".", [](std::string* out, const PathSegment& s) {
     std::visit([out](const auto& v) { absl::StrAppend(out, v); }, s);
   });
+}
+
+// The number that a key in decimal is.
+inline std::optional<int64_t> ToNumberKey(absl::string_view key) {
+  int64_t number;
+  if (!absl::SimpleAtoi(key, &number) || absl::StrCat(number) != key) {
+    return std::nullopt;
+  }
+  return number;
 }
 
 // Whether the flat form goes on below `value`.
@@ -85,6 +99,75 @@ void VisitLeaves(
     absl::FunctionRef<void(const Path&, BasicValue<TensorT>&)> visit) {
   Path path;
   internal::VisitLeaves<BasicValue<TensorT>, TensorT>(root, path, visit);
+}
+
+// What flat keys do not say of the dicts and lists above them.
+struct Nesting {
+  // Dicts whose keys are numbers; those of them that look like one.
+  std::vector<Path> number_keyed;
+  // Dicts with nothing in them, but for the root.
+  std::vector<Path> empty;
+  // Lists that are tuples, where a format descends into these.
+  std::vector<Path> tuples;
+};
+
+// Of a dict: adds it at `path` to `nesting` if it is to be mentioned. `keys`:
+// calls its argument with each key.
+inline void AddToNesting(
+    const Path& path,
+    absl::FunctionRef<void(absl::FunctionRef<void(const PathSegment&)>)> keys,
+    Nesting& nesting) {
+  bool any = false;
+  bool any_number = false;
+  bool any_text_like_one = false;
+  keys([&](const PathSegment& key) {
+    any = true;
+    const auto* text = std::get_if<std::string>(&key);
+    any_number |= text == nullptr;
+    any_text_like_one |= text != nullptr && ToNumberKey(*text).has_value();
+  });
+  if (!any && !path.empty()) nesting.empty.push_back(path);
+  if (any_number && !any_text_like_one) nesting.number_keyed.push_back(path);
+}
+
+namespace internal {
+
+template <class TensorT>
+void FindNesting(const BasicValue<TensorT>& value, Path& path,
+                 Nesting& nesting) {
+  if (!IsDescended<TensorT>(value)) return;
+  if (const auto* dict = value.template get_if<BasicDict<TensorT>>()) {
+    AddToNesting(
+        path,
+        [&](absl::FunctionRef<void(const PathSegment&)> visit) {
+          for (size_t i = 0; i < dict->size(); ++i) visit(dict->key(i));
+        },
+        nesting);
+    for (size_t i = 0; i < dict->size(); ++i) {
+      path.push_back(dict->key_text(i));
+      FindNesting<TensorT>(dict->value(i), path, nesting);
+      path.pop_back();
+    }
+    return;
+  }
+  const auto& list =
+      *value.template get_if<typename BasicValue<TensorT>::List>();
+  for (size_t i = 0; i < list.size(); ++i) {
+    path.push_back(static_cast<int64_t>(i));
+    FindNesting<TensorT>(list[i], path, nesting);
+    path.pop_back();
+  }
+}
+
+}  // namespace internal
+
+// Of the dicts that the flat form of `root` descends into.
+template <class TensorT>
+Nesting NestingOf(const BasicValue<TensorT>& root) {
+  Nesting nesting;
+  Path path;
+  internal::FindNesting<TensorT>(root, path, nesting);
+  return nesting;
 }
 
 // Puts `value` at `path` under `root`, making dicts (before a text segment) and

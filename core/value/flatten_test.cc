@@ -96,6 +96,29 @@ TEST(FlattenTest, UnflattensWhatItFlattened) {
   EXPECT_TRUE(rebuilt == expected);
 }
 
+TEST(FlattenTest, WhatKeysDoNotSay) {
+  const auto texts = [](const std::vector<Path>& paths) {
+    std::vector<std::string> out;
+    for (const Path& path : paths) out.push_back(JoinPath(path));
+    return out;
+  };
+  Nesting nesting = NestingOf(Example());
+  EXPECT_THAT(texts(nesting.number_keyed), ElementsAre(""));
+  EXPECT_THAT(texts(nesting.empty), ElementsAre("e"));
+  EXPECT_THAT(nesting.tuples, IsEmpty());
+
+  const PathSegment number(int64_t{-7});
+  nesting = NestingOf(Dict(
+      {{Key("a"), Dict({{number, Dict({{number, kTensor}})}})},
+       {Key("b"), Dict({{number, Tree(1)}, {Key("3"), Tree(1)}})},
+       {Key("c"), Dict({{number, Tree(1)}, {Key("03"), Tree(1)}})},
+       {Key("l"), Tree(Tree::List{Dict({{number, Tree(Tree::Dict())}})})}}));
+  EXPECT_THAT(texts(nesting.number_keyed),
+              ElementsAre("a", "a.-7", "c", "l.0"));
+  EXPECT_THAT(texts(nesting.empty), ElementsAre("l.0.-7"));
+  EXPECT_THAT(NestingOf(Tree(Tree::Dict())).empty, IsEmpty());
+}
+
 TEST(FlattenTest, ListsArePadded) {
   Tree root;
   ASSERT_TRUE(SetAtPath(root, {Key("l"), int64_t{2}}, Tree("x")).ok());

@@ -390,6 +390,8 @@ const std::vector<size_t>& Checkpoint::same_as() const {
   return impl_->same_as;
 }
 
+const Nesting& Checkpoint::nesting() const { return impl_->nesting; }
+
 const std::vector<std::pair<std::string, std::string>>& Checkpoint::unreadable()
     const {
   return impl_->unreadable;

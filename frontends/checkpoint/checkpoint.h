@@ -34,6 +34,7 @@
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/plan/catalog.h"
 #include "dsd/core/transfer/endpoint.h"
+#include "dsd/core/value/flatten.h"
 #include "dsd/core/value/value.h"
 
 namespace dsd::checkpoint {
@@ -78,6 +79,10 @@ struct State {
   // are; itself if it is the first. Empty: each is its own. An archive of
   // torch.save has such tensors once; nothing else heeds it.
   std::vector<size_t> same_as;
+
+  // Of the nested state dict, for an archive of torch.save; nothing else heeds
+  // it.
+  Nesting nesting;
 
   std::vector<ObjectEntry> objects;
 };
@@ -335,6 +340,9 @@ class Checkpoint : public std::enable_shared_from_this<Checkpoint> {
   // As State::same_as: what is one view of one storage in an archive of
   // torch.save. Empty for other formats.
   const std::vector<size_t>& same_as() const;
+
+  // As State::nesting: of an archive of torch.save.
+  const Nesting& nesting() const;
 
   // Tensors of other dtypes (quantized, sub-byte) and kinds (sparse): key and
   // the file's name of the dtype or kind. They are listed, and cannot be read.

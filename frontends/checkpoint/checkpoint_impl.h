@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/base/env.h"
+#include "dsd/core/value/flatten.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/checkpoint/dcp/metadata.h"
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
@@ -37,6 +38,7 @@ struct Checkpoint::Impl {
   // chunk i, relative to its location. Empty: elements lie back to back.
   std::vector<dcp::TensorItem> items;
   std::vector<size_t> same_as;
+  Nesting nesting;
   // ... and the objects, of index.objects[i].
   std::vector<dcp::ObjectItem> values;
 

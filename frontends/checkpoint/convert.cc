@@ -137,12 +137,18 @@ class Converter {
   }
 
   absl::Status MakeState() {
+    const Nesting& nesting = checkpoint_->nesting();
+    number_keyed_.insert(nesting.number_keyed.begin(),
+                         nesting.number_keyed.end());
+    tuples_.insert(nesting.tuples.begin(), nesting.tuples.end());
     absl::flat_hash_map<std::string, std::vector<std::string>> sources;
     const auto new_path = [&](const std::string& key, const Path& path) {
       const std::string renamed = options_.rename.Apply(key);
       sources[renamed].push_back(key);
       report_.renamed += renamed != key;
-      return RenamedPath(path, renamed);
+      Path out = RenamedPath(path, renamed);
+      AddNesting(path, out);
+      return out;
     };
     DSD_ASSIGN_OR_RETURN(std::unique_ptr<CheckpointEndpoint> endpoint,
                          checkpoint_->MakeEndpoint());
@@ -158,6 +164,10 @@ class Converter {
     }
     state_.same_as = checkpoint_->same_as();
     DSD_RETURN_IF_ERROR(MakeObjects(new_path));
+    for (const Path& path : nesting.empty) {
+      state_.nesting.empty.push_back(
+          RenamedPath(path, options_.rename.Apply(JoinPath(path))));
+    }
     std::vector<std::string> merged;
     for (auto& [key, from] : sources) {
       if (from.size() < 2) continue;
@@ -176,6 +186,30 @@ class Converter {
     }
     state_.tensors = tensors_.get();
     return absl::OkStatus();
+  }
+
+  // Adds what is to be said of the dicts and lists above a key that has got
+  // another path, where what is below them is called as before.
+  void AddNesting(const Path& from, const Path& to) {
+    for (size_t above = 0; above < from.size(); ++above) {
+      const Path old(from.begin(), from.begin() + above);
+      const auto below = static_cast<int64_t>(from.size() - above);
+      if (static_cast<int64_t>(to.size()) < below ||
+          !std::equal(from.end() - below, from.end(), to.end() - below)) {
+        continue;
+      }
+      const Path renamed(to.begin(), to.end() - below);
+      const auto add = [&](const absl::flat_hash_set<Path>& is,
+                           std::vector<Path>& becomes) {
+        // Keys of one dict mostly follow each other.
+        if (is.contains(old) &&
+            (becomes.empty() || becomes.back() != renamed)) {
+          becomes.push_back(renamed);
+        }
+      };
+      add(number_keyed_, state_.nesting.number_keyed);
+      add(tuples_, state_.nesting.tuples);
+    }
   }
 
   template <class NewPath>
@@ -246,6 +280,9 @@ class Converter {
   std::shared_ptr<const Checkpoint> checkpoint_;
   std::unique_ptr<ConvertedEndpoint> tensors_;
   State state_;
+  // Those of the source's nesting.
+  absl::flat_hash_set<Path> number_keyed_;
+  absl::flat_hash_set<Path> tuples_;
   ConvertReport report_;
 };
 

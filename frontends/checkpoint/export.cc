@@ -458,8 +458,9 @@ class Exporter {
                          catalog_[i].shape(),
                          first == static_cast<int64_t>(i) ? -1 : first});
     }
-    DSD_ASSIGN_OR_RETURN(torch_archive::Tree tree,
-                         torch_archive::EncodeTree(tensors, objects_));
+    DSD_ASSIGN_OR_RETURN(
+        torch_archive::Tree tree,
+        torch_archive::EncodeTree(tensors, objects_, state_.nesting));
     return MakeArchiveFrame(std::move(tree));
   }
 

@@ -59,6 +59,7 @@ absl::Status OpenTorchArchive(bool verify, Checkpoint::Impl* impl) {
   DSD_RETURN_IF_ERROR(archive.status()) << where;
 
   impl->fingerprint = archive->fingerprint;
+  impl->nesting = std::move(archive->nesting);
   // By what says which elements they are.
   absl::flat_hash_map<std::tuple<int64_t, DType, Dims, Dims, bool, bool>,
                       size_t>

@@ -25,6 +25,7 @@
 #include "dsd/core/state_dict/flat_state.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/transfer/transfer.h"
+#include "dsd/core/value/flatten.h"
 
 namespace dsd {
 namespace {
@@ -146,6 +147,7 @@ absl::StatusOr<checkpoint::SaveReport> ExportCheckpoint(
   if (format == checkpoint::Format::kTorchArchive) {
     DSD_ASSIGN_OR_RETURN(whole.same_as,
                          FindTies(flat.tensors, comm, options.call));
+    whole.nesting = NestingOf(Value(StateDict(state)));
   }
   return checkpoint::Export(path, format, whole, comm, options);
 }

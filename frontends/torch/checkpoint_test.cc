@@ -186,6 +186,25 @@ TEST(CheckpointTest, TiesAreTiesOnAllRanks) {
   EXPECT_NE(first_of("b"), first_of("a"));
 }
 
+TEST(CheckpointTest, AnArchiveKeepsTheNestingOfADict) {
+  StateDict of_one;
+  of_one.Set("exp_avg", Value(TensorValue(at::ones({2}))));
+  StateDict states;
+  states.Set(PathSegment(int64_t{0}), Value(std::move(of_one)));
+  StateDict state;
+  state.Set("state", Value(std::move(states)));
+  state.Set("none", Value(StateDict()));
+  const std::string path = absl::StrCat(NewDirectory(), ".pt");
+  const auto report =
+      ExportCheckpoint(path, checkpoint::Format::kTorchArchive, state);
+  ASSERT_TRUE(report.ok()) << report.status();
+  const auto opened = checkpoint::Checkpoint::Open(path);
+  ASSERT_TRUE(opened.ok()) << opened.status();
+  const Nesting& nesting = (*opened)->nesting();
+  EXPECT_THAT(nesting.number_keyed, testing::ElementsAre(Path{"state"}));
+  EXPECT_THAT(nesting.empty, testing::ElementsAre(Path{"none"}));
+}
+
 TEST(CheckpointTest, ShardsAreExportedWholeAndLoaded) {
   for (const auto format :
        {checkpoint::Format::kSafetensors, checkpoint::Format::kTorchArchive}) {

@@ -9,6 +9,7 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/crc/crc32c.h"
+#include "absl/functional/function_ref.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -163,6 +164,9 @@ class Reader {
     if (dcp::IsTensorCall(value)) return AddTensor(value);
     if (IsDict(value)) return WalkDict(value, depth);
     if (IsDescended(value, depth)) {
+      if (value.kind() == Kind::kTuple) {
+        archive_.nesting.tuples.push_back(path_);
+      }
       absl::Status status;
       int64_t index = 0;
       value.ForEachItem([&](PickleValue item) {
@@ -187,6 +191,17 @@ class Reader {
       if (path_.empty()) path_.push_back(std::string(kLoneKey));
       return AddObject(dict);
     }
+    AddToNesting(
+        path_,
+        [&](absl::FunctionRef<void(const PathSegment&)> visit) {
+          dict.ForEachEntry([&](PickleValue key, PickleValue) {
+            const auto text = key.AsString();
+            visit(text.has_value() ? PathSegment(std::string(*text))
+                                   : PathSegment(*key.AsInt()));
+            return true;
+          });
+        },
+        archive_.nesting);
     absl::Status status;
     dict.ForEachEntry([&](PickleValue key, PickleValue item) {
       const auto text = key.AsString();

@@ -14,6 +14,7 @@
 
 #include "absl/status/statusor.h"
 #include "dsd/core/base/digest.h"
+#include "dsd/core/value/flatten.h"
 #include "dsd/core/value/value.h"
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
 #include "dsd/frontends/checkpoint/dcp/tensor_item.h"
@@ -42,6 +43,7 @@ struct Archive {
   std::vector<Tensor> tensors;  // in the order of their elements in the file
   std::vector<Value> objects;
   std::vector<Unreadable> unreadable;
+  Nesting nesting;
   int64_t pickle_bytes = 0;
   uint32_t pickle_crc = 0;  // CRC32C
   // The record kDigestsRecord; NotFound, or what is wrong with it.

@@ -3,6 +3,7 @@
 #include "dsd/frontends/checkpoint/torch_archive/archive_writer.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 #include <variant>
 
@@ -35,6 +36,8 @@ struct Node {
   absl::flat_hash_map<PathSegment, size_t> index;  // of children
   int64_t tensor = -1;
   const std::string* pickle = nullptr;  // of an object
+  bool has_number_keys = false;
+  bool is_tuple = false;  // if it is a list
 
   bool is_leaf() const { return tensor >= 0 || pickle != nullptr; }
   bool is_list() const {
@@ -94,6 +97,17 @@ class TreeWriter {
     return absl::OkStatus();
   }
 
+  // Null if there is no dict or list.
+  Node* Find(const Path& path) {
+    Node* node = &root_;
+    for (const PathSegment& segment : path) {
+      const auto found = node->index.find(segment);
+      if (found == node->index.end()) return nullptr;
+      node = &node->children[found->second].second;
+    }
+    return node->is_leaf() ? nullptr : node;
+  }
+
   absl::StatusOr<std::string> Write() {
     DSD_RETURN_IF_ERROR(Write(root_));
     pickle_.Stop();
@@ -116,15 +130,20 @@ class TreeWriter {
     if (node.is_list()) {
       std::sort(node.children.begin(), node.children.end(),
                 [](const auto& a, const auto& b) { return a.first < b.first; });
-      pickle_.EmptyList();
-      pickle_.Mark();
+      const int64_t count = std::get<int64_t>(node.children.back().first) + 1;
+      if (!node.is_tuple) pickle_.EmptyList();
+      if (!node.is_tuple || count > 3) pickle_.Mark();
       int64_t next = 0;
       for (auto& [segment, child] : node.children) {
         for (; next < std::get<int64_t>(segment); ++next) pickle_.None();
         DSD_RETURN_IF_ERROR(Write(child));
         ++next;
       }
-      pickle_.Appends();
+      if (node.is_tuple) {
+        pickle_.Tuple(count);
+      } else {
+        pickle_.Appends();
+      }
       return absl::OkStatus();
     }
     pickle_.EmptyDict();
@@ -136,7 +155,13 @@ class TreeWriter {
         return absl::InvalidArgumentError(absl::StrCat(
             "key \"", absl::CHexEscape(key), "\" is not valid UTF-8"));
       }
-      pickle_.Text(key);
+      const auto number =
+          node.has_number_keys ? ToNumberKey(key) : std::nullopt;
+      if (number.has_value()) {
+        pickle_.Int(*number);
+      } else {
+        pickle_.Text(key);
+      }
       DSD_RETURN_IF_ERROR(Write(child));
     }
     pickle_.SetItems();
@@ -154,7 +179,8 @@ class TreeWriter {
 }  // namespace
 
 absl::StatusOr<Tree> EncodeTree(absl::Span<const NewTensor> tensors,
-                                absl::Span<const NewObject> objects) {
+                                absl::Span<const NewObject> objects,
+                                const Nesting& nesting) {
   Tree out;
   TreeWriter tree(tensors);
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -180,6 +206,18 @@ absl::StatusOr<Tree> EncodeTree(absl::Span<const NewTensor> tensors,
                            TreePathText(path)),
               *tensor);
         });
+  }
+  DSD_ASSIGN_OR_RETURN(const dcp::ObjectPickle empty,
+                       dcp::EncodeObjectPickle(Object(Object::Dict()), 0));
+  for (const Path& path : nesting.empty) {
+    // Elsewhere there is something in it.
+    tree.Add(path, -1, &empty.pickle).IgnoreError();
+  }
+  for (const Path& path : nesting.number_keyed) {
+    if (Node* const node = tree.Find(path)) node->has_number_keys = true;
+  }
+  for (const Path& path : nesting.tuples) {
+    if (Node* const node = tree.Find(path)) node->is_tuple = true;
   }
   DSD_ASSIGN_OR_RETURN(out.pickle, tree.Write());
   return out;

@@ -16,6 +16,7 @@
 #include "absl/types/span.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/layout/box.h"
+#include "dsd/core/value/flatten.h"
 #include "dsd/core/value/value.h"
 #include "dsd/frontends/checkpoint/dcp/zip_writer.h"
 
@@ -43,11 +44,13 @@ struct Tree {
 
 // A nested dict, with a storage for each tensor that is no other: text segments
 // of paths are keys of dicts, numbers indices of lists, in which None stands
-// where nothing is. Errors: InvalidArgument for a path that another one passes
-// through, for a number beside texts, for what is no UTF-8, for an object that
-// has no form (names them).
+// where nothing is. What `nesting` says beyond that counts where it fits.
+// Errors: InvalidArgument for a path that another one passes through, for a
+// number beside texts, for what is no UTF-8, for an object that has no form
+// (names them).
 absl::StatusOr<Tree> EncodeTree(absl::Span<const NewTensor> tensors,
-                                absl::Span<const NewObject> objects);
+                                absl::Span<const NewObject> objects,
+                                const Nesting& nesting = {});
 
 // The bytes around the elements of an archive, front to back:
 //

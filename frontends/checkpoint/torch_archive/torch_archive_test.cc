@@ -210,6 +210,70 @@ TEST(ArchiveTest, TensorsInObjects) {
   EXPECT_EQ(Key(archive->objects[0].path), "pair.1");
 }
 
+TEST(ArchiveTest, KeepsWhatKeysDoNotSay) {
+  const auto read = ReadDict([](dcp::PickleWriter& pickle) {
+    pickle.Text("state");
+    pickle.EmptyDict();
+    pickle.Mark();
+    pickle.Int(0);
+    pickle.Int(5);
+    pickle.Int(-1);
+    pickle.EmptyDict();
+    pickle.SetItems();
+    pickle.Text("pair");
+    dcp::WriteTensor(pickle, DType::kUInt8, {1}, "0");
+    dcp::WriteTensor(pickle, DType::kUInt8, {1}, "0");
+    pickle.Tuple(2);
+    pickle.Text("two");
+    pickle.EmptyDict();
+    pickle.Mark();
+    pickle.Int(1);
+    pickle.None();
+    pickle.Text("1x");
+    pickle.None();
+    pickle.SetItems();
+  });
+  ASSERT_TRUE(read.ok()) << read.status();
+  const auto texts = [](const std::vector<Path>& paths) {
+    std::vector<std::string> out;
+    for (const Path& path : paths) out.push_back(JoinPath(path));
+    return out;
+  };
+  const auto check = [&](const Nesting& nesting) {
+    EXPECT_THAT(texts(nesting.number_keyed),
+                ::testing::UnorderedElementsAre("state", "two"));
+    EXPECT_THAT(texts(nesting.empty), ::testing::ElementsAre("state.-1"));
+    EXPECT_THAT(texts(nesting.tuples), ::testing::ElementsAre("pair"));
+  };
+  check(read->nesting);
+
+  std::vector<NewTensor> tensors;
+  for (const Archive::Tensor& tensor : read->tensors) {
+    tensors.push_back({tensor.path, DType::kUInt8, {1}});
+  }
+  const std::vector<NewObject> objects = {{P({T("state"), T("0")}), Object(5)},
+                                          {P({T("two"), T("1")}), Object()},
+                                          {P({T("two"), T("1x")}), Object()}};
+  Nesting nesting = read->nesting;
+  // What does not fit is passed over.
+  nesting.number_keyed.push_back(P({T("state"), T("0")}));
+  nesting.number_keyed.push_back(P({T("nowhere")}));
+  nesting.empty.push_back(P({T("two")}));
+  nesting.tuples.push_back(P({T("two")}));
+  const auto tree = EncodeTree(tensors, objects, nesting);
+  ASSERT_TRUE(tree.ok()) << tree.status();
+  ArchiveWriter writer(tree->pickle);
+  std::string bytes;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    bytes += writer.StartTensor(1);
+    bytes += "x";
+    bytes += writer.FinishTensor(dcp::Crc32(0, "x"));
+  }
+  const auto again = Read(bytes + writer.Finish(""));
+  ASSERT_TRUE(again.ok()) << again.status();
+  check(again->nesting);
+}
+
 TEST(ArchiveTest, PathsThatDoNotFitTogether) {
   const auto encode = [](std::vector<Path> paths) {
     std::vector<NewTensor> tensors;

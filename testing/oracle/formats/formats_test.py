@@ -347,6 +347,37 @@ class FormatsTest(unittest.TestCase):
     self.assertIn("pair.1.x", dsd("ls", self.path("out.pt")))
     self.assertIn("(1-2j)", dsd("cat", self.path("again"), "complex"))
 
+  def test_archives_keep_their_nesting(self):
+    model = torch.nn.Linear(3, 2)
+    sgd, adam = torch.optim.SGD(model.parameters(), 0.1), torch.optim.Adam(model.parameters(), 0.1)
+    for optimizer in (sgd, adam):
+      model(torch.ones(1, 3)).sum().backward()
+      optimizer.step()
+    state = {"sgd": sgd.state_dict(), "adam": adam.state_dict(), "hidden": (torch.ones(2), [torch.zeros(1), {}]),
+             "four": tuple(torch.full([1], i) for i in range(4)), "counts": {-1: {2: "x"}, 10**18: torch.ones(1)},
+             "mixed": {1: "one", "two": 2}, "nothing": {}, "list": [{}, [], ()], "numbers": {"1": 1, "2": 2}}
+
+    def kinds(tree):
+      if isinstance(tree, dict):
+        return {key: kinds(value) for key, value in tree.items()}
+      if isinstance(tree, (list, tuple)):
+        return type(tree)(kinds(value) for value in tree)
+      return tree.tolist() if isinstance(tree, torch.Tensor) else tree
+
+    torch.save(state, self.path("in.pt"))
+    dsd("convert", self.path("in.pt"), self.path("out.pt"))
+    loaded = torch.load(self.path("out.pt"), weights_only=True)
+    self.assertEqual(kinds(loaded), kinds(state))
+    for optimizer in (sgd, adam):
+      optimizer.load_state_dict(loaded["sgd" if optimizer is sgd else "adam"])
+    self.assertEqual(kinds(adam.state_dict()), kinds(state["adam"]))
+    dsd("convert", self.path("in.pt"), self.path("named.pt"), "--rename", "adam.*=a.b.*", "--rename", "nothing=void",
+        "--rename", "hidden.*=state.hidden.*")
+    loaded = torch.load(self.path("named.pt"), weights_only=True)
+    self.assertEqual(kinds(loaded["a.b"]), kinds(state["adam"]))
+    self.assertEqual(loaded["void"], {})
+    self.assertEqual(kinds(loaded["state"]["hidden"]), kinds(state["hidden"]))
+
   def test_shards_of_distributed_checkpoint(self):
     meeting = tempfile.mktemp(dir=self.folder)
     ranks = [subprocess.Popen([sys.executable, "-s", os.path.abspath(__file__), "rank", self.folder, str(r), meeting])
