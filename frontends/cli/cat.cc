@@ -247,7 +247,7 @@ absl::StatusOr<ExitCode> Cat::Run() {
   progress.Wipe();
   if (context_.json) {
     context_.Print(
-        {{"directory", stored_.directory()}, {"entries", std::move(entries_)}});
+        {{"path", stored_.path()}, {"entries", std::move(entries_)}});
   } else if (in_table_ && !chosen.empty()) {
     context_.out << table_.ToString(context_.terminal.styled);
   }

@@ -9,6 +9,7 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
+#include "dsd/core/base/version.h"
 #include "dsd/frontends/cli/near_keys.h"
 #include "dsd/frontends/cli/value_text.h"
 #include "dsd/frontends/cli/verb.h"
@@ -54,6 +55,8 @@ int Run(int argc, const char* const* argv, std::ostream& out, std::ostream& err,
     formatter->label(label, text);
   }
   app.set_help_flag("-h,--help", "Print this and exit");
+  app.set_version_flag("--version", absl::StrCat("dsd ", kLibraryVersion),
+                       "Print the version and exit");
   std::vector<std::pair<const CLI::App*, VerbBody>> bodies;
   for (const Verb& verb : Verbs()) {
     CLI::App* const command =
@@ -70,8 +73,8 @@ int Run(int argc, const char* const* argv, std::ostream& out, std::ostream& err,
   app.footer(kFooter);
   try {
     app.parse(argc, argv);
-  } catch (const CLI::Success& help) {
-    app.exit(help, out, err);
+  } catch (const CLI::Success& text) {  // of --help or --version
+    app.exit(text, out, err);
     return kExitOk;
   } catch (const CLI::ParseError& error) {
     const std::vector<CLI::App*> chosen = app.get_subcommands();

@@ -17,6 +17,7 @@
 #include "absl/time/time.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/fake_env.h"
+#include "dsd/core/base/version.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/core/transfer/endpoint.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
@@ -273,6 +274,9 @@ TEST(CliTest, HelpAndUsage) {
   EXPECT_THAT(help.out, AllOf(HasSubstr("ls"), HasSubstr("verify"),
                               HasSubstr("digest"), HasSubstr("Exit codes:")));
   EXPECT_THAT(RunDsd({"ls", "--help"}).out, HasSubstr("--tree"));
+  const Result version = RunDsd({"--version"});
+  EXPECT_EQ(version.exit_code, kExitOk);
+  EXPECT_EQ(version.out, absl::StrCat("dsd ", kLibraryVersion, "\n"));
   EXPECT_EQ(RunDsd({}).exit_code, kExitUsage);
   EXPECT_EQ(RunDsd({"ls"}).exit_code, kExitUsage);
   const Result unknown = RunDsd({"explode", "x"});

@@ -99,7 +99,7 @@ _dsd() {
     fi
   done
   if [[ -z $verb ]]; then
-    COMPREPLY=($(compgen -W "@VERBS@ --help" -- "$cur"))
+    COMPREPLY=($(compgen -W "@VERBS@ --help --version" -- "$cur"))
   elif [[ -n $skip ]]; then
     [[ $prev == -o || $prev == --output ]] || return 0
     compopt -o filenames 2>/dev/null

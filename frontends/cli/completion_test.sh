@@ -52,7 +52,7 @@ expect '\$\(touch\ broken\)' dsd cat "$checkpoint" '$'
 [[ ! -e broken ]] || fail "a key was executed"
 
 # Every command has its options, and the other shells have all commands.
-for verb in $("$dsd" completion bash | sed -n 's/.*compgen -W "\(.*\) --help".*/\1/p'); do
+for verb in $("$dsd" completion bash | sed -n 's/.*compgen -W "\(.*\) --help --version".*/\1/p'); do
   [[ $(complete_words dsd "$verb" --he) == --help ]] || fail "$verb has no --help"
   "$dsd" completion zsh | grep -q "^    '$verb:" || fail "zsh lacks $verb"
   "$dsd" completion fish | grep -q -- " -a $verb -d " || fail "fish lacks $verb"

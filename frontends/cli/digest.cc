@@ -33,7 +33,7 @@ absl::StatusOr<ExitCode> PrintDigests(const std::string& directory,
     for (const KeyDigest& key : digests->keys) {
       keys[key.key] = DigestHex(key.digest);
     }
-    context.Print({{"directory", directory},
+    context.Print({{"path", directory},
                    {"whole", DigestHex(digests->whole)},
                    {"keys", std::move(keys)}});
     return kExitOk;

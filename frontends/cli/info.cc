@@ -125,7 +125,7 @@ Json InfoJson(const Checkpoint& stored, const Facts& facts, size_t top) {
     const TensorSpec& spec = stored.catalog()[facts.by_size[i]];
     largest.push_back({{"key", spec.fqn}, {"bytes", BytesOf(spec)}});
   }
-  return {{"directory", stored.directory()},
+  return {{"path", stored.path()},
           {"format", std::string(FormatName(stored.format()))},
           {"save_id", stored.save_id()},
           {"digests", stored.has_digests()},

@@ -205,7 +205,7 @@ absl::StatusOr<ExitCode> List(const Arguments& arguments, Context& context) {
   }
 
   if (context.json) {
-    context.Print({{"directory", stored.directory()},
+    context.Print({{"path", stored.path()},
                    {"save_id", stored.save_id()},
                    {"digests", stored.has_digests()},
                    {"tensors", std::move(tensors)},

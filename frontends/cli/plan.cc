@@ -134,7 +134,7 @@ Json PlanJson(const Planned& plan, const Checkpoint& stored) {
         {{"from", pair.first}, {"to", pair.second}, {"bytes", bytes}});
   }
   return {
-      {"directory", stored.directory()},
+      {"path", stored.path()},
       {"from", plan.from_ranks > 0 ? Json(plan.from) : Json(nullptr)},
       {"to", plan.to},
       {"tensors", plan.source.size()},

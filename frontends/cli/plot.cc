@@ -496,7 +496,7 @@ absl::StatusOr<ExitCode> Run(const Arguments& arguments, Context& context) {
     return kExitOutput;
   }
   if (context.json) {
-    context.Print({{"directory", stored->directory()},
+    context.Print({{"path", stored->path()},
                    {"output", arguments.output},
                    {"tensors", tensors.size()},
                    {"bytes", total}});

@@ -61,7 +61,7 @@ absl::StatusOr<ExitCode> Verify(const std::string& directory,
                       {"code", absl::StatusCodeToString(problem.status.code())},
                       {"text", std::string(problem.status.message())}});
     }
-    context.Print({{"directory", directory},
+    context.Print({{"path", directory},
                    {"ok", problems.empty()},
                    {"tensors", report.tensors},
                    {"objects", report.objects},
