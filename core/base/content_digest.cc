@@ -167,10 +167,10 @@ bool HasWideClmul() {
 }
 
 DSD_WIDE_CLMUL inline __m128i SumOfLanes(__m512i value) {
-  alignas(64) __m128i lanes[4];
-  _mm512_store_si512(lanes, value);
-  return _mm_xor_si128(_mm_xor_si128(lanes[0], lanes[1]),
-                       _mm_xor_si128(lanes[2], lanes[3]));
+  return _mm_xor_si128(_mm_xor_si128(_mm512_extracti64x2_epi64(value, 0),
+                                     _mm512_extracti64x2_epi64(value, 1)),
+                       _mm_xor_si128(_mm512_extracti64x2_epi64(value, 2),
+                                     _mm512_extracti64x2_epi64(value, 3)));
 }
 
 DSD_CLMUL Digest128 MultiplyWithClmul(const Digest128& a, const Digest128& b) {
@@ -228,11 +228,12 @@ const std::array<Digest128, kCount>& Factors() {
   return factors;
 }
 
-// Whole groups of 16 blocks; `*bytes` and `*count` move past them.
+// Whole groups of 4 * kVectors blocks; `*bytes` and `*count` move past them.
+// The longer a group, the less the wait for its reduction counts.
+template <int kVectors>
 DSD_WIDE_CLMUL Digest128 HashGroupsWithWideClmul(Digest128 begin,
                                                  const std::byte** bytes,
                                                  int64_t* count) {
-  constexpr int kVectors = 4;
   const auto& powers = Factors<4 * kVectors>();
   __m512i factors[kVectors];
   for (int i = 0; i < kVectors; ++i) {
@@ -269,7 +270,10 @@ DSD_WIDE_CLMUL Digest128 HashGroupsWithWideClmul(Digest128 begin,
 DSD_CLMUL Digest128 HashWholeWithClmul(Digest128 begin, const std::byte* bytes,
                                        int64_t count) {
   if (count >= 16 && HasWideClmul()) {
-    begin = HashGroupsWithWideClmul(begin, &bytes, &count);
+    if (count >= 64) {
+      begin = HashGroupsWithWideClmul<16>(begin, &bytes, &count);
+    }
+    begin = HashGroupsWithWideClmul<4>(begin, &bytes, &count);
   }
   const __m128i point = ToVector(kPoint);
   __m128i sum = ToVector(begin);

@@ -21,7 +21,7 @@
 namespace dsd::checkpoint {
 namespace {
 
-constexpr int64_t kPieceBytes = int64_t{512} << 10;
+constexpr int64_t kPieceBytes = int64_t{256} << 10;
 
 class EndpointImpl final : public CheckpointEndpoint {
  public:
