@@ -8,6 +8,7 @@
 #ifndef DSD_CORE_VALUE_FLATTEN_H_
 #define DSD_CORE_VALUE_FLATTEN_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -206,6 +207,66 @@ absl::Status SetAtPath(BasicValue<TensorT>& root, const Path& path,
   }
   *at = std::move(value);
   return absl::OkStatus();
+}
+
+namespace internal {
+
+// Null if nothing is there.
+template <class TensorT>
+BasicValue<TensorT>* FindAtPath(BasicValue<TensorT>& root, const Path& path) {
+  using Value = BasicValue<TensorT>;
+  Value* at = &root;
+  for (const PathSegment& segment : path) {
+    const auto* index = std::get_if<int64_t>(&segment);
+    if (auto* dict = at->template get_if<typename Value::Dict>()) {
+      at = dict->Find(segment);
+    } else if (auto* list = at->template get_if<typename Value::List>();
+               list != nullptr && index != nullptr && *index >= 0 &&
+               static_cast<size_t>(*index) < list->size()) {
+      at = &(*list)[*index];
+    } else {
+      return nullptr;
+    }
+    if (at == nullptr) return nullptr;
+  }
+  return at;
+}
+
+}  // namespace internal
+
+// Makes true what `nesting` says of a tree that SetAtPath has made of flat
+// keys. What does not fit is passed over.
+template <class TensorT>
+void RestoreNesting(const Nesting& nesting, BasicValue<TensorT>& root) {
+  using Value = BasicValue<TensorT>;
+  for (const Path& path : nesting.empty) {
+    const Value* const there = internal::FindAtPath<TensorT>(root, path);
+    if (there != nullptr && !there->template is<None>()) continue;
+    SetAtPath<TensorT>(root, path, Value(typename Value::Dict())).IgnoreError();
+  }
+  // The deeper ones first: until then their keys are texts.
+  std::vector<const Path*> paths;
+  for (const Path& path : nesting.number_keyed) paths.push_back(&path);
+  for (const Path& path : nesting.tuples) paths.push_back(&path);
+  std::stable_sort(
+      paths.begin(), paths.end(),
+      [](const Path* a, const Path* b) { return a->size() > b->size(); });
+  for (const Path* path : paths) {
+    Value* const at = internal::FindAtPath<TensorT>(root, *path);
+    if (at == nullptr) continue;
+    if (auto* dict = at->template get_if<typename Value::Dict>()) {
+      typename Value::Dict numbered;
+      numbered.Reserve(dict->size());
+      for (size_t i = 0; i < dict->size(); ++i) {
+        const std::optional<int64_t> number = ToNumberKey(dict->key_text(i));
+        numbered.Set(number.has_value() ? PathSegment(*number) : dict->key(i),
+                     std::move(dict->value(i)));
+      }
+      *at = Value(std::move(numbered));
+    } else if (auto* list = at->template get_if<typename Value::List>()) {
+      *at = Value(typename Value::Tuple{std::move(*list)});
+    }
+  }
 }
 
 }  // namespace dsd

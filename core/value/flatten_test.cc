@@ -119,6 +119,40 @@ TEST(FlattenTest, WhatKeysDoNotSay) {
   EXPECT_THAT(NestingOf(Tree(Tree::Dict())).empty, IsEmpty());
 }
 
+TEST(FlattenTest, NestingIsRestored) {
+  const PathSegment number(int64_t{-7});
+  const Tree tree =
+      Dict({{Key("a"), Dict({{number, Dict({{number, kTensor}})}})},
+            {Key("c"), Dict({{number, Tree(1)}, {Key("03"), Tree(1)}})},
+            {Key("e"), Tree(Tree::Dict())},
+            {Key("l"),
+             Tree(Tree::List{Dict({{number, Tree(Tree::Dict())}}), kTensor})}});
+  Nesting nesting = NestingOf(tree);
+  // Not there, or of another kind.
+  nesting.number_keyed.push_back({Key("x")});
+  nesting.number_keyed.push_back({Key("a"), Key("x"), Key("y")});
+  nesting.empty.push_back({Key("a")});
+  nesting.empty.push_back({Key("c"), Key("03"), Key("z")});
+  nesting.tuples.push_back({Key("c"), Key("03")});
+  Tree rebuilt{Tree::Dict()};
+  VisitLeaves<FakeTensor>(tree, [&](const Path& path, const Tree& value) {
+    EXPECT_TRUE(SetAtPath(rebuilt, path, value).ok());
+  });
+  RestoreNesting(nesting, rebuilt);
+  EXPECT_TRUE(*rebuilt.get_if<Tree::Dict>()->Find("a") ==
+              *tree.get_if<Tree::Dict>()->Find("a"));
+  for (const char* key : {"a", "c", "e", "l"}) {
+    EXPECT_TRUE(*rebuilt.get_if<Tree::Dict>()->Find(key) ==
+                *tree.get_if<Tree::Dict>()->Find(key))
+        << key;
+  }
+
+  nesting = Nesting();
+  nesting.tuples = {{Key("l")}};
+  RestoreNesting(nesting, rebuilt);
+  EXPECT_TRUE(rebuilt.get_if<Tree::Dict>()->Find("l")->is<Tree::Tuple>());
+}
+
 TEST(FlattenTest, ListsArePadded) {
   Tree root;
   ASSERT_TRUE(SetAtPath(root, {Key("l"), int64_t{2}}, Tree("x")).ok());

@@ -6,16 +6,19 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "ATen/ops/empty.h"
 #include "absl/container/btree_map.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/digest.h"
@@ -24,6 +27,9 @@
 #include "dsd/core/plan/catalog.h"
 #include "dsd/core/state_dict/flat_state.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
+#include "dsd/core/tensor/tensor_value.h"
+#include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/tensor/torch_types.h"
 #include "dsd/core/transfer/transfer.h"
 #include "dsd/core/value/flatten.h"
 
@@ -113,6 +119,66 @@ absl::StatusOr<std::vector<size_t>> FindTies(const TensorEndpoint& tensors,
   return same_as;
 }
 
+// What a checkpoint has of `wanted`, to be filled by Load.
+struct Everything {
+  std::shared_ptr<const checkpoint::Checkpoint> checkpoint;
+  TensorEndpoint endpoint;
+  std::vector<TensorValue> tensors;
+  checkpoint::State state;  // without `tensors`, which is `endpoint`
+};
+
+absl::StatusOr<Everything> MakeRoomFor(const std::string& path,
+                                       Communicator* comm,
+                                       const ReadOptions& options) {
+  const auto wanted = [&](absl::string_view key) {
+    return !options.wanted || options.wanted(key);
+  };
+  checkpoint::OpenOptions open;
+  open.verify = options.verify;
+  open.env = options.env != nullptr ? options.env
+             : comm != nullptr      ? comm->env()
+                                    : Env::Real();
+  const int size = comm == nullptr ? 1 : comm->size();
+  Everything all{nullptr,
+                 TensorEndpoint(DeviceMesh::Iota({size}),
+                                comm == nullptr ? 0 : comm->rank()),
+                 {},
+                 {}};
+  DSD_ASSIGN_OR_RETURN(all.checkpoint,
+                       checkpoint::Checkpoint::Open(path, open));
+  std::vector<std::string> unreadable;
+  for (const auto& [key, kind] : all.checkpoint->unreadable()) {
+    if (wanted(key)) unreadable.push_back(absl::StrCat(key, ": ", kind));
+  }
+  if (!unreadable.empty()) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "tensors cannot be read: ", absl::StrJoin(unreadable, ", "),
+        "; do not want them"));
+  }
+  const Catalog& stored = all.checkpoint->catalog();
+  for (size_t i = 0; i < stored.size(); ++i) {
+    if (!wanted(stored[i].fqn)) continue;
+    at::Tensor tensor;
+    DSD_RETURN_IF_ERROR(TorchToStatus([&] {
+      tensor = at::empty(ToIntArrayRef(stored[i].shape()),
+                         ToScalarType(stored[i].dtype));
+    })) << "\""
+        << stored[i].fqn << "\"";
+    all.tensors.emplace_back(std::move(tensor));
+    DSD_RETURN_IF_ERROR(all.endpoint.Add(stored[i].fqn, all.tensors.back()));
+    all.state.tensor_paths.push_back(all.checkpoint->tensor_path(i));
+  }
+  for (const checkpoint::StoredObject& object : all.checkpoint->objects()) {
+    if (wanted(object.key)) all.state.objects.push_back({object.path, {}});
+  }
+  for (const Path& empty : all.checkpoint->nesting().empty) {
+    if (wanted(JoinPath(empty))) all.state.nesting.empty.push_back(empty);
+  }
+  all.state.nesting.number_keyed = all.checkpoint->nesting().number_keyed;
+  all.state.nesting.tuples = all.checkpoint->nesting().tuples;
+  return all;
+}
+
 }  // namespace
 
 absl::StatusOr<checkpoint::SaveReport> SaveCheckpoint(
@@ -167,6 +233,36 @@ absl::StatusOr<checkpoint::LoadReport> LoadCheckpoint(
   }
   DSD_RETURN_IF_ERROR(PutObjects(objects, *state));
   return report;
+}
+
+absl::StatusOr<StateDict> ReadCheckpoint(const std::string& path,
+                                         Communicator* comm,
+                                         const ReadOptions& options) {
+  const std::string what = absl::StrCat("read \"", path, "\"");
+  absl::StatusOr<Everything> all = MakeRoomFor(path, comm, options);
+  DSD_RETURN_IF_ERROR(Agree(
+      comm, what, Digest(), all.status(), [] { return std::string(); },
+      options.call));
+  checkpoint::LoadOptions load;
+  load.call = options.call;
+  load.allow_unexpected = static_cast<bool>(options.wanted);
+  load.verify = options.verify;
+  load.env = options.env;
+  all->state.tensors = &all->endpoint;
+  DSD_RETURN_IF_ERROR(checkpoint::Load(path, all->state, comm, load).status());
+
+  Value root{StateDict()};
+  for (size_t i = 0; i < all->tensors.size(); ++i) {
+    DSD_RETURN_IF_ERROR(SetAtPath(root, all->state.tensor_paths[i],
+                                  Value(std::move(all->tensors[i]))))
+        << what;
+  }
+  for (const checkpoint::ObjectEntry& object : all->state.objects) {
+    DSD_RETURN_IF_ERROR(SetAtPath(root, object.path, FromObject(object.value)))
+        << what;
+  }
+  RestoreNesting(all->state.nesting, root);
+  return std::move(*root.get_if<StateDict>());
 }
 
 absl::StatusOr<checkpoint::CheckpointDigests> ComputeDigests(

@@ -13,11 +13,14 @@
 #ifndef DSD_FRONTENDS_TORCH_CHECKPOINT_H_
 #define DSD_FRONTENDS_TORCH_CHECKPOINT_H_
 
+#include <functional>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "dsd/core/base/call_options.h"
+#include "dsd/core/base/env.h"
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/state_dict/state_dict.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
@@ -59,6 +62,23 @@ absl::StatusOr<checkpoint::SaveReport> ExportCheckpoint(
 absl::StatusOr<checkpoint::LoadReport> LoadCheckpoint(
     const std::string& directory, StateDict* state,
     Communicator* comm = nullptr, const checkpoint::LoadOptions& options = {});
+
+struct ReadOptions {
+  CallOptions call;
+  // Which keys are read, the same on all ranks; empty: all.
+  std::function<bool(absl::string_view key)> wanted;
+  bool verify = true;  // as in LoadOptions
+  Env* env = nullptr;  // as in SaveOptions
+};
+
+// What is in a checkpoint of any format, without a target: nested as it was
+// saved, in new tensors in host memory, whole ones on every rank. Each stored
+// byte is read once. Collective, as SaveCheckpoint. Errors: of
+// checkpoint::Load; FailedPrecondition that names the tensors that cannot be
+// read (quantized, sparse).
+absl::StatusOr<StateDict> ReadCheckpoint(const std::string& path,
+                                         Communicator* comm = nullptr,
+                                         const ReadOptions& options = {});
 
 // The content digests of a state dict: equal to those of a checkpoint that has
 // the same values, whatever the layouts. Collective, as SaveCheckpoint.

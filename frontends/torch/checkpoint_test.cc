@@ -205,6 +205,60 @@ TEST(CheckpointTest, AnArchiveKeepsTheNestingOfADict) {
   EXPECT_THAT(nesting.empty, testing::ElementsAre(Path{"none"}));
 }
 
+TEST(CheckpointTest, ReadsWhatIsThereWithoutATarget) {
+  StateDict of_one;
+  of_one.Set("exp_avg", Value(TensorValue(at::ones({2, 3}).cumsum(1))));
+  StateDict states;
+  states.Set(PathSegment(int64_t{0}), Value(std::move(of_one)));
+  StateDict state;
+  state.Set("state", Value(std::move(states)));
+  state.Set("none", Value(StateDict()));
+  state.Set("list", Value(Value::List{Value(TensorValue(at::zeros({4}))),
+                                      Value(int64_t{5})}));
+  state.Set("name", Value("x"));
+  const auto digests = ComputeDigests(state);
+  ASSERT_TRUE(digests.ok()) << digests.status();
+  const std::string dcp = NewDirectory();
+  ASSERT_TRUE(SaveCheckpoint(dcp, state).ok());
+  const std::string archive = absl::StrCat(NewDirectory(), ".pt");
+  ASSERT_TRUE(
+      ExportCheckpoint(archive, checkpoint::Format::kTorchArchive, state).ok());
+  for (const std::string& path : {dcp, archive}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            2,
+            [&](Communicator& comm) -> absl::Status {
+              DSD_ASSIGN_OR_RETURN(const StateDict read,
+                                   ReadCheckpoint(path, &comm));
+              DSD_ASSIGN_OR_RETURN(const auto found, ComputeDigests(read));
+              EXPECT_TRUE(found.whole == digests->whole) << path;
+              EXPECT_EQ(read.contains("none"), path == archive);
+              const auto& keys = *read.Find("state")->get_if<StateDict>();
+              EXPECT_EQ(keys.Find(PathSegment(int64_t{0})) != nullptr,
+                        path == archive);
+              EXPECT_EQ(read.Find("list")->get_if<Value::List>()->size(), 2);
+
+              ReadOptions only;
+              only.wanted = [](absl::string_view key) { return key == "name"; };
+              DSD_ASSIGN_OR_RETURN(const StateDict name,
+                                   ReadCheckpoint(path, &comm, only));
+              EXPECT_EQ(name.size(), 1);
+              EXPECT_EQ(*name.Find("name")->get_if<std::string>(), "x");
+              return absl::OkStatus();
+            }),
+        AllOk());
+  }
+  // Not there for one rank: for none.
+  EXPECT_THAT(RunRankThreads(
+                  2,
+                  [&](Communicator& comm) {
+                    return ReadCheckpoint(
+                               comm.rank() == 0 ? dcp : dcp + "/nowhere", &comm)
+                        .status();
+                  }),
+              testing::Each(IsStatus(absl::StatusCode::kNotFound, "nowhere")));
+}
+
 TEST(CheckpointTest, ShardsAreExportedWholeAndLoaded) {
   for (const auto format :
        {checkpoint::Format::kSafetensors, checkpoint::Format::kTorchArchive}) {
