@@ -94,7 +94,9 @@ class TcpStoreServer::Impl final : public Reception::Host {
     uint64_t leave_request;  // 0: none
   };
   struct Question {
-    Asker asker;
+    std::vector<Asker> askers;
+    GroupTable::MemberId first_member = 0;  // of the group
+    std::string text;
     absl::Time deadline;
     std::vector<std::optional<std::string>> answers;
     std::map<ClientId, int> rank_of;  // who has yet to answer
@@ -369,22 +371,36 @@ bool TcpStoreServer::Impl::FromClient(ClientId id, absl::string_view body) {
       const std::string text(reader.GetText());
       const int64_t patience = reader.Get<int64_t>();
       if (!reader.ok()) return false;
+      std::vector<GroupTable::Member> peers;
+      if (member.has_value()) peers = groups_.Peers(*member);
+      const GroupTable::MemberId first = peers.empty() ? 0 : peers[0].id;
+      const absl::Duration time = absl::Nanoseconds(patience);
+      // When the time of all is over they ask the same: once is enough, if the
+      // answers are not due too soon for this one.
+      for (auto& [other, question] : questions_) {
+        if (first != 0 && question.first_member == first &&
+            question.text == text &&
+            question.deadline >= env_->Now() + time / 2) {
+          question.askers.push_back(asker);
+          return true;
+        }
+      }
       const uint64_t number = next_question_++;
       Question& question = questions_[number];
-      question.asker = asker;
-      question.deadline = env_->Now() + absl::Nanoseconds(patience);
-      if (member.has_value()) {
-        for (const GroupTable::Member& peer : groups_.Peers(*member)) {
-          const auto place = members_.find(peer.id);
-          if (place == members_.end()) continue;
-          question.answers.resize(
-              std::max<size_t>(question.answers.size(), peer.rank + 1));
-          question.rank_of[place->second.client] = peer.rank;
-          Send(place->second.client, FrameWriter(FrameKind::kQuestion, number)
-                                         .Put(place->second.join_request)
-                                         .Put(text)
-                                         .Finish());
-        }
+      question.askers = {asker};
+      question.first_member = first;
+      question.text = text;
+      question.deadline = env_->Now() + time;
+      for (const GroupTable::Member& peer : peers) {
+        const auto place = members_.find(peer.id);
+        if (place == members_.end()) continue;
+        question.answers.resize(
+            std::max<size_t>(question.answers.size(), peer.rank + 1));
+        question.rank_of[place->second.client] = peer.rank;
+        Send(place->second.client, FrameWriter(FrameKind::kQuestion, number)
+                                       .Put(place->second.join_request)
+                                       .Put(text)
+                                       .Finish());
       }
       if (question.rank_of.empty()) FinishQuestion(number);
       return true;
@@ -451,8 +467,10 @@ void TcpStoreServer::Impl::FinishQuestion(uint64_t id) {
     writer.Put(*answer);
   }
   const std::string frame = writer.Finish();
-  Reply(question.asker, absl::OkStatus(),
-        absl::string_view(frame).substr(kFrameHeaderBytes + 1 + 8));
+  for (const Asker& asker : question.askers) {
+    Reply(asker, absl::OkStatus(),
+          absl::string_view(frame).substr(kFrameHeaderBytes + 1 + 8));
+  }
 }
 
 void TcpStoreServer::Impl::Deliver(

@@ -7,9 +7,12 @@
 #include <sys/socket.h>
 
 #include <atomic>
+#include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/match.h"
@@ -203,6 +206,51 @@ TEST_F(TcpStoreTest, QuestionsAreAnsweredByThoseWhoCan) {
   EXPECT_EQ(answers[0], "where?");
   EXPECT_EQ(answers[1], std::nullopt);
   EXPECT_EQ(*mine->Ask("again", Soon())[1], "");
+}
+
+// A thousand ranks whose time is over do not make a million questions.
+TEST_F(TcpStoreTest, WhatManyAskAtOnceIsAskedOnce) {
+  const auto ask = [](uint64_t request, absl::string_view text) {
+    return FrameWriter(FrameKind::kAsk, request)
+        .Put(uint64_t{1})
+        .Put(text)
+        .Put(absl::ToInt64Nanoseconds(absl::Minutes(1)))
+        .Finish();
+  };
+  const auto head_of = [](absl::string_view frame) {
+    uint64_t id = 0;
+    EXPECT_GE(frame.size(), 1 + sizeof(id));
+    std::memcpy(&id, frame.data() + 1, sizeof(id));
+    return std::pair(static_cast<FrameKind>(frame[0]), id);
+  };
+  Socket socket = Raw();
+  ASSERT_EQ(socket.WriteAll(env,
+                            HelloFrame(0) + JoinFrame(0, 1) + ask(2, "where") +
+                                ask(3, "where") + ask(4, "else"),
+                            Soon()),
+            absl::OkStatus());
+  ReadFrame(socket);  // of the hello
+  ReadFrame(socket);  // of the join
+  const auto where = head_of(ReadFrame(socket));
+  const auto other = head_of(ReadFrame(socket));
+  EXPECT_EQ(where.first, FrameKind::kQuestion);
+  EXPECT_EQ(other.first, FrameKind::kQuestion);
+  for (const uint64_t question : {where.second, other.second}) {
+    ASSERT_EQ(socket.WriteAll(env,
+                              FrameWriter(FrameKind::kAnswer, question)
+                                  .Put(absl::string_view("here"))
+                                  .Finish(),
+                              Soon()),
+              absl::OkStatus());
+  }
+  for (const uint64_t request : {2, 3, 4}) {
+    const std::string reply = ReadFrame(socket);
+    EXPECT_EQ(head_of(reply), std::pair(FrameKind::kReply, request));
+    EXPECT_THAT(reply, HasSubstr("here"));
+  }
+  // What was answered is asked again.
+  ASSERT_EQ(socket.WriteAll(env, ask(5, "where"), Soon()), absl::OkStatus());
+  EXPECT_EQ(head_of(ReadFrame(socket)).first, FrameKind::kQuestion);
 }
 
 TEST_F(TcpStoreTest, WhenTheLastGroupHasGoneNobodyIsLetIn) {

@@ -44,8 +44,9 @@ Binding BindRanks(const Communicator* comm);
 // Carries out `plan` of this rank. Collective: all ranks of `comm` must call it
 // with plans of the same catalogs, pairs and bindings; `comm` may be null if
 // the plan has no other rank. Peer by peer in rotated order: one byte stream
-// per ordered pair of ranks, in plan order, cut into chunks, and then the same
-// for what is relayed; local copies meanwhile. Small boxes share chunks; 256
+// per ordered pair of ranks, in plan order, cut into chunks, of which four each
+// way are under way at once, and then the same for what is relayed; local copies
+// meanwhile. Small boxes share chunks; 256
 // KiB and more of one box do not, and are sent from and received into its
 // memory where that has them in order. Boxes of a source kAnyHolder are read
 // once, into the target, and sent on from there.
