@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <iostream>
 #include <optional>
@@ -149,6 +150,11 @@ absl::StatusOr<std::unique_ptr<Communicator>> RankContext::Connect(
   WorldOptions options;
   options.backend = std::string(backend);
   options.connect_timeout = connect_timeout;
+  int ranks_per_host;
+  const char* const text = std::getenv("DSD_TEST_RANKS_PER_HOST");
+  if (text != nullptr && absl::SimpleAtoi(text, &ranks_per_host)) {
+    options.host = absl::StrCat("host ", launch_.rank / ranks_per_host);
+  }
   return ConnectWorld(launch_, options);
 }
 

@@ -50,7 +50,8 @@ class RankContext {
   // RankRunOptions::argument.
   const std::string& argument() const { return argument_; }
 
-  // ConnectWorld of this launch.
+  // ConnectWorld of this launch. With DSD_TEST_RANKS_PER_HOST in the environment
+  // as if so many ranks were on each host.
   absl::StatusOr<std::unique_ptr<Communicator>> Connect(
       absl::string_view backend,
       absl::Duration connect_timeout = absl::Seconds(30));
