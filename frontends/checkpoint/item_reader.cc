@@ -101,16 +101,14 @@ void ItemReader::ForgetChunks() {
   kept_decoded_bytes_ = 0;
 }
 
-absl::Status ItemReader::CheckGap(uint32_t file, int64_t begin, int64_t end) {
-  if (begin >= end) return absl::OkStatus();
-  if (end - begin > kMaxGapBytes) return Foreign("the bytes before it");
-  DSD_ASSIGN_OR_RETURN(ReadableFile * readable, OpenFile(file));
-  std::string bytes(end - begin, '\0');
-  stats_.overhead_bytes += end - begin;
-  DSD_RETURN_IF_ERROR(readable->ReadAt(
-      begin, absl::MakeSpan(reinterpret_cast<std::byte*>(bytes.data()),
-                            bytes.size())));
-  if (bytes.find_first_not_of('\0') != std::string::npos) {
+absl::Status ItemReader::CheckGap(dcp::FileSlice& slice, int64_t gap_bytes,
+                                  int64_t and_bytes) {
+  gap_bytes = std::max<int64_t>(gap_bytes, 0);
+  if (gap_bytes > kMaxGapBytes) return Foreign("the bytes before it");
+  stats_.overhead_bytes += gap_bytes;
+  DSD_ASSIGN_OR_RETURN(const absl::string_view gap,
+                       slice.FetchWithGap(gap_bytes, and_bytes));
+  if (gap.find_first_not_of('\0') != absl::string_view::npos) {
     return Foreign("the bytes before it");
   }
   return absl::OkStatus();
@@ -151,8 +149,7 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
 
   const dcp::ItemLocation& location = impl_.index.locations[id];
   const Box box = impl_.index.ChunkBox(tensor, index);
-  const std::string where =
-      Where(tensor.key, absl::StrCat(" ", box.ToString()), location);
+  const auto where = [&] { return WhereChunk(entry, index); };
   const auto transform = impl_.index.chunk_transforms.find(id);
   const bool transformed = transform != impl_.index.chunk_transforms.end();
   std::unique_ptr<ReadableFile> decoded;
@@ -163,7 +160,7 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
     absl::StatusOr<std::unique_ptr<ReadableFile>> archive =
         Decode(location, transform->second,
                box.num_elements() * ItemSize(*tensor.dtype) + kMaxAroundBytes);
-    DSD_RETURN_IF_ERROR(archive.status()) << where;
+    DSD_RETURN_IF_ERROR(archive.status()) << where();
     decoded = *std::move(archive);
     begin = 0;
     length = decoded->size_bytes();
@@ -171,15 +168,15 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
   }
   absl::StatusOr<ReadableFile*> file =
       transformed ? decoded.get() : OpenFile(location.file);
-  DSD_RETURN_IF_ERROR(file.status()) << where;
+  DSD_RETURN_IF_ERROR(file.status()) << where();
   absl::StatusOr<dcp::FileSlice> slice =
       dcp::FileSlice::Create(*file, begin, length);
-  DSD_RETURN_IF_ERROR(slice.status()) << where;
-  auto chunk = std::make_unique<Chunk>(*std::move(slice));
+  DSD_RETURN_IF_ERROR(slice.status()) << where();
+  auto chunk = std::make_unique<Chunk>(*std::move(slice), entry, index);
   chunk->decoded = std::move(decoded);
-  chunk->where = where;
-  if (all && length <= kSmallArchiveBytes) {
-    DSD_RETURN_IF_ERROR(chunk->slice.Fetch(0, length).status()) << where;
+  const bool at_once = all && length <= kSmallArchiveBytes;
+  if (at_once && !impl_.has_digests) {
+    DSD_RETURN_IF_ERROR(chunk->slice.Fetch(0, length).status()) << where();
   }
   const Dims shape = box.extents();
   const auto is_row_major = [&](const Dims& strides) {
@@ -201,17 +198,18 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
     }
     chunk->row_major = is_row_major(chunk->item.strides);
   } else if (impl_.has_digests) {
-    DSD_RETURN_IF_ERROR(
-        CheckGap(location.file, impl_.chunk_gap[id], location.offset_bytes))
-        << where;
-    DSD_RETURN_IF_ERROR(OpenOwn(*chunk, *tensor.dtype, shape)) << where;
+    DSD_RETURN_IF_ERROR(CheckGap(chunk->slice,
+                                 location.offset_bytes - impl_.chunk_gap[id],
+                                 at_once ? length : 0))
+        << where();
+    DSD_RETURN_IF_ERROR(OpenOwn(*chunk, *tensor.dtype, shape)) << where();
   } else {
     absl::StatusOr<dcp::TensorItem> item = dcp::ReadTensorItem(&chunk->slice);
-    DSD_RETURN_IF_ERROR(item.status()) << where;
+    DSD_RETURN_IF_ERROR(item.status()) << where();
     chunk->item = *std::move(item);
     if (chunk->item.shape != shape || chunk->item.dtype != *tensor.dtype) {
       return absl::DataLossError(absl::StrCat(
-          where, ": the index says ", tensor.dtype_name, " ",
+          where(), ": the index says ", tensor.dtype_name, " ",
           DimsToString(shape), ", the file has ", DTypeName(chunk->item.dtype),
           " ", DimsToString(chunk->item.shape)));
     }
@@ -234,9 +232,10 @@ absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
   if (begin >= end) return absl::OkStatus();
   if (chunk.row_major) {
     DSD_RETURN_IF_ERROR(ReadRuns(chunk, chunk_box, box, begin, end, out))
-        << chunk.where;
+        << WhereChunk(chunk.entry, chunk.index);
     if (impl_.check_crcs && box == chunk_box) {
-      DSD_RETURN_IF_ERROR(CheckCrc(chunk, begin, end, out)) << chunk.where;
+      DSD_RETURN_IF_ERROR(CheckCrc(chunk, begin, end, out))
+          << WhereChunk(chunk.entry, chunk.index);
     }
   } else {
     // Strided elements: what they span is read whole, once.
@@ -256,7 +255,7 @@ absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
           chunk.item.data_at,
           absl::MakeSpan(reinterpret_cast<std::byte*>(chunk.span.data()),
                          chunk.span.size())))
-          << chunk.where;
+          << WhereChunk(chunk.entry, chunk.index);
     }
     StridedView view;
     view.base = reinterpret_cast<std::byte*>(chunk.span.data());
@@ -368,7 +367,7 @@ absl::StatusOr<uint32_t> ItemReader::RecordCrc(Chunk& chunk) {
         chunk.item.record_at + at,
         absl::MakeSpan(reinterpret_cast<std::byte*>(piece.data()),
                        piece.size())))
-        << chunk.where;
+        << WhereChunk(chunk.entry, chunk.index);
     crc = dcp::Crc32(crc, piece);
     at += static_cast<int64_t>(piece.size());
   }
@@ -382,6 +381,14 @@ std::string ItemReader::Where(absl::string_view key, absl::string_view part,
                       location.offset_bytes);
 }
 
+std::string ItemReader::WhereChunk(size_t entry, size_t chunk) const {
+  const dcp::TensorEntry& tensor = impl_.index.tensors[entry];
+  return Where(
+      tensor.key,
+      absl::StrCat(" ", impl_.index.ChunkBox(tensor, chunk).ToString()),
+      impl_.index.ChunkLocation(tensor, chunk));
+}
+
 std::string ItemReader::WhereObject(size_t object) const {
   const dcp::ObjectEntryInfo& info = impl_.index.objects[object];
   return Where(info.key, "", info.location);
@@ -389,7 +396,7 @@ std::string ItemReader::WhereObject(size_t object) const {
 
 absl::StatusOr<std::string> ItemReader::ReadStoredObject(size_t object) {
   const dcp::ObjectEntryInfo& info = impl_.index.objects[object];
-  const std::string where = WhereObject(object);
+  const auto where = [&] { return WhereObject(object); };
   const auto transform = impl_.index.object_transforms.find(object);
   std::unique_ptr<ReadableFile> decoded;
   int64_t begin = info.location.offset_bytes;
@@ -397,32 +404,32 @@ absl::StatusOr<std::string> ItemReader::ReadStoredObject(size_t object) {
   if (transform != impl_.index.object_transforms.end()) {
     absl::StatusOr<std::unique_ptr<ReadableFile>> archive =
         Decode(info.location, transform->second, dcp::kMaxObjectBytes);
-    DSD_RETURN_IF_ERROR(archive.status()) << where;
+    DSD_RETURN_IF_ERROR(archive.status()) << where();
     decoded = *std::move(archive);
     begin = 0;
     length = decoded->size_bytes();
   }
   absl::StatusOr<ReadableFile*> file =
       decoded != nullptr ? decoded.get() : OpenFile(info.location.file);
-  DSD_RETURN_IF_ERROR(file.status()) << where;
+  DSD_RETURN_IF_ERROR(file.status()) << where();
   absl::StatusOr<dcp::FileSlice> slice =
       dcp::FileSlice::Create(*file, begin, length);
-  DSD_RETURN_IF_ERROR(slice.status()) << where;
+  DSD_RETURN_IF_ERROR(slice.status()) << where();
   absl::StatusOr<std::string> stored = dcp::ReadStoredObject(&*slice);
   if (decoded == nullptr) stats_.overhead_bytes += slice->bytes_read();
-  DSD_RETURN_IF_ERROR(stored.status()) << where;
+  DSD_RETURN_IF_ERROR(stored.status()) << where();
   if (!impl_.has_digests) return stored;
 
-  DSD_RETURN_IF_ERROR(CheckGap(info.location.file, impl_.object_gap[object],
-                               info.location.offset_bytes))
-      << where;
+  DSD_RETURN_IF_ERROR(CheckGap(
+      *slice, info.location.offset_bytes - impl_.object_gap[object], 0))
+      << where();
   DSD_ASSIGN_OR_RETURN(const absl::string_view bytes,
                        slice->Fetch(0, slice->length()));
   const auto digest = impl_.digests.objects.find(info.key);
   if (bytes != dcp::ObjectArchive(*stored) ||
       digest == impl_.digests.objects.end() ||
       digest->second != dcp::ObjectDigest(*stored, impl_.digests.version)) {
-    return Annotate(Foreign("its bytes"), where);
+    return Annotate(Foreign("its bytes"), where());
   }
   return stored;
 }

@@ -35,16 +35,18 @@ class ItemReader {
 
   // One open chunk of a tensor.
   struct Chunk {
-    explicit Chunk(dcp::FileSlice slice) : slice(std::move(slice)) {}
+    Chunk(dcp::FileSlice slice, size_t entry, size_t index)
+        : slice(std::move(slice)), entry(entry), index(index) {}
     std::unique_ptr<ReadableFile> decoded;  // of a transformed item, whole
     dcp::FileSlice slice;
+    size_t entry;  // of the tensor
+    size_t index;  // of the chunk in it
     dcp::TensorItem item;
     bool row_major = true;  // elements back to back
     // The CRC of elements [0, crc_end), as long as they are read in order.
     uint32_t crc = 0;
     int64_t crc_end = 0;
-    std::string span;   // all elements or nothing yet, if not row_major
-    std::string where;  // for errors
+    std::string span;  // all elements or nothing yet, if not row_major
   };
 
   // Opens chunk `chunk` of tensor `entry` of the index. Valid until the next
@@ -66,7 +68,8 @@ class ItemReader {
 
   // The path of a data file, quoted, for errors.
   std::string QuotedFile(uint32_t file) const;
-  // Key, file and byte of an object, for errors.
+  // Key, file and byte of a chunk and of an object, for errors.
+  std::string WhereChunk(size_t entry, size_t chunk) const;
   std::string WhereObject(size_t object) const;
 
   ReadStats stats() const { return stats_; }
@@ -80,7 +83,10 @@ class ItemReader {
   std::string Where(absl::string_view key, absl::string_view part,
                     const dcp::ItemLocation& location) const;
   void ForgetChunks();
-  absl::Status CheckGap(uint32_t file, int64_t begin, int64_t end);
+  // That the bytes before an item are such as dsd writes there; in one read
+  // with the first `and_bytes` of it, which the slice keeps.
+  absl::Status CheckGap(dcp::FileSlice& slice, int64_t gap_bytes,
+                        int64_t and_bytes);
   absl::Status OpenOwn(Chunk& chunk, DType dtype, const Dims& shape);
   absl::Status CheckCrc(Chunk& chunk, int64_t begin, int64_t end,
                         absl::Span<const std::byte> bytes);

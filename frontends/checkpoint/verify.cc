@@ -132,7 +132,7 @@ class Verifier {
     }
     if (crc != chunk->item.record_crc) {
       return absl::DataLossError(
-          absl::StrCat(chunk->where,
+          absl::StrCat(reader_.WhereChunk(chunk->entry, chunk->index),
                        ": the CRC of its elements differs: the "
                        "bytes are damaged"));
     }

@@ -55,43 +55,54 @@ absl::Status FileSlice::CheckRange(int64_t begin, int64_t count) const {
                                           " bytes of the item"));
 }
 
-const std::string* FileSlice::FindPiece(int64_t begin, int64_t count,
-                                        int64_t* at) const {
-  for (const std::unique_ptr<Piece>& piece : pieces_) {
-    if (begin >= piece->begin &&
-        begin + count <=
-            piece->begin + static_cast<int64_t>(piece->bytes.size())) {
-      *at = begin - piece->begin;
-      return &piece->bytes;
+const char* FileSlice::Find(int64_t begin, int64_t count) const {
+  for (const Piece& piece : pieces_) {
+    if (begin >= piece.begin && begin + count <= piece.begin + piece.size) {
+      return piece.bytes.get() + (begin - piece.begin);
     }
   }
   return nullptr;
 }
 
+absl::StatusOr<const char*> FileSlice::ReadPiece(int64_t begin, int64_t count) {
+  // Not initialized: all of it is read.
+  Piece piece{begin, count, std::unique_ptr<char[]>(new char[count])};
+  DSD_RETURN_IF_ERROR(file_->ReadAt(
+      offset_ + begin,
+      absl::MakeSpan(reinterpret_cast<std::byte*>(piece.bytes.get()), count)));
+  pieces_.push_back(std::move(piece));
+  return pieces_.back().bytes.get();
+}
+
 absl::StatusOr<absl::string_view> FileSlice::Fetch(int64_t begin,
                                                    int64_t count) {
   DSD_RETURN_IF_ERROR(CheckRange(begin, count));
-  int64_t at;
-  if (const std::string* bytes = FindPiece(begin, count, &at)) {
-    return absl::string_view(*bytes).substr(at, count);
+  const char* bytes = Find(begin, count);
+  if (bytes == nullptr) {
+    bytes_read_ += count;
+    DSD_ASSIGN_OR_RETURN(bytes, ReadPiece(begin, count));
   }
-  auto piece = std::make_unique<Piece>();
-  piece->begin = begin;
-  piece->bytes.resize(count);
-  DSD_RETURN_IF_ERROR(Read(
-      begin, absl::MakeSpan(reinterpret_cast<std::byte*>(piece->bytes.data()),
-                            piece->bytes.size())));
-  pieces_.push_back(std::move(piece));
-  return absl::string_view(pieces_.back()->bytes);
+  return absl::string_view(bytes, count);
+}
+
+absl::StatusOr<absl::string_view> FileSlice::FetchWithGap(int64_t gap,
+                                                          int64_t count) {
+  DSD_RETURN_IF_ERROR(CheckRange(0, count));
+  if (gap < 0 || gap > offset_) {
+    return absl::DataLossError(
+        absl::StrCat("there are no ", gap, " bytes before the item"));
+  }
+  if (gap + count == 0) return absl::string_view();
+  bytes_read_ += count;
+  DSD_ASSIGN_OR_RETURN(const char* const bytes, ReadPiece(-gap, gap + count));
+  return absl::string_view(bytes, gap);
 }
 
 absl::Status FileSlice::Read(int64_t begin, absl::Span<std::byte> out) {
   const int64_t count = static_cast<int64_t>(out.size());
   DSD_RETURN_IF_ERROR(CheckRange(begin, count));
-  int64_t at;
-  if (const std::string* bytes = FindPiece(begin, count, &at)) {
-    std::copy_n(reinterpret_cast<const std::byte*>(bytes->data()) + at, count,
-                out.begin());
+  if (const char* const bytes = Find(begin, count)) {
+    std::copy_n(reinterpret_cast<const std::byte*>(bytes), count, out.begin());
     return absl::OkStatus();
   }
   bytes_read_ += count;

@@ -35,7 +35,11 @@ class FileSlice {
   // in the slice.
   absl::StatusOr<absl::string_view> Fetch(int64_t begin, int64_t count);
 
-  // The same, copied out and not kept.
+  // The `gap` bytes in front of the slice, and, in the same read of the file,
+  // the first `count` of it for later calls. DataLoss if there are not so many.
+  absl::StatusOr<absl::string_view> FetchWithGap(int64_t gap, int64_t count);
+
+  // The same as Fetch, copied out and not kept.
   absl::Status Read(int64_t begin, absl::Span<std::byte> out);
 
   // Read from the file so far.
@@ -43,19 +47,23 @@ class FileSlice {
 
  private:
   struct Piece {
-    int64_t begin;
-    std::string bytes;
+    int64_t begin;  // in the slice; negative with a gap
+    int64_t size;
+    std::unique_ptr<char[]> bytes;
   };
   FileSlice(ReadableFile* file, int64_t offset, int64_t length)
       : file_(file), offset_(offset), length_(length) {}
   absl::Status CheckRange(int64_t begin, int64_t count) const;
-  const std::string* FindPiece(int64_t begin, int64_t count, int64_t* at) const;
+  // Where the bytes are, if they were fetched; else null.
+  const char* Find(int64_t begin, int64_t count) const;
+  // Reads and keeps bytes that may begin before the slice.
+  absl::StatusOr<const char*> ReadPiece(int64_t begin, int64_t count);
 
   ReadableFile* file_;
   int64_t offset_;
   int64_t length_;
   int64_t bytes_read_ = 0;
-  std::vector<std::unique_ptr<Piece>> pieces_;
+  std::vector<Piece> pieces_;
 };
 
 class ZipReader {
