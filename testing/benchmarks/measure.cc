@@ -5,39 +5,15 @@
 #include <time.h>
 
 #include <cstdio>
-#include <fstream>
 #include <string>
 
 namespace dsd {
-namespace {
-
-double StatusMiB(const std::string& field) {
-  std::ifstream status("/proc/self/status");
-  std::string word;
-  while (status >> word && word != field) {
-  }
-  double kib = 0;
-  status >> kib;
-  return kib / 1024;
-}
-
-}  // namespace
-
 double CpuSeconds() {
   timespec time;
   clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
   return static_cast<double>(time.tv_sec) +
          1e-9 * static_cast<double>(time.tv_nsec);
 }
-
-double PeakMiB() { return StatusMiB("VmHWM:"); }
-
-double ResetPeakMiB() {
-  std::ofstream("/proc/self/clear_refs") << "5";
-  return MemoryMiB();
-}
-
-double MemoryMiB() { return StatusMiB("VmRSS:"); }
 
 nlohmann::json RunPeer(const std::string& command) {
   std::cerr << "# " << command << std::endl;

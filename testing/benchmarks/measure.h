@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "dsd/testing/harness/process_counts.h"
 #include "nlohmann/json.hpp"
 
 namespace dsd {
@@ -45,12 +46,9 @@ struct Seconds {
 // Of this process, all threads.
 double CpuSeconds();
 
-// The largest memory that this process has had, since the last reset if there
-// was one.
-double PeakMiB();
-double ResetPeakMiB();  // returns MemoryMiB()
-// The memory that it has now.
-double MemoryMiB();
+using test::MemoryMiB;
+using test::PeakMiB;
+using test::ResetPeakMiB;
 
 template <class Fn>
 Seconds Measure(Fn&& fn) {

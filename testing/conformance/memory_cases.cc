@@ -110,6 +110,32 @@ DSD_CONFORMANCE_CASE_FROM(DescriptorsStayAsMany, 2) {
                absl::StrCat(before, " descriptors, later ", after));
 }
 
+// What is moved is moved from the caller's memory into the caller's.
+DSD_CONFORMANCE_CASE_ON(MuchTakesNoMemory, 2, 3) {
+  constexpr size_t kBytes = size_t{64} << 20;
+  const size_t world = comm.size();
+  std::vector<std::byte> mine(kBytes, std::byte{1});
+  std::vector<std::byte> all(kBytes * world, std::byte{2});
+  std::vector<absl::Span<std::byte>> parts;
+  for (size_t r = 0; r < world; ++r) {
+    parts.push_back(absl::MakeSpan(all).subspan(r * kBytes, kBytes));
+  }
+  std::vector<absl::Span<const std::byte>> given;
+  if (comm.rank() == 0) given.assign(parts.begin(), parts.end());
+  DSD_RETURN_IF_ERROR(comm.Barrier());
+  const double before = test::ResetPeakMiB();
+  DSD_RETURN_IF_ERROR(comm.Barrier());
+  DSD_RETURN_IF_ERROR(comm.Scatter(given, absl::MakeSpan(mine), 0));
+  const double scattered = test::PeakMiB() - before;
+  DSD_RETURN_IF_ERROR(comm.AllGather(mine, parts));
+  DSD_RETURN_IF_ERROR(comm.Broadcast(absl::MakeSpan(all), 0));
+  const double moved = test::PeakMiB() - before;
+  // Of all ranks where they are threads. Much less than one part.
+  const std::string grown =
+      absl::StrCat("memory grew by ", scattered, " and ", moved, " MiB");
+  return Check(moved < 40, grown);
+}
+
 // Who waits for nothing does nothing; and works afterwards.
 DSD_CONFORMANCE_CASE_FROM(AnIdleGroupTakesNoTime, 2) {
   const auto cpu = [] {

@@ -4,6 +4,9 @@
 
 #include <dirent.h>
 
+#include <fstream>
+#include <string>
+
 #include "absl/time/time.h"
 #include "dsd/core/base/env.h"
 
@@ -17,6 +20,16 @@ int CountEntries(const char* path) {
   while (readdir(folder) != nullptr) ++count;
   closedir(folder);
   return count;
+}
+
+double StatusMiB(const std::string& field) {
+  std::ifstream status("/proc/self/status");
+  std::string word;
+  while (status >> word && word != field) {
+  }
+  double kib = 0;
+  status >> kib;
+  return kib / 1024;
 }
 
 }  // namespace
@@ -35,5 +48,14 @@ int RunningThreads(int expected) {
     env->SleepUntil(env->Now() + absl::Milliseconds(1));
   }
 }
+
+double PeakMiB() { return StatusMiB("VmHWM:"); }
+
+double ResetPeakMiB() {
+  std::ofstream("/proc/self/clear_refs") << "5";
+  return MemoryMiB();
+}
+
+double MemoryMiB() { return StatusMiB("VmRSS:"); }
 
 }  // namespace dsd::test

@@ -14,6 +14,12 @@ int OpenDescriptors();
 // has been joined is listed for a moment longer.
 int RunningThreads(int expected = 0);
 
+// Resident memory at its largest, since the last reset if there was one.
+double PeakMiB();
+double ResetPeakMiB();  // returns MemoryMiB()
+// Resident memory now.
+double MemoryMiB();
+
 }  // namespace dsd::test
 
 #endif  // DSD_TESTING_HARNESS_PROCESS_COUNTS_H_
