@@ -74,17 +74,17 @@ class InProcessStore final
     // Guarded by the store's mu_.
     std::optional<absl::Status> joined;
     std::optional<absl::Status> left;
+    std::optional<absl::Status> failure;  // of its group, not yet told
     // Held while a callback runs; `deaf` when none may run any more.
     absl::Mutex callback_mu;
     bool deaf ABSL_GUARDED_BY(callback_mu) = false;
   };
-  using Failures =
-      std::vector<std::pair<std::shared_ptr<Member>, absl::Status>>;
+  using Failed = std::vector<std::shared_ptr<Member>>;
 
-  // What `events` change here; the failures to report when mu_ is free.
-  Failures Apply(const std::vector<GroupTable::Event>& events)
+  // What `events` change here; who is to be told of a failure when mu_ is free.
+  Failed Apply(const std::vector<GroupTable::Event>& events)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
-    Failures failures;
+    Failed failed;
     for (const GroupTable::Event& event : events) {
       const auto it = members_.find(event.member);
       if (it == members_.end()) continue;
@@ -96,18 +96,28 @@ class InProcessStore final
           it->second->left = event.status;
           break;
         case GroupTable::EventKind::kFailed:
-          failures.emplace_back(it->second, event.status);
+          it->second->failure = event.status;
+          failed.push_back(it->second);
           break;
       }
     }
-    return failures;
+    return failed;
   }
 
-  static void Report(const Failures& failures) {
-    for (const auto& [member, status] : failures) {
-      absl::MutexLock lock(&member->callback_mu);
-      if (!member->deaf) member->options.on_failure(status);
+  // Tells a member of the failure of its group, if it has not heard of it.
+  void Tell(Member& member) ABSL_LOCKS_EXCLUDED(mu_) {
+    absl::MutexLock lock(&member.callback_mu);
+    std::optional<absl::Status> failure;
+    {
+      absl::MutexLock store_lock(&mu_);
+      failure = std::exchange(member.failure, std::nullopt);
     }
+    if (failure.has_value() && !member.deaf) {
+      member.options.on_failure(*failure);
+    }
+  }
+  void Report(const Failed& failed) ABSL_LOCKS_EXCLUDED(mu_) {
+    for (const std::shared_ptr<Member>& member : failed) Tell(*member);
   }
 
   Env* const env_;
@@ -126,10 +136,10 @@ class InProcessStore::Handle final : public Membership {
       : store_(std::move(store)), id_(id), member_(std::move(member)) {}
 
   ~Handle() override {
-    Failures failures;
+    Failed failed;
     {
       absl::MutexLock lock(&store_->mu_);
-      failures = store_->Apply(
+      failed = store_->Apply(
           store_->groups_.Remove(id_, "left the group without Shutdown"));
       store_->members_.erase(id_);
     }
@@ -137,21 +147,21 @@ class InProcessStore::Handle final : public Membership {
       absl::MutexLock lock(&member_->callback_mu);
       member_->deaf = true;
     }
-    Report(failures);
+    store_->Report(failed);
   }
 
   void Fail(const absl::Status& status) override {
-    Failures failures;
+    Failed failed;
     {
       absl::MutexLock lock(&store_->mu_);
-      failures = store_->Apply(store_->groups_.Fail(id_, status));
+      failed = store_->Apply(store_->groups_.Fail(id_, status));
     }
-    Report(failures);
+    store_->Report(failed);
   }
 
   absl::Status Leave(absl::Time deadline) override {
     absl::MutexLock lock(&store_->mu_);
-    const Failures none = store_->Apply(store_->groups_.Leave(id_));
+    const Failed none = store_->Apply(store_->groups_.Leave(id_));
     const auto left = [&] { return member_->left.has_value(); };
     if (!store_->env_->Await(store_->mu_, absl::Condition(&left), deadline)) {
       return absl::DeadlineExceededError("not all ranks left the group");
@@ -175,6 +185,9 @@ class InProcessStore::Handle final : public Membership {
       if (member->deaf || !member->options.on_question) continue;
       answers[member->options.rank] = member->options.on_question(question);
     }
+    // Who has heard of a failure may be gone, and must not be taken for one who
+    // does not answer.
+    store_->Tell(*member_);
     return answers;
   }
 
@@ -188,23 +201,23 @@ absl::StatusOr<std::unique_ptr<Membership>> InProcessStore::Join(
     const MemberOptions& options, absl::Time deadline) {
   const auto member = std::make_shared<Member>(options);
   GroupTable::MemberId id;
-  Failures failures;
+  Failed failed;
   absl::Status joined;
   {
     absl::MutexLock lock(&mu_);
     id = next_id_++;
     members_[id] = member;
     const absl::Time now = env_->Now();
-    failures = Apply(groups_.Join(id, options.group, options.rank, options.size,
-                                  options.facts, deadline - now, now));
+    failed = Apply(groups_.Join(id, options.group, options.rank, options.size,
+                                options.facts, deadline - now, now));
     const auto answered = [&] { return member->joined.has_value(); };
     if (!env_->Await(mu_, absl::Condition(&answered), deadline)) {
-      failures = Apply(groups_.Expire(deadline));
+      failed = Apply(groups_.Expire(deadline));
     }
     joined = *member->joined;
     if (!joined.ok()) members_.erase(id);
   }
-  Report(failures);
+  Report(failed);
   if (!joined.ok()) return joined;
   return std::make_unique<Handle>(shared_from_this(), id, member);
 }
