@@ -191,6 +191,7 @@ class Converter {
   // Adds what is to be said of the dicts and lists above a key that has got
   // another path, where what is below them is called as before.
   void AddNesting(const Path& from, const Path& to) {
+    if (number_keyed_.empty() && tuples_.empty()) return;
     for (size_t above = 0; above < from.size(); ++above) {
       const Path old(from.begin(), from.begin() + above);
       const auto below = static_cast<int64_t>(from.size() - above);

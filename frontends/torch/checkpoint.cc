@@ -32,6 +32,7 @@
 #include "dsd/core/tensor/torch_types.h"
 #include "dsd/core/transfer/transfer.h"
 #include "dsd/core/value/flatten.h"
+#include "dsd/frontends/checkpoint/live_state.h"
 
 namespace dsd {
 namespace {
@@ -135,9 +136,7 @@ absl::StatusOr<Everything> MakeRoomFor(const std::string& path,
   };
   checkpoint::OpenOptions open;
   open.verify = options.verify;
-  open.env = options.env != nullptr ? options.env
-             : comm != nullptr      ? comm->env()
-                                    : Env::Real();
+  open.env = checkpoint::ChooseEnv(options.env, comm);
   const int size = comm == nullptr ? 1 : comm->size();
   Everything all{nullptr,
                  TensorEndpoint(DeviceMesh::Iota({size}),

@@ -118,11 +118,11 @@ struct Trained {
   std::unique_ptr<optim::AdamW> optimizer;
 };
 
-// A decoder with the weight of the encoder, and a bias that nobody has.
+// A decoder that is the encoder, and a bias of the same values that is not.
 struct TiedNet : nn::Module {
   TiedNet()
       : encoder(register_parameter("encoder", at::ones({6, 4}).cumsum(0))),
-        bias(register_parameter("bias", at::ones({6, 4}))),
+        bias(register_parameter("bias", at::ones({6, 4}).cumsum(0))),
         decoder(register_parameter("decoder", encoder)) {}
   at::Tensor encoder;
   at::Tensor bias;
