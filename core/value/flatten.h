@@ -112,24 +112,29 @@ struct Nesting {
   std::vector<Path> tuples;
 };
 
-// Of a dict: adds it at `path` to `nesting` if it is to be mentioned. `keys`:
-// calls its argument with each key.
-inline void AddToNesting(
-    const Path& path,
-    absl::FunctionRef<void(absl::FunctionRef<void(const PathSegment&)>)> keys,
-    Nesting& nesting) {
-  bool any = false;
-  bool any_number = false;
-  bool any_text_like_one = false;
-  keys([&](const PathSegment& key) {
-    any = true;
+// The keys of one dict, for what a Nesting says of it.
+class DictKeys {
+ public:
+  void Add(const PathSegment& key) {
     const auto* text = std::get_if<std::string>(&key);
-    any_number |= text == nullptr;
-    any_text_like_one |= text != nullptr && ToNumberKey(*text).has_value();
-  });
-  if (!any && !path.empty()) nesting.empty.push_back(path);
-  if (any_number && !any_text_like_one) nesting.number_keyed.push_back(path);
-}
+    empty_ = false;
+    has_number_ |= text == nullptr;
+    has_text_like_one_ |= text != nullptr && ToNumberKey(*text).has_value();
+  }
+
+  // Mentions the dict at `path` if there is something to say.
+  void AddTo(const Path& path, Nesting& nesting) const {
+    if (empty_ && !path.empty()) nesting.empty.push_back(path);
+    if (has_number_ && !has_text_like_one_) {
+      nesting.number_keyed.push_back(path);
+    }
+  }
+
+ private:
+  bool empty_ = true;
+  bool has_number_ = false;
+  bool has_text_like_one_ = false;
+};
 
 namespace internal {
 
@@ -138,12 +143,9 @@ void FindNesting(const BasicValue<TensorT>& value, Path& path,
                  Nesting& nesting) {
   if (!IsDescended<TensorT>(value)) return;
   if (const auto* dict = value.template get_if<BasicDict<TensorT>>()) {
-    AddToNesting(
-        path,
-        [&](absl::FunctionRef<void(const PathSegment&)> visit) {
-          for (size_t i = 0; i < dict->size(); ++i) visit(dict->key(i));
-        },
-        nesting);
+    DictKeys keys;
+    for (size_t i = 0; i < dict->size(); ++i) keys.Add(dict->key(i));
+    keys.AddTo(path, nesting);
     for (size_t i = 0; i < dict->size(); ++i) {
       path.push_back(dict->key_text(i));
       FindNesting<TensorT>(dict->value(i), path, nesting);

@@ -9,7 +9,6 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/crc/crc32c.h"
-#include "absl/functional/function_ref.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -191,26 +190,19 @@ class Reader {
       if (path_.empty()) path_.push_back(std::string(kLoneKey));
       return AddObject(dict);
     }
-    AddToNesting(
-        path_,
-        [&](absl::FunctionRef<void(const PathSegment&)> visit) {
-          dict.ForEachEntry([&](PickleValue key, PickleValue) {
-            const auto text = key.AsString();
-            visit(text.has_value() ? PathSegment(std::string(*text))
-                                   : PathSegment(*key.AsInt()));
-            return true;
-          });
-        },
-        archive_.nesting);
+    DictKeys keys;
     absl::Status status;
     dict.ForEachEntry([&](PickleValue key, PickleValue item) {
       const auto text = key.AsString();
+      keys.Add(text.has_value() ? PathSegment(std::string(*text))
+                                : PathSegment(*key.AsInt()));
       path_.push_back(text.has_value() ? std::string(*text)
                                        : absl::StrCat(*key.AsInt()));
       status = Walk(item, depth + 1);
       path_.pop_back();
       return status.ok();
     });
+    keys.AddTo(path_, archive_.nesting);
     return status;
   }
 
