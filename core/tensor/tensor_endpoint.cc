@@ -171,7 +171,9 @@ absl::Status TensorEndpoint::Write(size_t tensor, const Box& box, int64_t begin,
   });
 }
 
-std::optional<StridedView> TensorEndpoint::View(size_t tensor, const Box& box) {
+std::optional<StridedView> TensorEndpoint::ViewOn(c10::Device device,
+                                                  size_t tensor,
+                                                  const Box& box) {
   const absl::Span<const LocalBox> boxes = BoxesOf(tensor);
   const std::optional<size_t> index = FindBox(boxes, box);
   if (!index.has_value()) return std::nullopt;
@@ -180,7 +182,7 @@ std::optional<StridedView> TensorEndpoint::View(size_t tensor, const Box& box) {
       LocateBox(catalog_[tensor].layout, locals, boxes, *index, box);
   const at::Tensor& holder = locals[local.local];
   // Lazily conjugated or negated tensors have other values than their memory.
-  if (!holder.device().is_cpu() || holder.is_conj() || holder.is_neg()) {
+  if (holder.device() != device || holder.is_conj() || holder.is_neg()) {
     return std::nullopt;
   }
   StridedView view;
@@ -190,6 +192,21 @@ std::optional<StridedView> TensorEndpoint::View(size_t tensor, const Box& box) {
   for (const int64_t stride : local.strides) {
     view.strides_bytes.push_back(stride * item_size);
   }
+  return view;
+}
+
+std::optional<StridedView> TensorEndpoint::View(size_t tensor, const Box& box) {
+  return ViewOn(c10::kCPU, tensor, box);
+}
+
+std::optional<StridedView> TensorEndpoint::ViewOnDevice(size_t tensor,
+                                                        const Box& box,
+                                                        DeviceStream& stream) {
+  const c10::Device device = static_cast<TorchDeviceStream&>(stream).device();
+  std::optional<StridedView> view = ViewOn(device, tensor, box);
+  // Kernels cannot work at other addresses.
+  const auto base = view ? reinterpret_cast<uintptr_t>(view->base) : 0;
+  if (base % ItemSize(catalog_[tensor].dtype) != 0) return std::nullopt;
   return view;
 }
 

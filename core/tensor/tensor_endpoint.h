@@ -67,6 +67,8 @@ class TensorEndpoint : public Endpoint {
                      DType dtype, absl::Span<const std::byte> in) override;
   std::optional<StridedView> View(size_t tensor, const Box& box) override;
   bool IsOnDevice(size_t tensor) const override;
+  std::optional<StridedView> ViewOnDevice(size_t tensor, const Box& box,
+                                          DeviceStream& stream) override;
   absl::StatusOr<std::unique_ptr<DeviceStream>> OpenDeviceStream() override;
   absl::Status ReadOnDevice(size_t tensor, const Box& box, int64_t begin,
                             int64_t end, DType dtype, DeviceStream& stream,
@@ -86,6 +88,9 @@ class TensorEndpoint : public Endpoint {
   };
 
   absl::Span<const LocalBox> BoxesOf(size_t tensor);
+  // The box where it is in memory of `device` as the catalog says.
+  std::optional<StridedView> ViewOn(c10::Device device, size_t tensor,
+                                    const Box& box);
   // Calls `fn` with the views, within the local tensors, of elements [begin,
   // end) of `box`, in order.
   template <class Fn>

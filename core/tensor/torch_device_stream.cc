@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
-#include "ATen/core/grad_mode.h"
+#include "ATen/ops/_foreach_copy.h"
 #include "ATen/ops/empty.h"
 #include "ATen/ops/from_blob.h"
 #include "absl/base/no_destructor.h"
@@ -19,6 +19,7 @@
 #include "c10/core/StreamGuard.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/tensor/torch_types.h"
 
 namespace dsd {
 namespace {
@@ -57,28 +58,37 @@ class IdleStreams {
       ABSL_GUARDED_BY(mu_);
 };
 
+// Larger copies are worth a kernel of their own.
+constexpr int64_t kMaxHeldBytes = int64_t{256} << 10;
+
 // Copies that change no bits do not depend on which types a device has kernels
 // for.
-at::Tensor AsBits(const at::Tensor& tensor) {
-  switch (tensor.element_size()) {
+c10::ScalarType BitsOf(int64_t item_size) {
+  switch (item_size) {
     case 1:
-      return tensor.view(c10::kByte);
+      return c10::kByte;
     case 2:
-      return tensor.view(c10::kShort);
+      return c10::kShort;
     case 4:
-      return tensor.view(c10::kInt);
+      return c10::kInt;
     case 8:
-      return tensor.view(c10::kLong);
+      return c10::kLong;
     default:
-      return tensor.view(c10::kComplexDouble);
+      return c10::kComplexDouble;
   }
 }
 
+at::Tensor AsBits(const at::Tensor& tensor) {
+  return tensor.view(BitsOf(tensor.element_size()));
+}
+
+bool HaveSameBits(const at::Tensor& from, const at::Tensor& to) {
+  return from.scalar_type() == to.scalar_type() && !from.is_conj() &&
+         !from.is_neg() && !to.is_conj() && !to.is_neg();
+}
+
 void EnqueueCopy(const at::Tensor& from, const at::Tensor& to) {
-  const bool same_bits = from.scalar_type() == to.scalar_type() &&
-                         !from.is_conj() && !from.is_neg() && !to.is_conj() &&
-                         !to.is_neg();
-  if (same_bits) {
+  if (HaveSameBits(from, to)) {
     AsBits(to).copy_(AsBits(from), /*non_blocking=*/true);
   } else {
     to.copy_(from, /*non_blocking=*/true);
@@ -140,10 +150,11 @@ at::Tensor TorchDeviceStream::HostBytes(const std::byte* host, int64_t bytes) {
   return at::from_blob(const_cast<std::byte*>(host), {bytes}, c10::kByte);
 }
 
-at::Tensor TorchDeviceStream::DeviceItems(const std::byte* memory,
-                                          c10::IntArrayRef sizes,
-                                          c10::ScalarType type) const {
+at::Tensor TorchDeviceStream::DeviceItems(
+    const std::byte* memory, c10::IntArrayRef sizes, c10::ScalarType type,
+    at::OptionalIntArrayRef strides) const {
   return at::for_blob(const_cast<std::byte*>(memory), sizes)
+      .strides(strides)
       .options(c10::TensorOptions(type).device(device_))
       .target_device(device_)
       .make_tensor();
@@ -164,9 +175,11 @@ void TorchDeviceStream::Pack(const at::Tensor& view, c10::ScalarType type,
       {SideStream(view.device()), SideStream(device_)});
   const int64_t item_size = static_cast<int64_t>(c10::elementSize(type));
   if (reinterpret_cast<uintptr_t>(out) % item_size == 0) {
-    EnqueueCopy(view, DeviceItems(out, view.sizes(), type));
+    const at::Tensor to = DeviceItems(out, view.sizes(), type);
+    if (!Hold(Kind::kPack, view, to)) EnqueueCopy(view, to);
     return;
   }
+  SubmitOrThrow();
   // Kernels cannot write there.
   const int64_t bytes = view.numel() * item_size;
   std::byte* const aligned = Aligned(bytes);
@@ -182,13 +195,84 @@ void TorchDeviceStream::Unpack(const std::byte* in, c10::ScalarType type,
       {SideStream(view.device()), SideStream(device_)});
   const int64_t item_size = static_cast<int64_t>(c10::elementSize(type));
   if (reinterpret_cast<uintptr_t>(in) % item_size != 0) {
+    SubmitOrThrow();
     const int64_t bytes = view.numel() * item_size;
     std::byte* const aligned = Aligned(bytes);
     EnqueueCopy(DeviceItems(in, {bytes}, c10::kByte),
                 DeviceItems(aligned, {bytes}, c10::kByte));
     in = aligned;
   }
-  EnqueueCopy(DeviceItems(in, view.sizes(), type), view);
+  const at::Tensor from = DeviceItems(in, view.sizes(), type);
+  if (!Hold(Kind::kUnpack, from, view)) EnqueueCopy(from, view);
+}
+
+bool TorchDeviceStream::Hold(Kind kind, const std::byte* from, std::byte* to,
+                             int64_t bytes) {
+  if (kind != held_kind_) SubmitOrThrow();
+  held_kind_ = kind;
+  if (bytes > kMaxHeldBytes) return false;
+  // As the widest items that all of this is a multiple of.
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(from) |
+                         reinterpret_cast<uintptr_t>(to) |
+                         static_cast<uintptr_t>(bytes);
+  size_t log_size = 0;
+  while (log_size + 1 < held_.size() && (bits >> log_size) % 2 == 0) ++log_size;
+  const int64_t item_size = int64_t{1} << log_size;
+  const int64_t items = bytes / item_size;
+  held_[log_size].from.push_back(DeviceItems(from, {items}, BitsOf(item_size)));
+  held_[log_size].to.push_back(DeviceItems(to, {items}, BitsOf(item_size)));
+  return true;
+}
+
+bool TorchDeviceStream::Hold(Kind kind, const at::Tensor& from,
+                             const at::Tensor& to) {
+  if (from.device() != device_ || to.device() != device_ ||
+      !HaveSameBits(from, to) || !from.is_contiguous() || !to.is_contiguous()) {
+    if (kind != held_kind_) SubmitOrThrow();
+    return false;
+  }
+  return Hold(kind, static_cast<const std::byte*>(from.const_data_ptr()),
+              static_cast<std::byte*>(to.mutable_data_ptr()),
+              static_cast<int64_t>(from.nbytes()));
+}
+
+void TorchDeviceStream::SubmitOrThrow() {
+  for (Held& held : held_) {
+    if (held.from.empty()) continue;
+    const c10::StreamGuard guard(sides_[0]);
+    at::_foreach_copy_(held.to, held.from, /*non_blocking=*/true);
+    held.from.clear();
+    held.to.clear();
+  }
+}
+
+absl::Status TorchDeviceStream::Submit() {
+  return TorchToStatus([&] { SubmitOrThrow(); });
+}
+
+absl::Status TorchDeviceStream::CopyOnDevice(const StridedView& from,
+                                             const StridedView& to,
+                                             absl::Span<const int64_t> extents,
+                                             int64_t item_size) {
+  int64_t bytes = item_size;
+  for (const int64_t extent : extents) bytes *= extent;
+  if (bytes == 0 ||
+      (from.base == to.base && from.strides_bytes == to.strides_bytes)) {
+    return absl::OkStatus();
+  }
+  return TorchToStatus([&] {
+    const bool contiguous = IsContiguous(from, extents, item_size) &&
+                            IsContiguous(to, extents, item_size);
+    if (contiguous && Hold(Kind::kCopy, from.base, to.base, bytes)) return;
+    const c10::StreamGuard guard(sides_[0]);
+    const auto items = [&](const StridedView& view) {
+      Dims strides = view.strides_bytes;
+      for (int64_t& stride : strides) stride /= item_size;
+      return DeviceItems(view.base, ToIntArrayRef(extents), BitsOf(item_size),
+                         ToIntArrayRef(strides));
+    };
+    items(to).copy_(items(from), /*non_blocking=*/true);
+  });
 }
 
 absl::StatusOr<std::byte*> TorchDeviceStream::AllocateHost(int64_t bytes) {
@@ -219,6 +303,7 @@ bool TorchDeviceStream::IsPageLocked(const std::byte* host) const {
 absl::Status TorchDeviceStream::CopyToHost(const std::byte* device,
                                            std::byte* host, int64_t bytes) {
   return TorchToStatus([&] {
+    SubmitOrThrow();
     const c10::StreamGuard guard(sides_[0]);
     HostBytes(host, bytes)
         .copy_(DeviceItems(device, {bytes}, c10::kByte),
@@ -229,6 +314,7 @@ absl::Status TorchDeviceStream::CopyToHost(const std::byte* device,
 absl::Status TorchDeviceStream::CopyToDevice(const std::byte* host,
                                              std::byte* device, int64_t bytes) {
   return TorchToStatus([&] {
+    SubmitOrThrow();
     const c10::StreamGuard guard(sides_[0]);
     DeviceItems(device, {bytes}, c10::kByte)
         .copy_(HostBytes(host, bytes), /*non_blocking=*/true);
@@ -237,6 +323,7 @@ absl::Status TorchDeviceStream::CopyToDevice(const std::byte* host,
 
 absl::StatusOr<DeviceStream::Position> TorchDeviceStream::Mark() {
   return TorchToStatus([&] {
+    SubmitOrThrow();
     c10::Event event(device_.type());
     if (!spare_marks_.empty()) {
       event = std::move(spare_marks_.back());
@@ -261,6 +348,7 @@ absl::StatusOr<bool> TorchDeviceStream::IsReached(Position position) {
 }
 
 void TorchDeviceStream::JoinOrThrow() {
+  SubmitOrThrow();
   for (const c10::Stream& side : sides_) {
     c10::Event after(device_.type());
     after.record(side);

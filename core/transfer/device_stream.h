@@ -11,8 +11,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/comm/engine.h"
+#include "dsd/core/transfer/strided_view.h"
 
 namespace dsd {
 
@@ -35,6 +37,17 @@ class DeviceStream {
 
   // Whether copies need no staging in memory of AllocateHost.
   virtual bool IsPageLocked(const std::byte* host) const = 0;
+
+  // Enqueues a copy of a box between two places on the device, or holds it
+  // back.
+  virtual absl::Status CopyOnDevice(const StridedView& from,
+                                    const StridedView& to,
+                                    absl::Span<const int64_t> extents,
+                                    int64_t item_size) = 0;
+
+  // Enqueues what was held back so that many small copies become one; so do all
+  // functions below.
+  virtual absl::Status Submit() = 0;
 
   // Enqueues a copy. Host memory must stay, and is not written (for CopyToHost
   // also not read), until a later position is reached.

@@ -290,6 +290,11 @@ TEST(DeviceTransferTest, WorkThatDoesNotEndRunsIntoTheDeadline) {
       return nullptr;
     }
     bool IsPageLocked(const std::byte*) const override { return false; }
+    absl::Status CopyOnDevice(const StridedView&, const StridedView&,
+                              absl::Span<const int64_t>, int64_t) override {
+      return absl::OkStatus();
+    }
+    absl::Status Submit() override { return absl::OkStatus(); }
     absl::Status CopyToHost(const std::byte*, std::byte*, int64_t) override {
       return absl::OkStatus();
     }

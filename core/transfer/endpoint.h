@@ -19,15 +19,9 @@
 #include "dsd/core/layout/box.h"
 #include "dsd/core/plan/catalog.h"
 #include "dsd/core/transfer/device_stream.h"
+#include "dsd/core/transfer/strided_view.h"
 
 namespace dsd {
-
-// A box in host memory. Element i of dimension d is strides_bytes[d] after
-// element i-1; any stride, also negative or 0. Does not own.
-struct StridedView {
-  std::byte* base = nullptr;
-  Dims strides_bytes;
-};
 
 // Thread-compatible. Indices are of catalog(). A box passed in lies inside one
 // of this rank's boxes of the tensor (for a tensor on kAnyHolder: anywhere).
@@ -59,15 +53,23 @@ class Endpoint {
 
   // Whether this rank's part of the tensor is in memory of a device that the
   // host cannot touch. Then View is nullopt, Read and Write are slow, and the
-  // next three serve it.
+  // next four serve it.
   virtual bool IsOnDevice(size_t /*tensor*/) const { return false; }
 
   // A stream of its own on the device of such tensors. ResourceExhausted; what
   // the device reports.
   virtual absl::StatusOr<std::unique_ptr<DeviceStream>> OpenDeviceStream();
 
-  // Read and Write with memory of the device, enqueued on `stream`, which this
-  // or another endpoint of the same class has opened.
+  // Like View, of memory of the device of `stream`, which this or another
+  // endpoint of the same class has opened, to be used in the stream's order.
+  virtual std::optional<StridedView> ViewOnDevice(size_t /*tensor*/,
+                                                  const Box& /*box*/,
+                                                  DeviceStream& /*stream*/) {
+    return std::nullopt;
+  }
+
+  // Read and Write with memory of the device, enqueued on `stream`, which may
+  // hold them back (DeviceStream::Submit).
   virtual absl::Status ReadOnDevice(size_t tensor, const Box& box,
                                     int64_t begin, int64_t end, DType dtype,
                                     DeviceStream& stream,
@@ -80,18 +82,6 @@ class Endpoint {
   // Called once when all writes of a transfer have succeeded on this rank.
   virtual absl::Status Finish() { return absl::OkStatus(); }
 };
-
-// Copies elements [begin, end) of a box of `extents`, counted row-major, from
-// strided memory to packed memory, and back.
-void PackRange(const StridedView& view, absl::Span<const int64_t> extents,
-               int64_t item_size, int64_t begin, int64_t end, std::byte* out);
-void UnpackRange(const StridedView& view, absl::Span<const int64_t> extents,
-                 int64_t item_size, int64_t begin, int64_t end,
-                 const std::byte* in);
-
-// Copies a whole box between two strided views.
-void CopyBox(const StridedView& from, const StridedView& to,
-             absl::Span<const int64_t> extents, int64_t item_size);
 
 // Tensors in host memory: local tensors or whole ones. An Endpoint for tests,
 // examples and code that has plain buffers. It converts between the dtypes of

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "absl/log/check.h"
 #include "absl/strings/str_cat.h"
@@ -82,6 +83,24 @@ class FakeStream final : public DeviceStream {
     return IsPageLocked(host, 1);
   }
 
+  absl::Status CopyOnDevice(const StridedView& from, const StridedView& to,
+                            absl::Span<const int64_t> extents,
+                            int64_t item_size) override {
+    Hold([device = &device_, from, to,
+          extents = Dims(extents.begin(), extents.end()), item_size] {
+      const FakeDevice::Access access(*device);
+      CopyBox(from, to, extents, item_size);
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status Submit() override {
+    for (std::function<void()>& work : std::exchange(held_, {})) {
+      Enqueue(std::move(work));
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status CopyToHost(const std::byte* device, std::byte* host,
                           int64_t bytes) override {
     return Copy(device, host, host, bytes);
@@ -91,7 +110,10 @@ class FakeStream final : public DeviceStream {
     return Copy(host, device, host, bytes);
   }
 
-  absl::StatusOr<Position> Mark() override { return queue_->end() + 1; }
+  absl::StatusOr<Position> Mark() override {
+    DSD_RETURN_IF_ERROR(Submit());
+    return queue_->end() + 1;
+  }
 
   absl::StatusOr<bool> IsReached(Position position) override {
     if (queue_->done + 1 < position && device_.random_() % 4 == 0) {
@@ -101,6 +123,7 @@ class FakeStream final : public DeviceStream {
   }
 
   absl::Status Join() override {
+    DSD_RETURN_IF_ERROR(Submit());
     device_.joined_.emplace_back(queue_, queue_->end());
     return absl::OkStatus();
   }
@@ -109,16 +132,18 @@ class FakeStream final : public DeviceStream {
     return {DeviceType::kCuda, const_cast<FakeStream*>(this)};
   }
 
-  void Enqueue(std::function<void()> work) {
-    queue_->work.push_back(std::move(work));
-    if (device_.random_() % 4 == 0) RunAll();
-  }
+  void Hold(std::function<void()> work) { held_.push_back(std::move(work)); }
 
   void RunAll() { queue_->RunUntil(queue_->end()); }
 
   FakeDevice& device() { return device_; }
 
  private:
+  void Enqueue(std::function<void()> work) {
+    queue_->work.push_back(std::move(work));
+    if (device_.random_() % 4 == 0) RunAll();
+  }
+
   bool IsPageLocked(const std::byte* host, int64_t bytes) const {
     for (const auto& [size, buffer] : host_) {
       if (host >= buffer.get() && host + bytes <= buffer.get() + size) {
@@ -139,6 +164,7 @@ class FakeStream final : public DeviceStream {
     if (!IsPageLocked(host, bytes)) {
       return absl::InternalError("a copy of host memory that is not locked");
     }
+    DSD_RETURN_IF_ERROR(Submit());
     Enqueue([device = &device_, from, to, bytes] {
       const FakeDevice::Access access(*device);
       std::memcpy(to, from, bytes);
@@ -148,6 +174,7 @@ class FakeStream final : public DeviceStream {
 
   FakeDevice& device_;
   const std::shared_ptr<FakeDevice::Queue> queue_;
+  std::vector<std::function<void()>> held_;
   std::vector<std::pair<int64_t, std::unique_ptr<std::byte[]>>> host_;
   int64_t host_bytes_ = 0;
   int64_t device_bytes_ = 0;
@@ -217,6 +244,13 @@ std::optional<StridedView> FakeDeviceEndpoint::View(size_t tensor,
   return MemoryEndpoint::View(tensor, box);
 }
 
+std::optional<StridedView> FakeDeviceEndpoint::ViewOnDevice(size_t tensor,
+                                                            const Box& box,
+                                                            DeviceStream&) {
+  if (!IsOnDevice(tensor) || device_.random_() % 4 == 0) return std::nullopt;
+  return MemoryEndpoint::View(tensor, box);
+}
+
 absl::Status FakeDeviceEndpoint::Read(size_t tensor, const Box& box,
                                       int64_t begin, int64_t end, DType dtype,
                                       absl::Span<std::byte> out) {
@@ -239,9 +273,9 @@ absl::Status FakeDeviceEndpoint::ReadOnDevice(size_t tensor, const Box& box,
   if (!IsOnDevice(tensor) || !view.has_value()) {
     return absl::InternalError("not on the device");
   }
-  static_cast<FakeStream&>(stream).Enqueue([device = &device_, view = *view,
-                                            extents = box.extents(), begin, end,
-                                            dtype, out] {
+  static_cast<FakeStream&>(stream).Hold([device = &device_, view = *view,
+                                         extents = box.extents(), begin, end,
+                                         dtype, out] {
     const FakeDevice::Access access(*device);
     PackRange(view, extents, ItemSize(dtype), begin, end, out.data());
   });
@@ -257,9 +291,9 @@ absl::Status FakeDeviceEndpoint::WriteOnDevice(size_t tensor, const Box& box,
   if (!IsOnDevice(tensor) || !view.has_value()) {
     return absl::InternalError("not on the device");
   }
-  static_cast<FakeStream&>(stream).Enqueue([device = &device_, view = *view,
-                                            extents = box.extents(), begin, end,
-                                            dtype, in] {
+  static_cast<FakeStream&>(stream).Hold([device = &device_, view = *view,
+                                         extents = box.extents(), begin, end,
+                                         dtype, in] {
     const FakeDevice::Access access(*device);
     UnpackRange(view, extents, ItemSize(dtype), begin, end, in.data());
   });

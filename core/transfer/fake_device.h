@@ -101,6 +101,9 @@ class FakeDeviceEndpoint : public MemoryEndpoint {
   std::optional<StridedView> View(size_t tensor, const Box& box) override;
   bool IsOnDevice(size_t tensor) const override;
   absl::StatusOr<std::unique_ptr<DeviceStream>> OpenDeviceStream() override;
+  // Now and then nullopt.
+  std::optional<StridedView> ViewOnDevice(size_t tensor, const Box& box,
+                                          DeviceStream& stream) override;
   absl::Status ReadOnDevice(size_t tensor, const Box& box, int64_t begin,
                             int64_t end, DType dtype, DeviceStream& stream,
                             absl::Span<std::byte> out) override;

@@ -41,6 +41,23 @@ bool HasPieces(absl::Span<const MessagePiece> pieces, bool on_device) {
 
 }  // namespace
 
+std::byte* MemoryOf(const MessagePiece& piece, DeviceStream* stream) {
+  Endpoint& endpoint = *piece.endpoint;
+  if (piece.is_on_device() != (stream != nullptr) ||
+      endpoint.catalog()[piece.tensor].dtype != piece.dtype) {
+    return nullptr;
+  }
+  const auto view = stream != nullptr ? endpoint.ViewOnDevice(
+                                            piece.tensor, *piece.box, *stream)
+                                      : endpoint.View(piece.tensor, *piece.box);
+  const int64_t item_size = ItemSize(piece.dtype);
+  if (!view.has_value() ||
+      !IsContiguous(*view, piece.box->extents(), item_size)) {
+    return nullptr;
+  }
+  return view->base + piece.begin * item_size;
+}
+
 absl::Status Staging::Annotated(const absl::Status& status,
                                 const MessagePiece& piece) const {
   if (status.ok()) return status;
@@ -114,6 +131,7 @@ absl::Status Staging::Pack(int index, bool on_device,
                                absl::MakeSpan(host + p.offset, bytes)),
         p));
   }
+  if (on_device) DSD_RETURN_IF_ERROR(stream_->Submit());
   if (on_device ? !has_host : !has_device) return absl::OkStatus();
   DSD_RETURN_IF_ERROR(
       ForEachStretch(pieces, !on_device, [&](int64_t offset, int64_t bytes) {
@@ -160,6 +178,7 @@ absl::Status Staging::Unpack(int index, bool on_device,
                       absl::MakeConstSpan(device + p.offset, p.bytes())),
                   p));
   }
+  if (has_device) DSD_RETURN_IF_ERROR(stream_->Submit());
   if (!has_host) return absl::OkStatus();
   if (on_device) DSD_RETURN_IF_ERROR(WaitUntil(buffer.used_until));
   for (const MessagePiece& p : pieces) {
@@ -173,20 +192,26 @@ absl::Status Staging::Unpack(int index, bool on_device,
 }
 
 absl::Status Staging::ReadTo(const MessagePiece& piece, std::byte* host) {
+  host_is_used_ = true;
+  if (const std::byte* const memory = MemoryOf(piece, stream_.get())) {
+    return stream_->CopyToHost(memory, host, piece.bytes());
+  }
   DSD_ASSIGN_OR_RETURN(std::byte* const device, DeviceMemory(pass_));
   DSD_RETURN_IF_ERROR(Annotated(
       piece.endpoint->ReadOnDevice(piece.tensor, *piece.box, piece.begin,
                                    piece.end, piece.dtype, *stream_,
                                    absl::MakeSpan(device, piece.bytes())),
       piece));
-  host_is_used_ = true;
   return stream_->CopyToHost(device, host, piece.bytes());
 }
 
 absl::Status Staging::WriteFrom(const MessagePiece& piece,
                                 const std::byte* host) {
-  DSD_ASSIGN_OR_RETURN(std::byte* const device, DeviceMemory(pass_));
   host_is_used_ = true;
+  if (std::byte* const memory = MemoryOf(piece, stream_.get())) {
+    return stream_->CopyToDevice(host, memory, piece.bytes());
+  }
+  DSD_ASSIGN_OR_RETURN(std::byte* const device, DeviceMemory(pass_));
   DSD_RETURN_IF_ERROR(stream_->CopyToDevice(host, device, piece.bytes()));
   return Annotated(
       piece.endpoint->WriteOnDevice(piece.tensor, *piece.box, piece.begin,

@@ -38,6 +38,10 @@ struct MessagePiece {
   bool is_on_device() const { return endpoint->IsOnDevice(tensor); }
 };
 
+// Where the elements lie as they are in messages: in memory of the device of
+// `stream`, of the host if that is null. Null if they lie nowhere so.
+std::byte* MemoryOf(const MessagePiece& piece, DeviceStream* stream);
+
 // Buffers of one size, made when first used and kept. A message is in host
 // memory or on the device; pieces of the other kind pass through a buffer of
 // theirs, neighbours in one copy. Errors are those of endpoints and stream,

@@ -22,6 +22,7 @@ namespace dsd {
 namespace {
 
 constexpr int64_t kOwnPieceBytes = int64_t{256} << 10;
+constexpr int64_t kMinDirectBytes = int64_t{32} << 10;
 
 // Reads a stream of moves, box after box, in pieces of any size.
 class Stream {
@@ -93,15 +94,6 @@ class Stream {
   int64_t element_ = 0;
 };
 
-bool IsContiguous(const StridedView& view, absl::Span<const int64_t> extents,
-                  int64_t item_size) {
-  for (int d = static_cast<int>(extents.size()) - 1; d >= 0; --d) {
-    if (extents[d] != 1 && view.strides_bytes[d] != item_size) return false;
-    item_size *= extents[d];
-  }
-  return true;
-}
-
 class Executor {
   static constexpr uint8_t kSends = 1;  // from a device, mostly
   static constexpr uint8_t kReceives = 2;
@@ -132,22 +124,26 @@ class Executor {
       const bool reads = move.provider == plan_.rank;
       const bool writes = IsLocal(move) || !reads;
       if (writes) bytes_total_ += move.wire_bytes();
-      const bool from_device = reads && source_.IsOnDevice(move.source_tensor);
-      const bool to_device = writes && target_.IsOnDevice(move.target_tensor);
-      if (from_device) with_device = &source_;
-      if (to_device) with_device = &target_;
-      if (!IsLocal(move) || !(from_device || to_device)) continue;
-      (from_device && to_device ? on_device : to_or_from_device).Add(i);
+      if (reads && source_.IsOnDevice(move.source_tensor)) {
+        with_device = &source_;
+      }
+      if (writes && target_.IsOnDevice(move.target_tensor)) {
+        with_device = &target_;
+      }
     }
     DSD_RETURN_IF_ERROR(AbortOthers(MakeStaging(with_device)));
     for (size_t i = 0; i < plan_.moves.size(); ++i) {
       const Move& move = plan_.moves[i];
-      if (!IsLocal(move) || source_.IsOnDevice(move.source_tensor) ||
-          target_.IsOnDevice(move.target_tensor)) {
-        continue;
-      }
-      // What nobody waits for is copied while messages travel.
-      if (move.readers.empty()) {
+      if (!IsLocal(move)) continue;
+      const bool from_device = source_.IsOnDevice(move.source_tensor);
+      const bool to_device = target_.IsOnDevice(move.target_tensor);
+      if (from_device && to_device) {
+        DSD_ASSIGN_OR_RETURN(const bool done, CopyOnDevice(move));
+        if (!done) on_device.Add(i);
+      } else if (from_device || to_device) {
+        to_or_from_device.Add(i);
+      } else if (move.readers.empty()) {
+        // What nobody waits for is copied while messages travel.
         local_moves_.push_back(i);
       } else {
         DSD_RETURN_IF_ERROR(Fail(CopyLocally(move), move));
@@ -319,11 +315,33 @@ class Executor {
     }
   }
 
-  // Page-locked memory needs no staging. Whether the piece was copied so.
+  // A whole move in one copy, where the device holds its elements as they are
+  // on the wire on both sides. Whether that was so.
+  absl::StatusOr<bool> CopyOnDevice(const Move& move) {
+    const DType dtype = source_.catalog()[move.source_tensor].dtype;
+    if (dtype != target_.catalog()[move.target_tensor].dtype) return false;
+    DeviceStream& stream = *staging_->stream();
+    const auto from =
+        source_.ViewOnDevice(move.source_tensor, move.box, stream);
+    const auto to = target_.ViewOnDevice(move.target_tensor, move.box, stream);
+    if (!from.has_value() || !to.has_value()) return false;
+    DSD_RETURN_IF_ERROR(Fail(
+        stream.CopyOnDevice(*from, *to, move.box.extents(), ItemSize(dtype)),
+        move));
+    stats_.bytes_local += move.wire_bytes();
+    DSD_RETURN_IF_ERROR(Report(move.wire_bytes()));
+    return true;
+  }
+
+  // Page-locked memory needs no staging, unless many small pieces travel faster
+  // together. Whether the piece was copied so.
   absl::StatusOr<bool> CopyDirectly(const MessagePiece& from,
                                     const MessagePiece& to) {
+    if (from.bytes() < std::min(kMinDirectBytes, options_.chunk_bytes / 2)) {
+      return false;
+    }
     const MessagePiece& in_host = from.is_on_device() ? to : from;
-    std::byte* const memory = MemoryOf(in_host);
+    std::byte* const memory = MemoryOf(in_host, nullptr);
     if (memory == nullptr || !staging_->stream()->IsPageLocked(memory)) {
       return false;
     }
@@ -567,23 +585,8 @@ class Executor {
 
   // Where a message of pieces_ lies already; null if it needs staging.
   std::byte* MemoryOfOne(bool on_device) const {
-    return on_device || pieces_.size() != 1 ? nullptr : MemoryOf(pieces_[0]);
-  }
-
-  // Where the elements lie in host memory as they are on the wire; null if they
-  // do not.
-  static std::byte* MemoryOf(const MessagePiece& piece) {
-    if (piece.is_on_device() ||
-        piece.endpoint->catalog()[piece.tensor].dtype != piece.dtype) {
-      return nullptr;
-    }
-    const int64_t item_size = ItemSize(piece.dtype);
-    const auto view = piece.endpoint->View(piece.tensor, *piece.box);
-    if (!view.has_value() ||
-        !IsContiguous(*view, piece.box->extents(), item_size)) {
-      return nullptr;
-    }
-    return view->base + piece.begin * item_size;
+    if (pieces_.size() != 1) return nullptr;
+    return MemoryOf(pieces_[0], on_device ? staging_->stream() : nullptr);
   }
 
   static std::string Label(const Stream& stream) {

@@ -43,15 +43,6 @@ absl::Status CheckText(absl::string_view key) {
       absl::StrCat("key ", Quoted(key), " is not valid UTF-8"));
 }
 
-bool IsContiguous(const StridedView& view, const Dims& extents,
-                  int64_t item_size) {
-  for (int d = static_cast<int>(extents.size()) - 1; d >= 0; --d) {
-    if (extents[d] != 1 && view.strides_bytes[d] != item_size) return false;
-    item_size *= extents[d];
-  }
-  return true;
-}
-
 }  // namespace
 
 const Catalog& CatalogOf(const State& state) {

@@ -49,6 +49,10 @@ class PatientEndpoint final : public Endpoint {
   absl::StatusOr<std::unique_ptr<DeviceStream>> OpenDeviceStream() override {
     return source_.OpenDeviceStream();
   }
+  std::optional<StridedView> ViewOnDevice(size_t tensor, const Box& box,
+                                          DeviceStream& stream) override {
+    return source_.ViewOnDevice(tensor, box, stream);
+  }
   absl::Status ReadOnDevice(size_t tensor, const Box& box, int64_t begin,
                             int64_t end, DType dtype, DeviceStream& stream,
                             absl::Span<std::byte> out) override {
