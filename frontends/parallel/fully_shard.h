@@ -98,7 +98,11 @@ class FullyShardBase : public torch::nn::Module, public ModuleWrapper {
 // Constructors throw StatusError: InvalidArgument (scalar parameter; two
 // parameters on one storage), FailedPrecondition (a parameter that another unit
 // has: tied parameters need one unit around all their uses), Unimplemented
-// (not in host memory; a type that has no ReduceScatter).
+// (neither in host memory nor on CUDA; a type that has no ReduceScatter).
+//
+// On CUDA, gathers and sums go from and to the memory of the device over a
+// backend that moves it (nccl), else through page-locked memory; gradients have
+// the same bits either way.
 //
 // Limits: parameters may be used in autograd only inside forward(); no
 // create_graph, no sparse gradients; dtype and device stay as they are when

@@ -6,10 +6,10 @@
 #ifndef DSD_FRONTENDS_PARALLEL_FULLY_SHARD_CONTEXT_H_
 #define DSD_FRONTENDS_PARALLEL_FULLY_SHARD_CONTEXT_H_
 
-#include <cstddef>
 #include <cstdint>
 #include <string>
 
+#include "ATen/core/Tensor.h"
 #include "absl/base/thread_annotations.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
@@ -48,17 +48,27 @@ class FullyShardContext {
   // forward() or backward() as a StatusError.
   absl::Status status() const;
 
-  // Communicator's calls of the same names, for units. Throw StatusError
-  // (core/tensor/torch_boundary.h), whose text begins with `what()`.
-  void AllGather(absl::Span<const std::byte> mine,
-                 absl::Span<const absl::Span<std::byte>> parts,
+  // Communicator's calls of the same names, for units: on tensors of one
+  // dimension without gaps, all in host memory or all on one CUDA device. What
+  // is on a device goes through host memory where the backend moves only that;
+  // the results are the same. Throw StatusError (core/tensor/torch_boundary.h),
+  // whose text begins with `what()`.
+  void AllGather(const at::Tensor& mine, absl::Span<const at::Tensor> parts,
                  absl::FunctionRef<std::string()> what);
-  void ReduceScatterSum(absl::Span<const std::byte> input,
+  void ReduceScatterSum(const at::Tensor& input,
                         absl::Span<const int64_t> counts,
-                        absl::Span<std::byte> output, DType dtype,
+                        const at::Tensor& output, DType dtype,
                         absl::FunctionRef<std::string()> what);
 
  private:
+  // The same on tensors in memory of the device, which the backend moves.
+  void AllGatherOnDevice(const at::Tensor& mine,
+                         absl::Span<const at::Tensor> parts,
+                         absl::FunctionRef<std::string()> what);
+  void ReduceScatterSumOnDevice(const at::Tensor& input,
+                                absl::Span<const int64_t> counts,
+                                const at::Tensor& output,
+                                absl::FunctionRef<std::string()> what);
   void Check(const absl::Status& status, absl::FunctionRef<std::string()> what);
 
   Communicator* const comm_;

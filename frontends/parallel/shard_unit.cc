@@ -4,17 +4,17 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstring>
 #include <map>
 #include <optional>
 #include <utility>
 
 #include "ATen/core/grad_mode.h"
-#include "ATen/native/Resize.h"
+#include "ATen/ops/_foreach_copy.h"
 #include "ATen/ops/empty.h"
 #include "ATen/ops/zeros.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "c10/core/DeviceGuard.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/core/layout/mesh.h"
 #include "dsd/core/layout/placement.h"
@@ -48,17 +48,36 @@ std::optional<DType> GradientType(at::ScalarType type) {
   }
 }
 
-std::byte* BytesOf(const at::Tensor& tensor) {
-  return static_cast<std::byte*>(tensor.mutable_data_ptr());
+// The bytes of a tensor without gaps, in its memory.
+at::Tensor BytesOf(const at::Tensor& tensor) {
+  return tensor.view({-1}).view(at::kByte);
 }
 
-absl::Span<std::byte> SpanOf(const at::Tensor& tensor) {
-  return absl::MakeSpan(BytesOf(tensor), tensor.nbytes());
+// Gives a tensor memory of any content, or with 0 frees it; what shares its
+// storage follows.
+void ResizeStorage(const at::Tensor& tensor, size_t bytes) {
+  const c10::DeviceGuard guard(tensor.device());
+  c10::StorageImpl& storage = *tensor.storage().unsafeGetStorageImpl();
+  storage.set_data_ptr_noswap(storage.allocator()->allocate(bytes));
+  storage.set_nbytes(bytes);
 }
 
-void Copy(std::byte* to, const std::byte* from, int64_t bytes) {
-  if (bytes > 0) std::memcpy(to, from, bytes);
-}
+// Many copies of one device, enqueued as few.
+class Copies {
+ public:
+  void Add(at::Tensor from, at::Tensor to) {
+    if (from.numel() == 0) return;
+    from_.push_back(std::move(from));
+    to_.push_back(std::move(to));
+  }
+  void Run() {
+    if (!from_.empty()) at::_foreach_copy_(to_, from_);
+  }
+
+ private:
+  std::vector<at::Tensor> from_;
+  std::vector<at::Tensor> to_;
+};
 
 }  // namespace
 
@@ -179,6 +198,12 @@ int64_t ShardUnit::ShardElements(const Slot& slot, int rank) const {
   return (RowBegin(slot, rank + 1) - RowBegin(slot, rank)) * slot.row_elements;
 }
 
+at::Tensor ShardUnit::PartOf(const at::Tensor& whole, const Slot& slot,
+                             int rank) const {
+  return whole.view({-1}).narrow(0, RowBegin(slot, rank) * slot.row_elements,
+                                 ShardElements(slot, rank));
+}
+
 Dims ShardUnit::ShardShape(const Slot& slot) const {
   Dims shape = ToDims(slot.full.sizes());
   shape[0] =
@@ -223,10 +248,12 @@ void ShardUnit::Add(const std::string& name, const at::Tensor& parameter) {
          "is sharded already, by another unit or by your code: put all modules "
          "that use it into one unit");
   }
-  if (parameter.layout() != at::kStrided || !parameter.device().is_cpu()) {
+  if (parameter.layout() != at::kStrided ||
+      !(parameter.is_cpu() || parameter.is_cuda())) {
     Fail(absl::StatusCode::kUnimplemented, slot,
          absl::StrCat("is on ", parameter.device().str(),
-                      " or sparse; expected a dense tensor in host memory"));
+                      " or sparse; expected a dense tensor in host memory or "
+                      "on CUDA"));
   }
   if (parameter.dim() == 0) {
     Fail(absl::StatusCode::kInvalidArgument, slot,
@@ -263,7 +290,7 @@ void ShardUnit::Shard() {
     if (!layout.ok()) throw StatusError(layout.status());
     const int64_t begin = RowBegin(slot, rank);
     slot.full = at::empty(whole.sizes(), whole.options());
-    at::native::resize_bytes_cpu(slot.full.storage().unsafeGetStorageImpl(), 0);
+    ResizeStorage(slot.full, 0);
     slot.parameter.set_data(
         whole.narrow(0, begin, RowBegin(slot, rank + 1) - begin)
             .clone(at::MemoryFormat::Contiguous));
@@ -300,8 +327,7 @@ void ShardUnit::Unshard() {
   unsharded_ = true;
   try {
     for (Slot& slot : slots_) {
-      at::native::resize_bytes_cpu(slot.full.storage().unsafeGetStorageImpl(),
-                                   slot.full.nbytes());
+      ResizeStorage(slot.full, slot.full.nbytes());
       if (slot.bucketed) {
         bucket.push_back(&slot);
       } else {
@@ -317,15 +343,11 @@ void ShardUnit::Unshard() {
 }
 
 void ShardUnit::GatherAlone(Slot& slot) {
-  const int64_t item_size = slot.full.element_size();
-  std::byte* next = BytesOf(slot.full);
-  std::vector<absl::Span<std::byte>> parts;
+  std::vector<at::Tensor> parts;
   for (int rank = 0; rank < context_->world_size(); ++rank) {
-    const int64_t bytes = ShardElements(slot, rank) * item_size;
-    parts.push_back(absl::MakeSpan(next, bytes));
-    next += bytes;
+    parts.push_back(PartOf(slot.full, slot, rank));
   }
-  context_->AllGather(SpanOf(slot.shard), parts,
+  context_->AllGather(slot.shard.view({-1}), parts,
                       [this] { return Describe("gather"); });
 }
 
@@ -340,31 +362,38 @@ void ShardUnit::GatherBucket(absl::Span<Slot* const> slots) {
     }
     offsets.push_back(offsets.back() + bytes);
   }
-  const at::Tensor staging = at::empty({offsets.back()}, at::kByte);
-  std::byte* const base = BytesOf(staging);
-  std::vector<absl::Span<std::byte>> parts;
+  const at::Tensor staging =
+      at::empty({offsets.back()}, slots[0]->full.options().dtype(at::kByte));
+  std::vector<at::Tensor> parts;
   for (int rank = 0; rank < world_size; ++rank) {
-    parts.push_back(absl::MakeSpan(base + offsets[rank],
-                                   offsets[rank + 1] - offsets[rank]));
+    parts.push_back(
+        staging.narrow(0, offsets[rank], offsets[rank + 1] - offsets[rank]));
   }
-  std::byte* mine = base + offsets[context_->rank()];
-  for (const Slot* slot : slots) {
-    Copy(mine, BytesOf(slot->shard), slot->shard.nbytes());
-    mine += slot->shard.nbytes();
-  }
-  context_->AllGather(parts[context_->rank()], parts,
-                      [this] { return Describe("gather"); });
-  const std::byte* next = base;
-  for (int rank = 0; rank < world_size; ++rank) {
+  // Calls fn(slot, bytes of `rank` in the message) for each slot.
+  const auto for_each_part = [&](int rank, const auto& fn) {
+    int64_t next = 0;
     for (const Slot* slot : slots) {
-      const int64_t item_size = slot->full.element_size();
-      const int64_t bytes = ShardElements(*slot, rank) * item_size;
-      Copy(BytesOf(slot->full) +
-               RowBegin(*slot, rank) * slot->row_elements * item_size,
-           next, bytes);
+      const int64_t bytes =
+          ShardElements(*slot, rank) * slot->full.element_size();
+      fn(*slot, parts[rank].narrow(0, next, bytes));
       next += bytes;
     }
+  };
+  Copies in;
+  for_each_part(context_->rank(),
+                [&](const Slot& slot, const at::Tensor& bytes) {
+                  in.Add(BytesOf(slot.shard), bytes);
+                });
+  in.Run();
+  context_->AllGather(parts[context_->rank()], parts,
+                      [this] { return Describe("gather"); });
+  Copies out;
+  for (int rank = 0; rank < world_size; ++rank) {
+    for_each_part(rank, [&](const Slot& slot, const at::Tensor& bytes) {
+      out.Add(bytes, BytesOf(PartOf(slot.full, slot, rank)));
+    });
   }
+  out.Run();
 }
 
 void ShardUnit::Reshard() noexcept {
@@ -373,7 +402,7 @@ void ShardUnit::Reshard() noexcept {
   for (Slot& slot : slots_) {
     slot.parameter.set_data(slot.shard);
     slot.shard.reset();
-    at::native::resize_bytes_cpu(slot.full.storage().unsafeGetStorageImpl(), 0);
+    ResizeStorage(slot.full, 0);
   }
   unsharded_ = false;
 }
@@ -448,7 +477,8 @@ void ShardUnit::ReduceBucket(DType dtype, absl::Span<Slot* const> slots) {
   }
   const at::TensorOptions options = slots[0]->full.options();
   const at::Tensor staging = at::zeros({total}, options);
-  const at::Tensor flags = at::zeros({num_slots}, options);
+  at::Tensor flags =
+      at::zeros({num_slots}, options.device(at::kCPU).pinned_memory(false));
   std::vector<at::Tensor> gradients(num_slots);
   for (int64_t i = 0; i < num_slots; ++i) {
     const at::Tensor& grad = slots[i]->parameter.grad();
@@ -456,37 +486,38 @@ void ShardUnit::ReduceBucket(DType dtype, absl::Span<Slot* const> slots) {
     flags.select(0, i).fill_(1);
     if (slots[i]->bucketed) gradients[i] = grad.to(options).contiguous();
   }
-  const int64_t item_size = staging.element_size();
+  flags = flags.to(staging.device());
+  Copies in;
   int64_t next = 0;
   for (int rank = 0; rank < world_size; ++rank) {
-    Copy(BytesOf(staging) + next * item_size, BytesOf(flags), flags.nbytes());
+    in.Add(flags, staging.narrow(0, next, num_slots));
     next += num_slots;
     for (int64_t i = 0; i < num_slots; ++i) {
       if (!slots[i]->bucketed) continue;
       const int64_t elements = ShardElements(*slots[i], rank);
       if (gradients[i].defined()) {
-        Copy(BytesOf(staging) + next * item_size,
-             BytesOf(gradients[i]) +
-                 RowBegin(*slots[i], rank) * slots[i]->row_elements * item_size,
-             elements * item_size);
+        in.Add(PartOf(gradients[i], *slots[i], rank),
+               staging.narrow(0, next, elements));
       }
       next += elements;
     }
   }
+  in.Run();
   gradients.clear();
   const at::Tensor mine = at::empty({counts[context_->rank()]}, options);
-  context_->ReduceScatterSum(SpanOf(staging), counts, SpanOf(mine), dtype,
+  context_->ReduceScatterSum(staging, counts, mine, dtype,
                              [this] { return Describe("gradients"); });
+  flags = mine.narrow(0, 0, num_slots).cpu();
   next = num_slots;
   for (int64_t i = 0; i < num_slots; ++i) {
     Slot& slot = *slots[i];
-    const bool anybody_has_it = mine.select(0, i).item<double>() != 0;
+    const bool anybody_has_it = flags.select(0, i).item<double>() != 0;
     if (slot.bucketed) {
       const int64_t elements = ShardElements(slot, context_->rank());
       if (anybody_has_it) {
-        at::Tensor sum = at::empty(ToIntArrayRef(ShardShape(slot)), options);
-        Copy(BytesOf(sum), BytesOf(mine) + next * item_size, sum.nbytes());
-        SetShardGradient(slot, std::move(sum));
+        SetShardGradient(slot, mine.narrow(0, next, elements)
+                                   .view(ToIntArrayRef(ShardShape(slot)))
+                                   .clone());
       }
       next += elements;
     } else if (anybody_has_it) {
@@ -509,7 +540,7 @@ void ShardUnit::ReduceAlone(DType dtype, Slot& slot) {
     counts.push_back(ShardElements(slot, rank));
   }
   at::Tensor sum = at::empty(ToIntArrayRef(ShardShape(slot)), options);
-  context_->ReduceScatterSum(SpanOf(grad), counts, SpanOf(sum), dtype,
+  context_->ReduceScatterSum(grad.view({-1}), counts, sum.view({-1}), dtype,
                              [this] { return Describe("gradients"); });
   SetShardGradient(slot, std::move(sum));
 }

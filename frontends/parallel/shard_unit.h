@@ -92,6 +92,8 @@ class ShardUnit : public std::enable_shared_from_this<ShardUnit> {
   // First row of the shard of `rank`; of world_size(): the number of rows.
   int64_t RowBegin(const Slot& slot, int rank) const;
   int64_t ShardElements(const Slot& slot, int rank) const;
+  // The rows of the shard of `rank` in a tensor of all, as one dimension.
+  at::Tensor PartOf(const at::Tensor& whole, const Slot& slot, int rank) const;
   // Of this rank's shard.
   Dims ShardShape(const Slot& slot) const;
   std::string Describe(const char* what) const;

@@ -6,6 +6,7 @@
 #
 # usage: run_cuda_tests.sh TEST_BINARY [gtest flags]
 #
+# $NCCL: a libnccl.so.2 instead of PyTorch's; from 2.30 several ranks may share the device, so that their tests run, too.
 # Build the binary elsewhere: ./bazelw build --config=cuda --config=opt --strip=always //testing/device/cuda:cuda_test
 # The torch package is that of $DSD_PYTHON, else of python3. Exit status: of the tests.
 
@@ -21,6 +22,11 @@ for folder in "$torch"/../nvidia/*/lib; do
   if [[ -d $folder ]]; then libraries+=:$folder; fi
 done
 export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+
+export NCCL_SOCKET_IFNAME=lo  # no other machine takes part
+if [[ -n ${NCCL:-} ]]; then
+  export LD_PRELOAD=$NCCL NCCL_MULTI_RANK_GPU_ENABLE=1
+fi
 
 chmod +x "$binary"
 if missing=$(ldd "$binary" | grep 'not found'); then

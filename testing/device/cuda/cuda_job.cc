@@ -18,11 +18,29 @@
 #include "dsd/core/tensor/torch_types.h"
 #include "dsd/frontends/torch/state_dict.h"
 
+// Of libtorch_cuda.so: keeps the current stream busy for so many cycles. Weak,
+// so that the test also links without.
+namespace at::cuda {
+__attribute__((weak)) void sleep(int64_t cycles);
+}  // namespace at::cuda
+
 namespace dsd::test {
 
 c10::Device DeviceUnderTest() {
   const char* const name = std::getenv("DSD_TEST_DEVICE");
   return c10::Device(name != nullptr ? name : "cuda:0");
+}
+
+bool OnCuda() { return DeviceUnderTest().is_cuda(); }
+
+void KeepBusy(int64_t cycles) {
+  if (OnCuda()) at::cuda::sleep(cycles);
+}
+
+OtherStream::OtherStream() {
+  if (!OnCuda()) return;
+  const c10::impl::VirtualGuardImpl guard(c10::kCUDA);
+  guard_.emplace(guard.getStreamFromGlobalPool(DeviceUnderTest()));
 }
 
 void Synchronize() {

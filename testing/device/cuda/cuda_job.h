@@ -8,12 +8,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "ATen/core/Tensor.h"
 #include "absl/status/status.h"
 #include "c10/core/Device.h"
+#include "c10/core/StreamGuard.h"
 #include "dsd/core/comm/communicator.h"
 #include "dsd/core/layout/box.h"
 #include "dsd/core/state_dict/state_dict.h"
@@ -26,8 +28,24 @@ namespace dsd::test {
 // tests compare the CPU with itself, to find errors of their own).
 c10::Device DeviceUnderTest();
 
+bool OnCuda();
+
 // Waits until all work on the device is done.
 void Synchronize();
+
+constexpr int64_t kHalfASecond = int64_t{1} << 30;  // cycles
+
+// The current stream of the device is busy for about `cycles` from now on.
+void KeepBusy(int64_t cycles = kHalfASecond);
+
+// A stream that is not the default one, current while this lives.
+class OtherStream {
+ public:
+  OtherStream();
+
+ private:
+  std::optional<c10::StreamGuard> guard_;
+};
 
 // Elements of known values, the same wherever they are made.
 at::Tensor KnownValues(const Dims& shape, double start);
