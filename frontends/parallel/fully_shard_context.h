@@ -34,6 +34,10 @@ struct FullyShardOptions {
 // status() may come from any thread.
 class FullyShardContext {
  public:
+  // On CUDA, ranks that share a device must be processes: autograd has one
+  // thread per device and process, in which no two ranks can wait for each
+  // other.
+  //
   // `comm` must outlive the context and is used by forward() and backward() of
   // the units, in that order: other collective calls on the same lane must come
   // between them in the same order on all ranks. Null: a world of one.

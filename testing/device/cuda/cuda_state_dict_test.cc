@@ -290,34 +290,34 @@ TEST_P(CudaBackendTest, StateDictsEqualTheCpu) {
   EXPECT_THAT(RunRanks(ranks, "StateDictsOverABackend", options), AllRanksOk());
 }
 
-// Training over FullyShard, too, has the bits that ranks in one process have.
-TEST_P(CudaBackendTest, ShardedTrainingHasTheSameBits) {
-  const auto [backend, number] = GetParam();
-  const int ranks = number;
-  std::vector<std::string> expected(ranks);
-  const std::string directory = NewDirectory(ranks);
-  ASSERT_THAT(RunRankThreads(ranks,
-                             [&](Communicator& comm) -> absl::Status {
-                               DSD_ASSIGN_OR_RETURN(
-                                   expected[comm.rank()],
-                                   test::BitsOfShardedJob(comm, directory,
-                                                          DeviceUnderTest()));
-                               return absl::OkStatus();
-                             }),
-              AllOk());
-  RankRunOptions options;
-  options.argument = absl::StrCat(backend, " ", NewDirectory(ranks));
-  const std::vector<RankResult> results =
-      RunRanks(ranks, "ShardedJobOverABackend", options);
-  ASSERT_THAT(results, AllRanksOk());
-  for (int rank = 0; rank < ranks; ++rank) {
-    EXPECT_EQ(results[rank].values.at("bits"), expected[rank]) << rank;
-  }
-}
-
 INSTANTIATE_TEST_SUITE_P(All, CudaBackendTest,
                          testing::Combine(testing::Values("gloo", "nccl"),
                                           testing::Values(1, 2, 3)));
+
+// Ranks that share a device are processes: FullyShardContext.
+class CudaTrainingTest : public testing::TestWithParam<int> {};
+
+TEST_P(CudaTrainingTest, HasTheSameBitsOverEveryBackend) {
+  const int ranks = GetParam();
+  std::vector<std::string> bits[2];
+  for (const std::string backend : {"gloo", "nccl"}) {
+    if (backend == "nccl") {
+      const absl::Status status = NcclIsAvailable(ranks);
+      if (!status.ok()) GTEST_SKIP() << status.message();
+    }
+    RankRunOptions options;
+    options.argument = absl::StrCat(backend, " ", NewDirectory(ranks));
+    const std::vector<RankResult> results =
+        RunRanks(ranks, "ShardedJobOverABackend", options);
+    ASSERT_THAT(results, AllRanksOk()) << backend;
+    for (const RankResult& result : results) {
+      bits[backend == "nccl"].push_back(result.values.at("bits"));
+    }
+  }
+  EXPECT_EQ(bits[0], bits[1]);
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, CudaTrainingTest, testing::Values(1, 2, 3));
 
 }  // namespace
 }  // namespace dsd
