@@ -3,6 +3,9 @@
 
     dcp_oracle.py write FOLDER    makes FOLDER/<case>/, and FOLDER/<case>.dump/ with what each case holds
     dcp_oracle.py check FOLDER    compares FOLDER/ckpt/ with FOLDER/ckpt.dump/, by all ways that Python has
+    dcp_oracle.py dtypes FOLDER   writes the names of all dtypes to FOLDER/dtypes.txt
+
+Runs with torch 2.2 and newer; what a version older than the one that is linked cannot write is left out.
 
 A dump is written without any checkpoint code: index.txt has a line per tensor, "key<TAB>dtype<TAB>extents<TAB>file", the
 files the elements, row-major.
@@ -10,6 +13,7 @@ files the elements, row-major.
 
 import collections
 import ctypes
+import inspect
 import io
 import os
 import subprocess
@@ -56,15 +60,36 @@ sys.modules["zstandard"] = zstandard
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._extension import ZStandard
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+IS_OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+
+
+def supported(function, *names):
+  """Whether a function has parameters of these names; only an old one may lack them."""
+  has_all = set(names) <= set(inspect.signature(function).parameters)
+  assert has_all or IS_OLD, names
+  return has_all
+
+
+ALONE = {"no_dist": True} if supported(dcp.save, "no_dist") else {}
 
 DTYPES = [
     "float32", "float64", "float16", "bfloat16", "complex32", "complex64", "complex128", "int8", "int16", "int32",
     "int64", "uint8", "uint16", "uint32", "uint64", "bool", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
     "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"
 ]
+
+
+def storable(dtype):
+  try:
+    torch.save(torch.zeros(16, dtype=torch.uint8).view(getattr(torch, dtype)), io.BytesIO())
+    return True
+  except (AttributeError, KeyError):
+    assert IS_OLD, dtype
+    return False
+
+
+DTYPES = [d for d in DTYPES if storable(d)]
 
 
 def tensor_of(data, dtype, shape):
@@ -146,7 +171,7 @@ def flat_tensors(tree, path=()):
 
 def write(folder):
   save = lambda state, case, **options: dcp.save(
-      state, storage_writer=dcp.FileSystemWriter(os.path.join(folder, case), **options), no_dist=True)
+      state, storage_writer=dcp.FileSystemWriter(os.path.join(folder, case), **options), **ALONE)
 
   # Every dtype, every kind of shape, every kind of object.
   state = {"dtypes": {d: filled(d, [3, 5], i) for i, d in enumerate(DTYPES)}}
@@ -191,10 +216,11 @@ def write(folder):
     dump(os.path.join(folder, case + ".dump"), dict(flat_tensors(few)))
 
   # Compressed.
-  save({"w": torch.arange(100000, dtype=torch.float32).reshape(500, 200), "few": few}, "zstd", _extensions=[ZStandard()])
-  dump(
-      os.path.join(folder, "zstd.dump"),
-      dict(flat_tensors({"w": torch.arange(100000, dtype=torch.float32).reshape(500, 200), "few": few})))
+  if supported(dcp.FileSystemWriter.__init__, "_extensions"):
+    from torch.distributed.checkpoint._extension import ZStandard
+    state = {"w": torch.arange(100000, dtype=torch.float32).reshape(500, 200), "few": few}
+    save(state, "zstd", _extensions=[ZStandard()])
+    dump(os.path.join(folder, "zstd.dump"), dict(flat_tensors(state)))
 
   # Ranks: even, uneven and empty shards, two mesh dimensions, replicas, AdamW state.
   meeting = tempfile.mktemp(dir=folder)
@@ -207,14 +233,18 @@ def write(folder):
 
 
 def write_as_rank(folder, rank, meeting):
-  from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+  from torch.distributed.device_mesh import init_device_mesh
+  try:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+  except ImportError:
+    from torch.distributed._tensor import DTensor, Replicate, Shard, distribute_tensor
   dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=4)
   line = init_device_mesh("cpu", (4,))
   grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
   whole = {
       "even": filled("float32", [8, 6], 11),
       "uneven": filled("bfloat16", [5, 3], 12),
-      "few": filled("int64", [2], 13),
+      "few": filled("int64", [4 if IS_OLD else 2], 13),
       "columns": filled("float32", [3, 10], 14),
       "grid": filled("float16", [7, 9], 15),
       "half": filled("float32", [6, 4], 16),
@@ -248,13 +278,16 @@ def write_as_rank(folder, rank, meeting):
   for key, value in (("model", state["model"]), ("optim", state["optim"])):
     for name, tensor in flat_tensors({key: value}):
       whole[name] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-  dcp.save(state, checkpoint_id=os.path.join(folder, "ranks"))
+  dcp.save(state, storage_writer=dcp.FileSystemWriter(os.path.join(folder, "ranks")))
   # Each rank for itself, with an index of its own.
   state["mine"] = "of rank %d" % rank
-  dcp.save(state, checkpoint_id=os.path.join(folder, "local"), use_collectives=False)
+  has_local = supported(dcp.save, "use_collectives")
+  if has_local:
+    dcp.save(state, checkpoint_id=os.path.join(folder, "local"), use_collectives=False)
   if rank == 0:
     dump(os.path.join(folder, "ranks.dump"), whole)
-    dump(os.path.join(folder, "local.dump"), whole)
+    if has_local:
+      dump(os.path.join(folder, "local.dump"), whole)
   dist.barrier()
   os._exit(0)
 
@@ -275,6 +308,9 @@ def same(a, b, where):
 
 
 def check(folder):
+  if not hasattr(torch.distributed.checkpoint.metadata, "StorageMeta"):
+    print("torch %s lacks classes that later versions write" % torch.__version__)
+    return
   directory = os.path.join(folder, "ckpt")
   expected = read_dump(os.path.join(folder, "ckpt.dump"))
   reader = dcp.FileSystemReader(directory)
@@ -319,18 +355,21 @@ def check(folder):
       ) else expected[key], 0).view(expected[key].dtype).reshape(expected[key].shape)
   state["objects"] = {key: None for key in objects() if key != "groups"}
   state["objects"]["groups"] = [{"lr": 0, "params": 0, "none": 0}, {"lr": 0, "params": 0, "none": 0}]
-  dcp.load(state, checkpoint_id=directory, no_dist=True)
+  dcp.load(state, storage_reader=dcp.FileSystemReader(directory), **ALONE)
   loaded = dict(flat_tensors({k: v for k, v in state.items() if k != "objects"}))
   same(dict(sorted(expected.items())), dict(sorted(loaded.items())), "dcp.load")
   same(objects(), state["objects"], "objects")
 
   # And with nothing known beforehand: the nesting comes from the checkpoint.
-  nested = {}
-  _load_state_dict(nested, storage_reader=dcp.FileSystemReader(directory), planner=_EmptyStateDictLoadPlanner(),
-                   no_dist=True)
-  same(dict(sorted(expected.items())),
-       dict(sorted(flat_tensors({k: v for k, v in nested.items() if k != "objects"}))), "empty planner")
-  assert nested["objects"]["groups"] == objects()["groups"]
+  if not IS_OLD:
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+    nested = {}
+    _load_state_dict(nested, storage_reader=dcp.FileSystemReader(directory), planner=_EmptyStateDictLoadPlanner(),
+                     no_dist=True)
+    same(dict(sorted(expected.items())),
+         dict(sorted(flat_tensors({k: v for k, v in nested.items() if k != "objects"}))), "empty planner")
+    assert nested["objects"]["groups"] == objects()["groups"]
 
   print("python agrees on %d tensors and %d objects" % (len(expected), len(flat_objects)))
 
@@ -340,6 +379,9 @@ def main():
     write(sys.argv[2])
   elif sys.argv[1] == "rank":
     write_as_rank(sys.argv[2], int(sys.argv[3]), sys.argv[4])
+  elif sys.argv[1] == "dtypes":
+    with open(os.path.join(sys.argv[2], "dtypes.txt"), "w", encoding="utf-8") as out:
+      out.write("\n".join(DTYPES))
   elif sys.argv[1] == "check":
     check(sys.argv[2])
   else:

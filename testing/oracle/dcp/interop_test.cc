@@ -57,6 +57,10 @@ std::string ReadFile(const std::string& path) {
   return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
 }
 
+bool Exists(const std::string& path) {
+  return ::access(path.c_str(), F_OK) == 0;
+}
+
 struct Dumped {
   DType dtype;
   Dims shape;
@@ -206,12 +210,14 @@ TEST_F(ReadsPythonTest, EveryTensorOfEveryCase) {
        {"everything", "threads", "file_per_item", "zstd", "ranks", "local"}) {
     SCOPED_TRACE(name);
     const std::string dir = absl::StrCat(*folder_, "/", name);
+    if (!Exists(dir + ".dump")) continue;  // PyTorch is too old for it
     const std::map<std::string, Dumped> expected = ReadDump(dir + ".dump");
     const auto opened = Checkpoint::Open(dir);
     ASSERT_TRUE(opened.ok()) << opened.status();
     EXPECT_EQ((*opened)->catalog().size(), expected.size());
     EXPECT_FALSE((*opened)->has_digests());
-    EXPECT_EQ((*opened)->save_id().size(), 36u);
+    // Versions before 2.4 write none.
+    EXPECT_EQ((*opened)->save_id().size() % 36, 0u);
 
     const std::unique_ptr<WholeState> target = Blank(expected);
     LoadOptions options;
@@ -295,6 +301,9 @@ TEST_F(ReadsPythonTest, ReshardedOntoThreeRanks) {
 // Each rank has written its own index: equal objects are one, others go by
 // rank.
 TEST_F(ReadsPythonTest, RankLocalIndexesAreOneCheckpoint) {
+  if (!Exists(*folder_ + "/local.dump")) {
+    GTEST_SKIP() << "this PyTorch does not write them";
+  }
   const auto opened = Checkpoint::Open(*folder_ + "/local");
   ASSERT_TRUE(opened.ok()) << opened.status();
   std::map<std::string, Object> objects;
@@ -323,6 +332,11 @@ TEST_F(ReadsPythonTest, ObjectsAreEqualAndStrangeOnesInert) {
     ASSERT_TRUE(value.ok()) << value.status();
     objects[stored.key] = *value;
     paths[stored.key] = stored.path;
+  }
+  if (objects.count("objects") > 0) {
+    // Versions before 2.3 keep dicts without tensors whole.
+    EXPECT_TRUE(objects["objects"] == Objects());
+    return;
   }
   for (const ObjectEntry& expected : FlatObjects()) {
     const std::string key = JoinPath(expected.path);
@@ -374,8 +388,10 @@ TEST(PythonReadsTest, WhatFourRanksWrote) {
     whole[key] = std::move(tensor);
   };
   const std::string model = "model";
-  for (int i = 0; i < kNumDTypes; ++i) {
-    const DType dtype = static_cast<DType>(i);
+  RunPython("dtypes", folder);
+  const std::string dtypes = ReadFile(folder + "/dtypes.txt");
+  for (const absl::string_view name : absl::StrSplit(dtypes, '\n')) {
+    const DType dtype = *ParseDType(name);
     add({model, absl::StrCat("layer.", DTypeName(dtype))}, dtype, {5, 3}, line,
         {Shard(0)});
   }
