@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include <algorithm>
+#include <array>
 #include <cstring>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -12,7 +12,6 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
 #include "dsd/core/base/checked_int.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/dcp/metadata.h"
@@ -34,7 +33,7 @@ constexpr size_t kMaxDims = 64;
 constexpr size_t kMaxPathSegments = 1000;
 constexpr int64_t kMaxKeyBytes = 64 << 10;
 constexpr int64_t kMaxOverlapTests = int64_t{200} << 20;
-constexpr size_t kMaxTransforms = 16;
+constexpr int kMaxTransforms = 16;
 
 absl::Status Bad(absl::string_view what) {
   return absl::DataLossError(absl::StrCat("checkpoint index: ", what));
@@ -87,14 +86,6 @@ std::string Describe(PickleValue value) {
   return std::string(KindName(value));
 }
 
-// More attributes than any class of the format has; what is shared may be long
-// and be looked at often.
-constexpr int kMaxAttributes = 64;
-
-bool IsShortDict(PickleValue value) {
-  return value.kind() == Kind::kDict && value.HasAtMost(kMaxAttributes);
-}
-
 // What was found out about a value, by its identity: names and classes are
 // written once and referred to a million times. Forgets what collides.
 template <class T>
@@ -118,54 +109,82 @@ class Remembered {
   Slot slots_[64];
 };
 
-// The state dict of an instance of module.name; nullopt if it is none.
-std::optional<PickleValue> StateOf(PickleValue value, absl::string_view module,
-                                   absl::string_view name,
-                                   Remembered<bool>* remembered = nullptr) {
-  if (value.kind() != Kind::kInstance) return std::nullopt;
-  const PickleValue type = value.callee();
-  const auto is_it = [&]() -> std::optional<bool> {
-    if (!type.IsGlobal(module, name)) return std::nullopt;
-    return true;
-  };
-  if (!(remembered != nullptr ? remembered->Get(type, is_it) : is_it())
-           .has_value()) {
-    return std::nullopt;
-  }
-  const std::optional<PickleValue> state = value.state();
-  if (!state.has_value() || !IsShortDict(*state)) return std::nullopt;
-  return state;
-}
+// A class by its name, which is compared once.
+class KnownClass {
+ public:
+  KnownClass(absl::string_view module, absl::string_view name)
+      : module_(module), name_(name) {}
 
-// torch.Size, or a plain tuple or list, of numbers >= 0.
-bool ReadSize(PickleValue value, Remembered<bool>* is_size, Dims* out) {
-  if (value.kind() == Kind::kCall) {
-    const PickleValue type = value.callee();
-    const auto found = is_size->Get(type, [&]() -> std::optional<bool> {
-      if (!type.IsGlobal("torch", "Size")) return std::nullopt;
+  bool Is(PickleValue value) {
+    if (value.id() == id_) return true;
+    if (!value.IsGlobal(module_, name_)) return false;
+    id_ = value.id();
+    return true;
+  }
+
+ private:
+  const absl::string_view module_;
+  const absl::string_view name_;
+  uint32_t id_ = kAbsentRef;
+};
+
+// Some attributes of the objects of a class: those of all objects mostly have
+// the same names, at the same places.
+template <size_t kCount>
+class Attributes {
+ public:
+  using Values = std::array<std::optional<PickleValue>, kCount>;
+
+  Attributes(absl::string_view module, absl::string_view name,
+             const std::array<absl::string_view, kCount>& wanted)
+      : class_(module, name), wanted_(wanted) {}
+
+  // By position in `wanted`; null if the value is not an object of the class,
+  // with a dict. Valid until the next call.
+  const Values* Of(PickleValue value) {
+    if (value.kind() != Kind::kInstance || !class_.Is(value.callee())) {
+      return nullptr;
+    }
+    const std::optional<PickleValue> state = value.state();
+    return state.has_value() ? In(*state) : nullptr;
+  }
+
+  // The same for the dict of an object of any class.
+  const Values* In(PickleValue dict) {
+    if (dict.kind() != Kind::kDict) return nullptr;
+    values_ = Values();
+    size_t place = 0;
+    dict.ForEachEntry([&](PickleValue key, PickleValue found) {
+      // What is shared may be long and be looked at often.
+      if (place == kMaxPlaces) return false;
+      Place& known = places_[place++];
+      if (known.key != key.id()) known = {key.id(), PositionOf(key)};
+      if (known.position < kCount) values_[known.position] = found;
       return true;
     });
-    if (!found.has_value()) return false;
-    std::optional<PickleValue> inner;
-    size_t count = 0;
-    value.args().ForEachItem([&](PickleValue item) {
-      inner = item;
-      return ++count < 2;
-    });
-    if (count != 1) return false;
-    value = *inner;
+    return place == kMaxPlaces ? nullptr : &values_;
   }
-  if (value.kind() != Kind::kTuple && value.kind() != Kind::kList) return false;
-  out->clear();
-  bool good = true;
-  value.ForEachItem([&](PickleValue item) {
-    const std::optional<int64_t> number = item.AsInt();
-    good = number.has_value() && *number >= 0 && out->size() < kMaxDims;
-    if (good) out->push_back(*number);
-    return good;
-  });
-  return good;
-}
+
+ private:
+  // More attributes than any class of the format has.
+  static constexpr size_t kMaxPlaces = 64;
+
+  struct Place {
+    uint32_t key = kAbsentRef;
+    size_t position = kCount;
+  };
+
+  size_t PositionOf(PickleValue key) const {
+    const auto it =
+        std::find(wanted_.begin(), wanted_.end(), key.AsString().value_or(""));
+    return it - wanted_.begin();
+  }
+
+  KnownClass class_;
+  const std::array<absl::string_view, kCount> wanted_;
+  std::array<Place, kMaxPlaces> places_;
+  Values values_;
+};
 
 // One path component that is a file in the directory itself.
 bool IsPlainFileName(absl::string_view name) {
@@ -179,43 +198,47 @@ class Decoder {
   // Values may be shared, so that few bytes decode to many; what a writer makes
   // stays within these multiples of the bytes.
   explicit Decoder(int64_t size_bytes)
-      : chunks_left_(size_bytes / 16 + 16),
+      : size_bytes_(size_bytes),
+        chunks_left_(size_bytes / 16 + 16),
         extents_left_(size_bytes * 2 + (1 << 16)),
         path_bytes_left_(size_bytes * 64 + (1 << 20)) {}
 
   absl::StatusOr<Metadata> Run(PickleValue root) {
-    const auto state = StateOf(root, kMetadataModule, "Metadata");
-    if (!state.has_value()) {
+    Attributes<5> metadata(kMetadataModule, "Metadata",
+                           {"state_dict_metadata", "storage_data",
+                            "planner_data", "version", "storage_meta"});
+    const auto* const found = metadata.Of(root);
+    if (found == nullptr) {
       return Bad(absl::StrCat("expected an object of ", kMetadataModule,
                               ".Metadata, found ", Describe(root)));
     }
-    const auto entries = state->Find("state_dict_metadata");
-    const auto storage = state->Find("storage_data");
+    const auto& [entries, storage, paths, version, meta] = *found;
     if (!entries.has_value() || entries->kind() != Kind::kDict) {
       return Bad("no dict state_dict_metadata");
     }
     if (!storage.has_value() || storage->kind() != Kind::kDict) {
       return Bad("no dict storage_data");
     }
+    Reserve(entries->size(), storage->size());
     DSD_RETURN_IF_ERROR(ForEach(
         *entries, [&](PickleValue k, PickleValue v) { return Entry(k, v); }));
     DSD_RETURN_IF_ERROR(ForEach(
         *storage, [&](PickleValue k, PickleValue v) { return Storage(k, v); }));
     DSD_RETURN_IF_ERROR(CheckPlaces());
-    if (const auto paths = state->Find("planner_data");
-        paths.has_value() && paths->kind() == Kind::kDict) {
+    if (paths.has_value() && paths->kind() == Kind::kDict) {
       DSD_RETURN_IF_ERROR(ForEach(*paths, [&](PickleValue k, PickleValue v) {
         return PlannerPath(k, v);
       }));
     }
-    if (const auto version = state->Find("version")) {
+    FillPaths();
+    if (version.has_value()) {
       out_.version = std::string(version->AsString().value_or(""));
     }
-    if (const auto meta = state->Find("storage_meta")) {
-      if (const auto fields = StateOf(*meta, kMetadataModule, "StorageMeta")) {
-        if (const auto id = fields->Find("save_id")) {
-          out_.save_id = std::string(id->AsString().value_or(""));
-        }
+    if (meta.has_value()) {
+      Attributes<1> storage_meta(kMetadataModule, "StorageMeta", {"save_id"});
+      const auto* const fields = storage_meta.Of(*meta);
+      if (fields != nullptr && (*fields)[0].has_value()) {
+        out_.save_id = std::string((*fields)[0]->AsString().value_or(""));
       }
     }
     DSD_RETURN_IF_ERROR(CheckOverlap(out_));
@@ -225,9 +248,21 @@ class Decoder {
  private:
   static constexpr size_t kObjectBit = size_t{1} << 62;
 
-  static absl::Status ForEach(
-      PickleValue dict,
-      absl::FunctionRef<absl::Status(PickleValue, PickleValue)> visit) {
+  // Room for what the dicts announce, as far as writers make it of these bytes;
+  // most tensors have two dimensions.
+  void Reserve(size_t entries, size_t stored) {
+    const size_t most = size_bytes_ / 64;
+    entries = std::min(entries, most);
+    stored = std::min(stored, most);
+    keys_.reserve(entries);
+    keys_by_id_.reserve(entries);
+    out_.tensors.reserve(entries);
+    out_.locations.reserve(stored);
+    out_.bounds.reserve(4 * stored);
+  }
+
+  template <class Visit>
+  static absl::Status ForEach(PickleValue dict, Visit visit) {
     absl::Status status;
     dict.ForEachEntry([&](PickleValue key, PickleValue value) {
       status = visit(key, value);
@@ -246,29 +281,25 @@ class Decoder {
         value.callee().IsGlobal(kMetadataModule, "BytesStorageMetadata")) {
       ObjectEntryInfo object;
       object.key = std::string(*key);
-      object.path = {object.key};
       DSD_RETURN_IF_ERROR(
           NewKey(key_value, *key, out_.objects.size() | kObjectBit));
       out_.objects.push_back(std::move(object));
       return absl::OkStatus();
     }
-    const auto state = StateOf(value, kMetadataModule, "TensorStorageMetadata");
-    if (!state.has_value()) {
+    const auto* const fields = tensor_.Of(value);
+    if (fields == nullptr) {
       return BadKey(*key, absl::StrCat("expected TensorStorageMetadata or "
                                        "BytesStorageMetadata, found ",
                                        Describe(value)));
     }
     TensorEntry tensor;
     tensor.key = std::string(*key);
-    tensor.path = {tensor.key};
     DSD_RETURN_IF_ERROR(NewKey(key_value, *key, out_.tensors.size()));
-    const auto properties = state->Find("properties");
-    const auto size = state->Find("size");
-    const auto chunks = state->Find("chunks");
+    const auto& [properties, size, chunks] = *fields;
     if (!properties.has_value() || !ReadDType(*properties, &tensor)) {
       return BadKey(*key, "no dtype in its properties");
     }
-    if (!size.has_value() || !ReadSize(*size, &is_size_, &tensor.shape)) {
+    if (!size.has_value() || !ReadSize(*size, &tensor.shape)) {
       return BadKey(*key, "its size is not a tuple of numbers >= 0");
     }
     DSD_RETURN_IF_ERROR(SpendExtents(*key, tensor.shape.size()));
@@ -302,13 +333,13 @@ class Decoder {
 
   absl::Status NewKey(PickleValue value, absl::string_view key, size_t entry) {
     keys_by_id_.try_emplace(value.id(), entry);
-    if (!keys_.try_emplace(std::string(key), entry).second) {
+    if (!keys_.try_emplace(key, entry).second) {
       return BadKey(key, "occurs twice");
     }
     return absl::OkStatus();
   }
 
-  static bool ReadDType(PickleValue properties, TensorEntry* tensor) {
+  bool ReadDType(PickleValue properties, TensorEntry* tensor) {
     if (properties.kind() != Kind::kInstance) return false;
     const PickleValue type = properties.callee();
     if (!type.IsGlobal(kMetadataModule, "TensorProperties") &&
@@ -323,8 +354,8 @@ class Decoder {
         dtype = item;
         return false;
       });
-    } else if (IsShortDict(*state)) {
-      dtype = state->Find("dtype");
+    } else if (const auto* const fields = properties_.In(*state)) {
+      dtype = (*fields)[0];
     }
     if (!dtype.has_value() || dtype->kind() != Kind::kGlobal ||
         dtype->module() != "torch" || dtype->name().size() > 64) {
@@ -339,115 +370,54 @@ class Decoder {
     if (--chunks_left_ < 0) {
       return BadKey(tensor.key, "more chunks than the index has room for");
     }
-    const auto state =
-        StateOf(value, kMetadataModule, "ChunkStorageMetadata", &is_chunk_);
-    if (!state.has_value()) {
+    const auto* const fields = chunk_.Of(value);
+    if (fields == nullptr) {
       return BadKey(tensor.key,
                     absl::StrCat("expected ChunkStorageMetadata, found ",
                                  Describe(value)));
     }
-    std::optional<PickleValue> offsets, sizes;
-    state->ForEachEntry([&](PickleValue name, PickleValue field) {
-      switch (FieldOf(name)) {
-        case Field::kOffsets:
-          offsets = field;
-          break;
-        case Field::kSizes:
-          sizes = field;
-          break;
-        default:
-          break;
+    const auto& [offsets, sizes] = *fields;
+    const size_t ndim = tensor.shape.size();
+    const size_t at = out_.bounds.size();
+    out_.bounds.resize(at + 2 * ndim);
+    const auto bounds = absl::MakeSpan(out_.bounds).subspan(at);
+    if (!ReadSize(offsets, bounds.first(ndim)) ||
+        !ReadSize(sizes, bounds.subspan(ndim))) {
+      return BadKey(tensor.key, absl::StrCat("chunk ", tensor.num_chunks,
+                                             " has no offsets and sizes of ",
+                                             ndim, " numbers >= 0"));
+    }
+    DSD_RETURN_IF_ERROR(SpendExtents(tensor.key, 2 * ndim));
+    for (size_t d = 0; d < ndim; ++d) {
+      if (bounds[d] <= tensor.shape[d] &&
+          bounds[ndim + d] <= tensor.shape[d] - bounds[d]) {
+        continue;
       }
-      return true;
-    });
-    if (!offsets.has_value() || !sizes.has_value() ||
-        !ReadSize(*offsets, &is_size_, &offsets_) ||
-        !ReadSize(*sizes, &is_size_, &sizes_) ||
-        offsets_.size() != tensor.shape.size() ||
-        sizes_.size() != tensor.shape.size()) {
       return BadKey(tensor.key,
-                    absl::StrCat("chunk ", tensor.num_chunks,
-                                 " has no offsets and sizes of ",
-                                 tensor.shape.size(), " numbers >= 0"));
+                    absl::StrCat("chunk ", tensor.num_chunks, " at ",
+                                 DimsToString(bounds.first(ndim)), " of size ",
+                                 DimsToString(bounds.subspan(ndim)),
+                                 " is outside the tensor of ",
+                                 DimsToString(tensor.shape)));
     }
-    DSD_RETURN_IF_ERROR(SpendExtents(tensor.key, 2 * sizes_.size()));
-    for (size_t d = 0; d < sizes_.size(); ++d) {
-      if (offsets_[d] > tensor.shape[d] ||
-          sizes_[d] > tensor.shape[d] - offsets_[d]) {
-        return BadKey(
-            tensor.key,
-            absl::StrCat("chunk ", tensor.num_chunks, " at ",
-                         DimsToString(offsets_), " of size ",
-                         DimsToString(sizes_), " is outside the tensor of ",
-                         DimsToString(tensor.shape)));
-      }
-    }
-    out_.bounds.insert(out_.bounds.end(), offsets_.begin(), offsets_.end());
-    out_.bounds.insert(out_.bounds.end(), sizes_.begin(), sizes_.end());
     out_.locations.emplace_back();
     ++tensor.num_chunks;
     return absl::OkStatus();
   }
 
   absl::Status Storage(PickleValue index_value, PickleValue info_value) {
-    const auto index =
-        StateOf(index_value, kMetadataModule, "MetadataIndex", &is_index_);
-    const auto info =
-        StateOf(info_value, kFilesystemModule, "_StorageInfo", &is_info_);
-    if (!index.has_value() || !info.has_value()) {
+    const auto* const index = index_.Of(index_value);
+    const auto* const info = info_.Of(info_value);
+    if (index == nullptr || info == nullptr) {
       return Bad(absl::StrCat("expected MetadataIndex and _StorageInfo, found ",
                               Describe(index_value), " and ",
                               Describe(info_value)));
     }
-    std::optional<absl::string_view> key;
-    std::optional<PickleValue> key_value, offset_value;
-    std::optional<int64_t> hint;
-    index->ForEachEntry([&](PickleValue name_value, PickleValue value) {
-      switch (FieldOf(name_value)) {
-        case Field::kFqn:
-          key_value = value;
-          key = value.AsString();
-          break;
-        case Field::kOffset:
-          if (!value.IsNone()) offset_value = value;
-          break;
-        case Field::kIndex:
-          hint = value.AsInt();
-          break;
-        default:
-          break;
-      }
-      return true;
-    });
+    const auto& [key_value, chunk_offset, chunk_index] = *index;
+    const auto& [file, offset_value, length_value, transforms_value] = *info;
+    const std::optional<absl::string_view> key =
+        key_value.has_value() ? key_value->AsString() : std::nullopt;
     if (!key.has_value()) return Bad("a MetadataIndex has no fqn");
-
-    ItemLocation location;
-    std::vector<std::string> transforms;
-    std::optional<PickleValue> file;
-    std::optional<int64_t> offset, length;
-    info->ForEachEntry([&](PickleValue name_value, PickleValue value) {
-      switch (FieldOf(name_value)) {
-        case Field::kRelativePath:
-          file = value;
-          break;
-        case Field::kOffset:
-          offset = value.AsInt();
-          break;
-        case Field::kLength:
-          length = value.AsInt();
-          break;
-        case Field::kTransforms:
-          value.ForEachItem([&](PickleValue item) {
-            transforms.emplace_back(
-                item.AsString().value_or("?").substr(0, 64));
-            return transforms.size() < kMaxTransforms;
-          });
-          break;
-        default:
-          break;
-      }
-      return true;
-    });
     const std::optional<uint32_t> file_index =
         file.has_value() ? FileIndex(*file) : std::nullopt;
     if (!file_index.has_value()) {
@@ -456,13 +426,22 @@ class Decoder {
       return BadKey(*key, absl::StrCat("file \"", absl::CHexEscape(name),
                                        "\" is not a plain file name"));
     }
+    const std::optional<int64_t> offset = AsInt(offset_value);
+    const std::optional<int64_t> length = AsInt(length_value);
     if (!offset.has_value() || !length.has_value() || *offset < 0 ||
         *length < 0 || !CheckedAdd(*offset, *length).has_value()) {
       return BadKey(*key, "offset and length are not numbers >= 0");
     }
-    location.file = *file_index;
-    location.offset_bytes = *offset;
-    location.length_bytes = *length;
+    const ItemLocation location{*file_index, *offset, *length};
+    std::string transforms;
+    if (transforms_value.has_value()) {
+      int count = 0;
+      transforms_value->ForEachItem([&](PickleValue item) {
+        absl::StrAppend(&transforms, count == 0 ? "" : ", ",
+                        item.AsString().value_or("?").substr(0, 64));
+        return ++count < kMaxTransforms;
+      });
+    }
 
     const std::optional<size_t> found = FindKey(*key_value, *key);
     if (!found.has_value()) {
@@ -474,18 +453,17 @@ class Decoder {
       if (place.length_bytes >= 0) return BadKey(*key, "is stored twice");
       place = location;
       if (!transforms.empty()) {
-        out_.object_transforms[object] = absl::StrJoin(transforms, ", ");
+        out_.object_transforms[object] = std::move(transforms);
       }
       return absl::OkStatus();
     }
     const TensorEntry& tensor = out_.tensors[*found];
-    if (!offset_value.has_value() ||
-        !ReadSize(*offset_value, &is_size_, &offsets_) ||
-        offsets_.size() != tensor.shape.size()) {
+    offsets_.resize(tensor.shape.size());
+    if (!ReadSize(chunk_offset, absl::MakeSpan(offsets_))) {
       return BadKey(*key, "is a tensor and stored without a chunk offset");
     }
     const std::optional<size_t> chunk =
-        FindChunk(*found, tensor, hint.value_or(-1));
+        FindChunk(*found, tensor, AsInt(chunk_index).value_or(-1));
     if (!chunk.has_value()) {
       return BadKey(*key,
                     absl::StrCat("a stored chunk at ", DimsToString(offsets_),
@@ -499,46 +477,70 @@ class Decoder {
     place = location;
     if (!transforms.empty()) {
       out_.chunk_transforms[tensor.first_chunk + *chunk] =
-          absl::StrJoin(transforms, ", ");
+          std::move(transforms);
     }
     return absl::OkStatus();
   }
 
-  // Attributes of what there is much of.
-  enum class Field {
-    kOther,
-    kOffsets,
-    kSizes,
-    kFqn,
-    kOffset,
-    kIndex,
-    kRelativePath,
-    kLength,
-    kTransforms
-  };
-  Field FieldOf(PickleValue name) {
-    return *fields_.Get(name, [&]() -> std::optional<Field> {
-      static constexpr std::pair<absl::string_view, Field> kFields[] = {
-          {"offsets", Field::kOffsets},
-          {"sizes", Field::kSizes},
-          {"fqn", Field::kFqn},
-          {"offset", Field::kOffset},
-          {"index", Field::kIndex},
-          {"relative_path", Field::kRelativePath},
-          {"length", Field::kLength},
-          {"transform_descriptors", Field::kTransforms}};
-      const absl::string_view text = name.AsString().value_or("");
-      for (const auto& [known, field] : kFields) {
-        if (text == known) return field;
-      }
-      return Field::kOther;
+  static std::optional<int64_t> AsInt(const std::optional<PickleValue>& value) {
+    return value.has_value() ? value->AsInt() : std::nullopt;
+  }
+
+  // torch.Size, or a plain tuple or list, of numbers >= 0.
+  template <class Visit>
+  bool ForEachExtent(PickleValue value, Visit visit) {
+    if (value.kind() == Kind::kCall) {
+      if (!size_class_.Is(value.callee())) return false;
+      std::optional<PickleValue> inner;
+      size_t count = 0;
+      value.args().ForEachItem([&](PickleValue item) {
+        inner = item;
+        return ++count < 2;
+      });
+      if (count != 1) return false;
+      value = *inner;
+    }
+    if (value.kind() != Kind::kTuple && value.kind() != Kind::kList) {
+      return false;
+    }
+    bool good = true;
+    value.ForEachItem([&](PickleValue item) {
+      const std::optional<int64_t> number = item.AsInt();
+      good = number.has_value() && *number >= 0 && visit(*number);
+      return good;
+    });
+    return good;
+  }
+
+  bool ReadSize(PickleValue value, Dims* out) {
+    return ForEachExtent(value, [out](int64_t extent) {
+      out->push_back(extent);
+      return out->size() <= kMaxDims;
     });
   }
 
-  // Keys are mostly the very strings that described them.
+  // The same if there are so many.
+  bool ReadSize(const std::optional<PickleValue>& value,
+                absl::Span<int64_t> out) {
+    size_t count = 0;
+    return value.has_value() &&
+           ForEachExtent(*value,
+                         [&](int64_t extent) {
+                           if (count == out.size()) return false;
+                           out[count++] = extent;
+                           return true;
+                         }) &&
+           count == out.size();
+  }
+
+  // Keys are mostly the very strings that described them, often the one before.
   std::optional<size_t> FindKey(PickleValue value, absl::string_view key) {
+    if (value.id() == last_key_) return last_entry_;
     const auto by_id = keys_by_id_.find(value.id());
-    if (by_id != keys_by_id_.end()) return by_id->second;
+    if (by_id != keys_by_id_.end()) {
+      last_key_ = value.id();
+      return last_entry_ = by_id->second;
+    }
     const auto found = keys_.find(key);
     if (found == keys_.end()) return std::nullopt;
     return found->second;
@@ -641,55 +643,99 @@ class Decoder {
   absl::Status PlannerPath(PickleValue key_value, PickleValue value) {
     const auto key = key_value.AsString();
     if (!key.has_value()) return Bad("a key of planner_data is not a str");
-    const auto found = keys_.find(*key);
+    const std::optional<size_t> found = FindKey(key_value, *key);
     // Paths of keys that were not saved occur.
-    if (found == keys_.end()) return absl::OkStatus();
-    const auto segments = value.AsTuple(kMaxPathSegments);
-    if (!segments.has_value()) {
+    if (!found.has_value()) return absl::OkStatus();
+    if (value.kind() != Kind::kTuple || value.size() > kMaxPathSegments) {
       return BadKey(*key, absl::StrCat("its path is ", KindName(value),
                                        ", expected a tuple"));
     }
-    Path path;
-    for (const PickleValue& segment : *segments) {
-      path_bytes_left_ -= static_cast<int64_t>(
-          sizeof(PathSegment) + segment.AsString().value_or("").size());
-      if (path_bytes_left_ < 0) return Bad("planner_data is too large");
-      if (const auto text = segment.AsString()) {
+    Path& path = *found & kObjectBit ? out_.objects[*found & ~kObjectBit].path
+                                     : out_.tensors[*found].path;
+    path.clear();
+    path.reserve(value.size());
+    absl::Status status;
+    value.ForEachItem([&](PickleValue segment) {
+      const auto text = segment.AsString();
+      const auto number = segment.AsInt();
+      path_bytes_left_ -=
+          static_cast<int64_t>(sizeof(PathSegment) + text.value_or("").size());
+      if (path_bytes_left_ < 0) {
+        status = Bad("planner_data is too large");
+      } else if (text.has_value()) {
         path.emplace_back(std::string(*text));
-      } else if (const auto number = segment.AsInt()) {
+      } else if (number.has_value()) {
         path.emplace_back(*number);
       } else {
-        return BadKey(*key,
-                      absl::StrCat("a part of its path is ", KindName(segment),
-                                   ", expected str or int"));
+        status = BadKey(
+            *key, absl::StrCat("a part of its path is ", KindName(segment),
+                               ", expected str or int"));
       }
-    }
-    (found->second & kObjectBit ? out_.objects[found->second & ~kObjectBit].path
-                                : out_.tensors[found->second].path) =
-        std::move(path);
-    return absl::OkStatus();
+      return status.ok();
+    });
+    return status;
   }
 
+  // Without planner_data a key is all of its path.
+  void FillPaths() {
+    for (TensorEntry& tensor : out_.tensors) {
+      if (tensor.path.empty()) tensor.path.emplace_back(tensor.key);
+    }
+    for (ObjectEntryInfo& object : out_.objects) {
+      if (object.path.empty()) object.path.emplace_back(object.key);
+    }
+  }
+
+  const int64_t size_bytes_;
   int64_t chunks_left_;
   int64_t extents_left_;
   int64_t path_bytes_left_;
   Metadata out_;
   Dims offsets_;
-  Dims sizes_;
-  absl::flat_hash_map<std::string, size_t> keys_;
+  absl::flat_hash_map<absl::string_view, size_t> keys_;  // the pickle has them
   absl::flat_hash_map<std::string, uint32_t> files_;
   absl::flat_hash_map<uint32_t, size_t> keys_by_id_;
-  Remembered<Field> fields_;
+  uint32_t last_key_ = kAbsentRef;
+  size_t last_entry_ = 0;
+  Attributes<3> tensor_{kMetadataModule,
+                        "TensorStorageMetadata",
+                        {"properties", "size", "chunks"}};
+  Attributes<1> properties_{kMetadataModule, "TensorProperties", {"dtype"}};
+  Attributes<2> chunk_{
+      kMetadataModule, "ChunkStorageMetadata", {"offsets", "sizes"}};
+  Attributes<3> index_{
+      kMetadataModule, "MetadataIndex", {"fqn", "offset", "index"}};
+  Attributes<4> info_{
+      kFilesystemModule,
+      "_StorageInfo",
+      {"relative_path", "offset", "length", "transform_descriptors"}};
   Remembered<uint32_t> file_ids_;
-  Remembered<bool> is_chunk_, is_index_, is_info_, is_size_;
+  KnownClass size_class_{"torch", "Size"};
   absl::flat_hash_map<size_t, absl::flat_hash_map<Dims, size_t>>
       chunks_by_offset_;
 };
 
+// Whether the chunks follow each other along some dimension, as most do.
+bool AreInOrder(const Metadata& metadata, const TensorEntry& tensor) {
+  const int ndim = tensor.ndim();
+  for (int d = 0; d < ndim; ++d) {
+    const int64_t* lo = metadata.bounds.data() + tensor.first_bound + d;
+    size_t chunk = 1;
+    while (chunk < tensor.num_chunks && lo[0] + lo[ndim] <= lo[2 * ndim]) {
+      lo += 2 * ndim;
+      ++chunk;
+    }
+    if (chunk == tensor.num_chunks) return true;
+  }
+  return false;
+}
+
 // Sweeps along the dimension with most cuts.
 absl::Status CheckOverlap(const Metadata& metadata, const TensorEntry& tensor,
                           int64_t* tests) {
-  if (tensor.num_chunks < 2) return absl::OkStatus();
+  if (tensor.num_chunks < 2 || AreInOrder(metadata, tensor)) {
+    return absl::OkStatus();
+  }
   const int ndim = tensor.ndim();
   const auto lo = [&](size_t chunk, int d) {
     return metadata.bounds[tensor.first_bound + 2 * ndim * chunk + d];

@@ -122,6 +122,8 @@ struct Form {
   bool planner_data = true;
   bool storage_meta = true;
   bool extra_attribute = false;
+  bool sizes_first = false;  // in every other chunk
+  int chunk_attributes = 2;
   std::string dtype = "float32";
   std::string file = "__0_0.distcp";
   int64_t rows = 4;  // of the tensor [rows, 2]
@@ -187,12 +189,18 @@ std::string Build(const Form& form) {
   size(form.rows, 2);
   p.Text("chunks");
   p.EmptyList();
+  bool sizes_first = false;
   for (const auto& [row, count] : form.chunks) {
     begin(kModule, "ChunkStorageMetadata");
-    p.Text("offsets");
-    size(row, 0);
-    p.Text("sizes");
-    size(count, 2);
+    for (const bool sizes : {sizes_first, !sizes_first}) {
+      p.SharedText(sizes ? "sizes" : "offsets");
+      size(sizes ? count : row, sizes ? 2 : 0);
+    }
+    sizes_first ^= form.sizes_first;
+    for (int i = 2; i < form.chunk_attributes; ++i) {
+      p.Text(absl::StrCat("more", i));
+      p.None();
+    }
     end();
     p.Append();
   }
@@ -286,6 +294,14 @@ TEST(MetadataTest, FormsThatOtherWritersUse) {
           {"no hints", [](Form& f) { f.hints = false; }},
           {"no paths", [](Form& f) { f.planner_data = false; }},
           {"extra attribute", [](Form& f) { f.extra_attribute = true; }},
+          {"attributes in another order",
+           [](Form& f) { f.sizes_first = true; }},
+          {"more attributes", [](Form& f) { f.chunk_attributes = 60; }},
+          {"chunks in another order",
+           [](Form& f) {
+             f.chunks = {{2, 2}, {0, 2}};
+             f.hints = false;
+           }},
           {"stored in another order",
            [](Form& f) {
              f.stored = {{2, 1600}, {0, 0}};
@@ -348,6 +364,8 @@ TEST(MetadataTest, WhatIsWrongIsNamed) {
               HasSubstr("outside the tensor of [4, 2]"));
   EXPECT_THAT(error([](Form& f) { f.chunks[1][0] = -1; }),
               HasSubstr("chunk 1 has no offsets and sizes"));
+  EXPECT_THAT(error([](Form& f) { f.chunk_attributes = 100; }),
+              HasSubstr("expected ChunkStorageMetadata"));
   EXPECT_THAT(error([](Form& f) { f.rows = int64_t{1} << 62; }),
               HasSubstr("impossible shape"));
   EXPECT_THAT(error([](Form& f) { f.stored.pop_back(); }),

@@ -11,14 +11,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
-#include <string>
+#include <utility>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
+#include "dsd/frontends/checkpoint/dcp/pickle_words.h"
 
 namespace dsd::dcp {
 
@@ -37,27 +37,10 @@ class Pickle;
 // Values may be shared and may contain themselves.
 class PickleValue {
  public:
-  enum class Kind : uint8_t {
-    kNone,
-    kBool,
-    kInt,     // fits int64
-    kBigInt,  // does not
-    kFloat,
-    kString,
-    kBytes,
-    kTuple,
-    kList,
-    kDict,
-    kSet,
-    kFrozenSet,
-    kGlobal,        // module and name
-    kCall,          // function and arguments (REDUCE)
-    kInstance,      // class and arguments (NEWOBJ)
-    kPersistentId,  // BINPERSID
-  };
+  using Kind = PickleKind;
 
   Kind kind() const;
-  bool IsNone() const { return kind() == Kind::kNone; }
+  bool IsNone() const { return ref_ == kNoneRef; }
 
   // The value, or nullopt if it is of another kind.
   std::optional<bool> AsBool() const;
@@ -77,14 +60,14 @@ class PickleValue {
   // Items of a tuple, list or set; number of entries of a dict; of a call or
   // instance: of what was appended to or set in it (a list or dict subclass).
   size_t size() const;
-  // Whether size() <= max, without counting further.
-  bool HasAtMost(size_t max) const;
   // Calls `visit` for each item until it returns false. Tuples, lists, sets;
   // for calls and instances what was appended.
-  void ForEachItem(absl::FunctionRef<bool(PickleValue)> visit) const;
-  // The same for dicts; for calls and instances what was set.
-  void ForEachEntry(
-      absl::FunctionRef<bool(PickleValue key, PickleValue value)> visit) const;
+  template <class Visit>
+  void ForEachItem(Visit visit) const;
+  // The same for dicts, with key and value; for calls and instances what was
+  // set.
+  template <class Visit>
+  void ForEachEntry(Visit visit) const;
   // The items of a tuple of at most `max` items; nullopt otherwise.
   std::optional<std::vector<PickleValue>> AsTuple(size_t max) const;
   // A dict's value of a string key (the last one set), or nullopt.
@@ -97,19 +80,24 @@ class PickleValue {
   // kCall, kInstance: what BUILD gave; nullopt if nothing.
   std::optional<PickleValue> state() const;
 
-  // Equal for two handles of one object, and for equal small integers.
+  // Equal for two handles of one object, and for equal small integers; never
+  // kAbsentRef.
   uint32_t id() const { return ref_; }
 
  private:
   friend class Pickle;
-  friend class PickleMachine;
-  PickleValue(const Pickle* pickle, uint32_t ref)
-      : pickle_(pickle), ref_(ref) {}
-  void ForEachRef(
-      uint32_t head,
-      absl::FunctionRef<bool(const uint32_t*, uint32_t)> visit) const;
+  PickleValue(const PickleMemory* memory, uint32_t ref)
+      : memory_(memory), ref_(ref) {}
+  const uint32_t* At() const;  // what ref_ is the position of
+  // The node with the items or entries of a value; kAbsentRef if it has none.
+  uint32_t ItemsNode() const;
+  uint32_t EntriesNode() const;
+  // Calls visit(references, how many) for stretches of a node's content.
+  template <class Visit>
+  void ForEachStretch(uint32_t node, Visit visit) const;
+  absl::string_view TextAt(uint32_t ref) const;
 
-  const Pickle* pickle_;
+  const PickleMemory* memory_;
   uint32_t ref_;
 };
 
@@ -136,20 +124,161 @@ class Pickle {
   Pickle(Pickle&&) = default;
   Pickle& operator=(Pickle&&) = default;
 
-  PickleValue root() const { return {this, root_}; }
+  PickleValue root() const { return {&memory_, memory_.root}; }
 
  private:
-  friend class PickleValue;
-  friend class PickleMachine;
-  Pickle() = default;
+  explicit Pickle(PickleMemory memory) : memory_(std::move(memory)) {}
 
-  std::vector<uint32_t> words_;
-  // State of calls, and contents of calls and instances; both are rare.
-  absl::flat_hash_map<uint32_t, uint32_t> call_state_;
-  absl::flat_hash_map<uint32_t, uint32_t> appended_;  // -> a list
-  absl::flat_hash_map<uint32_t, uint32_t> entries_;   // -> a dict
-  uint32_t root_ = 0;
+  PickleMemory memory_;
 };
+
+// An index has a million values: what they are asked most is inline.
+
+inline const uint32_t* PickleValue::At() const {
+  return memory_->words.data() + PayloadOf(ref_);
+}
+
+inline PickleValue::Kind PickleValue::kind() const {
+  switch (TagOf(ref_)) {
+    case PickleTag::kConstant:
+      return ref_ == kNoneRef         ? Kind::kNone
+             : ref_ == kEmptyTupleRef ? Kind::kTuple
+                                      : Kind::kBool;
+    case PickleTag::kSmallInt:
+    case PickleTag::kWideInt:
+      return Kind::kInt;
+    case PickleTag::kDouble:
+      return Kind::kFloat;
+    case PickleTag::kText:
+      return Kind::kString;
+    case PickleTag::kBlob:
+      return Kind::kBytes;
+    case PickleTag::kLongInt:
+      return Kind::kBigInt;
+    case PickleTag::kNode:
+      break;
+  }
+  return KindOfHead(*At());
+}
+
+inline std::optional<int64_t> PickleValue::AsInt() const {
+  if (TagOf(ref_) == PickleTag::kSmallInt) {
+    return static_cast<int64_t>(PayloadOf(ref_)) - kPickleIntBias;
+  }
+  if (TagOf(ref_) != PickleTag::kWideInt) return std::nullopt;
+  return static_cast<int64_t>(At()[0] | static_cast<uint64_t>(At()[1]) << 32);
+}
+
+inline absl::string_view PickleValue::TextAt(uint32_t ref) const {
+  const uint32_t* const at = memory_->words.data() + PayloadOf(ref);
+  return {reinterpret_cast<const char*>(at + 1), *at};
+}
+
+inline std::optional<absl::string_view> PickleValue::AsString() const {
+  if (TagOf(ref_) != PickleTag::kText) return std::nullopt;
+  return TextAt(ref_);
+}
+
+inline PickleValue PickleValue::callee() const {
+  switch (kind()) {
+    case Kind::kCall:
+    case Kind::kInstance:
+    case Kind::kPersistentId:
+      return {memory_, At()[1]};
+    default:
+      return {memory_, kNoneRef};
+  }
+}
+
+inline PickleValue PickleValue::args() const {
+  switch (kind()) {
+    case Kind::kCall:
+    case Kind::kInstance:
+      return {memory_, At()[2]};
+    default:
+      return {memory_, kEmptyTupleRef};
+  }
+}
+
+inline std::optional<PickleValue> PickleValue::state() const {
+  uint32_t state = kAbsentRef;
+  if (kind() == Kind::kInstance) {
+    state = At()[3];
+  } else if (kind() == Kind::kCall) {
+    const auto it = memory_->call_state.find(PayloadOf(ref_));
+    if (it != memory_->call_state.end()) state = it->second;
+  }
+  if (state == kAbsentRef) return std::nullopt;
+  return PickleValue(memory_, state);
+}
+
+inline uint32_t PickleValue::ItemsNode() const {
+  switch (kind()) {
+    case Kind::kTuple:
+      return ref_ == kEmptyTupleRef ? kAbsentRef : PayloadOf(ref_);
+    case Kind::kList:
+    case Kind::kSet:
+    case Kind::kFrozenSet:
+      return PayloadOf(ref_);
+    case Kind::kCall:
+    case Kind::kInstance: {
+      const auto it = memory_->appended.find(PayloadOf(ref_));
+      return it == memory_->appended.end() ? kAbsentRef : it->second;
+    }
+    default:
+      return kAbsentRef;
+  }
+}
+
+inline uint32_t PickleValue::EntriesNode() const {
+  switch (kind()) {
+    case Kind::kDict:
+      return PayloadOf(ref_);
+    case Kind::kCall:
+    case Kind::kInstance: {
+      const auto it = memory_->entries.find(PayloadOf(ref_));
+      return it == memory_->entries.end() ? kAbsentRef : it->second;
+    }
+    default:
+      return kAbsentRef;
+  }
+}
+
+template <class Visit>
+void PickleValue::ForEachStretch(uint32_t node, Visit visit) const {
+  if (node == kAbsentRef) return;
+  const uint32_t* const words = memory_->words.data();
+  if (!IsChain(words[node])) {
+    visit(words + node + 1, CountOfHead(words[node]));
+    return;
+  }
+  for (uint32_t at = words[node + 1]; at != 0; at = words[at + 1]) {
+    if (!visit(words + at + 2, words[at])) return;
+  }
+}
+
+template <class Visit>
+void PickleValue::ForEachItem(Visit visit) const {
+  ForEachStretch(ItemsNode(), [&](const uint32_t* items, uint32_t count) {
+    for (uint32_t i = 0; i < count; ++i) {
+      if (!visit(PickleValue(memory_, items[i]))) return false;
+    }
+    return true;
+  });
+}
+
+template <class Visit>
+void PickleValue::ForEachEntry(Visit visit) const {
+  ForEachStretch(EntriesNode(), [&](const uint32_t* items, uint32_t count) {
+    for (uint32_t i = 0; i + 1 < count; i += 2) {
+      if (!visit(PickleValue(memory_, items[i]),
+                 PickleValue(memory_, items[i + 1]))) {
+        return false;
+      }
+    }
+    return true;
+  });
+}
 
 }  // namespace dsd::dcp
 
