@@ -18,37 +18,55 @@ namespace {
 
 constexpr absl::string_view kTitle = "dsd digests ";
 
-std::string Hex32(uint32_t value) {
-  return absl::StrCat(absl::Hex(value, absl::kZeroPad8));
-}
+// Line by line.
+class Writer {
+ public:
+  explicit Writer(DigestVersion version) : version_(version) {
+    absl::StrAppend(&out_, kTitle, static_cast<int>(version), "\n");
+  }
 
-void AppendSorted(const absl::flat_hash_map<std::string, Digest128>& digests,
-                  DigestVersion version, absl::string_view kind,
-                  std::string* out) {
+  void Index(int64_t bytes, uint32_t crc) {
+    absl::StrAppend(&out_, "index ", bytes, " ",
+                    absl::Hex(crc, absl::kZeroPad8), "\n");
+  }
+  void Key(absl::string_view kind, absl::string_view key,
+           const Digest128& digest) {
+    absl::StrAppend(&out_, kind, " ", DigestHex(digest, version_), " ",
+                    absl::CEscape(key), "\n");
+    ++keys_;
+  }
+  std::string Finish() {
+    const uint32_t crc = static_cast<uint32_t>(absl::ComputeCrc32c(out_));
+    absl::StrAppend(&out_, "end ", keys_, " ", absl::Hex(crc, absl::kZeroPad8),
+                    "\n");
+    return std::move(out_);
+  }
+
+ private:
+  const DigestVersion version_;
+  std::string out_;
+  int64_t keys_ = 0;
+};
+
+using Map = absl::flat_hash_map<std::string, Digest128>;
+
+void WriteSorted(const Map& digests, absl::string_view kind, Writer* writer) {
   std::vector<std::pair<absl::string_view, Digest128>> sorted(digests.begin(),
                                                               digests.end());
   std::sort(sorted.begin(), sorted.end());
-  for (const auto& [key, digest] : sorted) {
-    absl::StrAppend(out, kind, " ", DigestHex(digest, version), " ",
-                    absl::CEscape(key), "\n");
-  }
+  for (const auto& [key, digest] : sorted) writer->Key(kind, key, digest);
 }
 
 }  // namespace
 
 std::string EncodeDigests(const StoredDigests& digests) {
-  std::string out;
-  absl::StrAppend(&out, kTitle, static_cast<int>(digests.version), "\n");
+  Writer writer(digests.version);
   if (digests.index_bytes > 0) {
-    absl::StrAppend(&out, "index ", digests.index_bytes, " ",
-                    Hex32(digests.index_crc), "\n");
+    writer.Index(digests.index_bytes, digests.index_crc);
   }
-  AppendSorted(digests.tensors, digests.version, "tensor", &out);
-  AppendSorted(digests.objects, digests.version, "object", &out);
-  const uint32_t crc = static_cast<uint32_t>(absl::ComputeCrc32c(out));
-  absl::StrAppend(&out, "end ", digests.tensors.size() + digests.objects.size(),
-                  " ", Hex32(crc), "\n");
-  return out;
+  WriteSorted(digests.tensors, "tensor", &writer);
+  WriteSorted(digests.objects, "object", &writer);
+  return writer.Finish();
 }
 
 absl::StatusOr<StoredDigests> DecodeDigests(absl::string_view text) {
@@ -69,27 +87,42 @@ absl::StatusOr<StoredDigests> DecodeDigests(absl::string_view text) {
                      "checkpoint without verification, or with that"));
   }
   out.version = static_cast<DigestVersion>(version);
+  out.tensors.reserve(text.size() / 64);
+  Writer again(out.version);
+  std::pair<int, std::string> last;
   for (const absl::string_view line : absl::StrSplit(text, '\n')) {
-    const std::vector<absl::string_view> words =
-        absl::StrSplit(line, absl::MaxSplits(' ', 2));
-    Digest128 digest;
-    std::string key;
-    if (words.size() != 3) continue;
-    if (words[0] == "index") {
-      if (!absl::SimpleAtoi(words[1], &out.index_bytes) ||
-          !absl::SimpleHexAtoi(words[2], &out.index_crc)) {
+    const std::pair<absl::string_view, absl::string_view> words =
+        absl::StrSplit(line, absl::MaxSplits(' ', 1));
+    const std::pair<absl::string_view, absl::string_view> values =
+        absl::StrSplit(words.second, absl::MaxSplits(' ', 1));
+    std::pair<int, std::string> place(words.first == "index"    ? 1
+                                      : words.first == "tensor" ? 2
+                                      : words.first == "object" ? 3
+                                                                : 0,
+                                      "");
+    if (place.first == 0) continue;
+    if (place.first == 1) {
+      if (!absl::SimpleAtoi(values.first, &out.index_bytes) ||
+          !absl::SimpleHexAtoi(values.second, &out.index_crc) ||
+          out.index_bytes <= 0) {
         return bad("damaged line \"index\"");
       }
-    } else if (words[0] == "tensor" || words[0] == "object") {
-      if (!ParseDigestHex(words[1], &digest, out.version) ||
-          !absl::CUnescape(words[2], &key)) {
+      again.Index(out.index_bytes, out.index_crc);
+    } else {
+      Digest128 digest;
+      if (!ParseDigestHex(values.first, &digest, out.version) ||
+          !absl::CUnescape(values.second, &place.second)) {
         return bad("a damaged line");
       }
-      (words[0] == "tensor" ? out.tensors : out.objects)[key] = digest;
+      again.Key(words.first, place.second, digest);
+      (place.first == 2 ? out.tensors : out.objects)
+          .emplace(place.second, digest);
     }
+    if (place <= last) return bad("damaged: lines are not in order");
+    last = std::move(place);
   }
-  // Covers order, counts, CRC and whatever was passed over above.
-  if (EncodeDigests(out) != text) {
+  // Covers count, CRC and whatever was passed over above.
+  if (again.Finish() != text) {
     return bad("damaged: their checksum differs");
   }
   return out;
