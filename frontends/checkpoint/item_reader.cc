@@ -15,6 +15,7 @@
 #include "dsd/frontends/checkpoint/dcp/stream_transform.h"
 #include "dsd/frontends/checkpoint/dcp/zip_writer.h"
 #include "dsd/frontends/checkpoint/file_names.h"
+#include "dsd/frontends/checkpoint/read_ahead_file.h"
 
 namespace dsd::checkpoint {
 namespace {
@@ -64,7 +65,8 @@ absl::StatusOr<ReadableFile*> ItemReader::OpenFile(uint32_t file) {
         absl::StrCat(QuotedFile(file), " has ", (*opened)->size_bytes(),
                      " bytes, expected ", impl_.file_bytes[file]));
   }
-  return (files_[file] = *std::move(opened)).get();
+  return (files_[file] = std::make_unique<ReadAheadFile>(*std::move(opened)))
+      .get();
 }
 
 std::string ItemReader::QuotedFile(uint32_t file) const {
@@ -96,6 +98,7 @@ absl::StatusOr<std::unique_ptr<ReadableFile>> ItemReader::Decode(
 }
 
 void ItemReader::ForgetChunks() {
+  whole_.reset();
   chunks_.clear();
   kept_span_bytes_ = 0;
   kept_decoded_bytes_ = 0;
@@ -145,7 +148,7 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
   const size_t id = tensor.first_chunk + index;
   const auto found = chunks_.find(id);
   if (found != chunks_.end()) return found->second.get();
-  if (chunks_.size() >= kMaxOpenChunks) ForgetChunks();
+  if (!all && chunks_.size() >= kMaxOpenChunks) ForgetChunks();
 
   const dcp::ItemLocation& location = impl_.index.locations[id];
   const Box box = impl_.index.ChunkBox(tensor, index);
@@ -164,7 +167,7 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
     decoded = *std::move(archive);
     begin = 0;
     length = decoded->size_bytes();
-    kept_decoded_bytes_ += length;
+    if (!all) kept_decoded_bytes_ += length;
   }
   absl::StatusOr<ReadableFile*> file =
       transformed ? decoded.get() : OpenFile(location.file);
@@ -222,7 +225,9 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
   if (!transformed)
     stats_.overhead_bytes +=
         read - (has_payload ? chunk->item.record_bytes : 0);
-  return (chunks_[id] = std::move(chunk)).get();
+  std::unique_ptr<Chunk>& place = all ? whole_ : chunks_[id];
+  place = std::move(chunk);
+  return place.get();
 }
 
 absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
@@ -248,7 +253,7 @@ absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
         for (const auto& [id, other] : chunks_) other->span = std::string();
         kept_span_bytes_ = 0;
       }
-      kept_span_bytes_ += bytes;
+      if (&chunk != whole_.get()) kept_span_bytes_ += bytes;
       chunk.span.resize(bytes);
       stats_.payload_bytes += bytes;
       DSD_RETURN_IF_ERROR(chunk.slice.Read(

@@ -50,7 +50,8 @@ class ItemReader {
   };
 
   // Opens chunk `chunk` of tensor `entry` of the index. Valid until the next
-  // call of OpenChunk. With `all`, a small archive is read at once.
+  // call of OpenChunk. `all`: it is read front to back, and not again; a small
+  // archive at once.
   absl::StatusOr<Chunk*> OpenChunk(size_t entry, size_t chunk, bool all);
 
   // Elements [begin, end) of `box`, counted row-major over it, which lies in
@@ -95,6 +96,7 @@ class ItemReader {
 
   const Checkpoint::Impl& impl_;
   absl::flat_hash_map<uint32_t, std::unique_ptr<ReadableFile>> files_;
+  std::unique_ptr<Chunk> whole_;  // the last that was opened with `all`
   absl::flat_hash_map<size_t, std::unique_ptr<Chunk>> chunks_;
   int64_t kept_span_bytes_ = 0;     // strided ones
   int64_t kept_decoded_bytes_ = 0;  // transformed ones

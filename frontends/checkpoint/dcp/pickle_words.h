@@ -44,7 +44,8 @@ class PickleWords {
   };
 
   ABSL_ATTRIBUTE_NOINLINE void Grow(size_t count) {
-    capacity_ = std::max(2 * capacity_, size_ + count);
+    constexpr size_t kLeast = 128;
+    capacity_ = std::max({kLeast, 2 * capacity_, size_ + count});
     void* const grown =
         std::realloc(words_.get(), capacity_ * sizeof(uint32_t));
     if (grown == nullptr) throw std::bad_alloc();

@@ -442,14 +442,21 @@ std::string TensorArchive::MakeTail(uint32_t crc) const {
 }
 
 std::optional<uint32_t> TensorArchive::CrcOfTail(absl::string_view tail) const {
-  uint32_t crc = 0;
-  if (payload_bytes_ > 0) {
-    // The descriptor: a signature, then the CRC.
-    if (tail.size() < 8) return std::nullopt;
-    crc = LoadLittleEndian<uint32_t>(tail.data() + 4);
+  if (tail.size() != tail_.size()) return std::nullopt;
+  std::optional<uint32_t> crc;
+  size_t begin = 0;  // of what is the same in every tail
+  const auto is_same_until = [&](size_t end) {
+    return tail.substr(begin, end - begin) ==
+           absl::string_view(tail_).substr(begin, end - begin);
+  };
+  for (const size_t at : crc_at_) {
+    const uint32_t found = LoadLittleEndian<uint32_t>(tail.data() + at);
+    if (!is_same_until(at) || crc.value_or(found) != found) return std::nullopt;
+    crc = found;
+    begin = at + sizeof(found);
   }
-  if (tail != Tail(crc)) return std::nullopt;
-  return crc;
+  if (!is_same_until(tail.size())) return std::nullopt;
+  return crc.value_or(0);
 }
 
 const TensorArchive& TensorArchives::Get(DType dtype, const Dims& shape) {
