@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/crc/crc32c.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
@@ -320,13 +321,20 @@ absl::Status NotStorable(absl::string_view key, const absl::Status& why) {
 
 absl::Status FillCatalog(Checkpoint::Impl* impl) {
   const dcp::Metadata& index = impl->index;
+  // Most tensors of a model share a few shapes.
+  absl::flat_hash_map<Dims, Layout> whole;
+  const auto layout_of_whole = [&](const Dims& shape) {
+    const auto it = whole.find(shape);
+    if (it != whole.end()) return it->second;
+    return whole.emplace(shape, Layout::Anywhere(shape)).first->second;
+  };
   for (size_t i = 0; i < index.tensors.size(); ++i) {
     const dcp::TensorEntry& entry = index.tensors[i];
     if (!entry.dtype.has_value()) {
       impl->unreadable.emplace_back(entry.key, entry.dtype_name);
       continue;
     }
-    TensorSpec spec{entry.key, *entry.dtype, Layout::Anywhere(entry.shape)};
+    TensorSpec spec{entry.key, *entry.dtype, layout_of_whole(entry.shape)};
     const bool is_whole = entry.num_chunks == 1 &&
                           index.ChunkBox(entry, 0) == Box::Whole(entry.shape);
     if (!is_whole) {

@@ -30,6 +30,8 @@ class EndpointImpl final : public CheckpointEndpoint {
         impl_(CheckpointInternals::Get(*checkpoint_)),
         reader_(&impl_) {}
 
+  void Reserve(size_t tensors) { tensors_.reserve(tensors); }
+
   absl::Status Add(size_t tensor) {
     DSD_RETURN_IF_ERROR(catalog_.Add(impl_.catalog[tensor]));
     const TensorSpec& spec = catalog_[catalog_.size() - 1];
@@ -257,6 +259,7 @@ absl::StatusOr<std::unique_ptr<CheckpointEndpoint>> MakeCheckpointEndpoint(
     std::shared_ptr<const Checkpoint> checkpoint,
     absl::Span<const size_t> tensors) {
   auto endpoint = std::make_unique<EndpointImpl>(std::move(checkpoint));
+  endpoint->Reserve(tensors.size());
   for (const size_t tensor : tensors) {
     DSD_RETURN_IF_ERROR(endpoint->Add(tensor));
   }

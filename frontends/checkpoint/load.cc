@@ -20,6 +20,7 @@
 #include "dsd/core/transfer/transfer.h"
 #include "dsd/core/value/flatten.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
+#include "dsd/frontends/checkpoint/checkpoint_endpoint.h"
 #include "dsd/frontends/checkpoint/checkpoint_impl.h"
 #include "dsd/frontends/checkpoint/dcp/object_item.h"
 #include "dsd/frontends/checkpoint/item_reader.h"
@@ -111,17 +112,18 @@ class Loader {
     open.env = &env_;
     open.verify = options_.verify;
     DSD_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(directory_, open));
-    std::vector<std::string> keys;
-    DSD_RETURN_IF_ERROR(Match(&keys));
-    DSD_ASSIGN_OR_RETURN(source_, checkpoint_->MakeEndpoint(keys));
+    std::vector<size_t> tensors;
+    DSD_RETURN_IF_ERROR(Match(&tensors));
+    DSD_ASSIGN_OR_RETURN(source_, MakeCheckpointEndpoint(checkpoint_, tensors));
     const Binding binding = BindRanks(comm_);
     DSD_ASSIGN_OR_RETURN(plan_, PlanForRank(rank_, source_->catalog(), catalog_,
                                             pairs_, binding, binding));
     return absl::OkStatus();
   }
 
-  // Finds what is wanted; lists all that does not fit.
-  absl::Status Match(std::vector<std::string>* keys) {
+  // Finds what is wanted, by position in the checkpoint's catalog; lists all
+  // that does not fit.
+  absl::Status Match(std::vector<size_t>* tensors) {
     const Catalog& stored = checkpoint_->catalog();
     absl::flat_hash_map<std::string, size_t> stored_objects;
     for (size_t i = 0; i < checkpoint_->objects().size(); ++i) {
@@ -186,8 +188,8 @@ class Loader {
                 : ""));
       } else {
         report_.cast += from.dtype != spec.dtype;
-        pairs_.emplace_back(keys->size(), i);
-        keys->push_back(*name);
+        pairs_.emplace_back(tensors->size(), i);
+        tensors->push_back(*found);
       }
     }
     for (size_t i = 0; i < target_.objects.size(); ++i) {
