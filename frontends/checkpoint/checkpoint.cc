@@ -195,23 +195,23 @@ absl::StatusOr<std::shared_ptr<const Checkpoint>> Checkpoint::Open(
   auto impl = std::make_unique<Impl>();
   impl->path = path;
   impl->env = options.env;
+  impl->verify = options.verify;
   DSD_ASSIGN_OR_RETURN(impl->format, DetectFormat(options.env->files(), path));
   switch (impl->format) {
     case Format::kDcp:
-      DSD_RETURN_IF_ERROR(OpenDcp(options.verify, impl.get()));
+      DSD_RETURN_IF_ERROR(OpenDcp(impl.get()));
       break;
     case Format::kSafetensors:
-      DSD_RETURN_IF_ERROR(OpenSafetensors(options.verify, impl.get()));
+      DSD_RETURN_IF_ERROR(OpenSafetensors(impl.get()));
       break;
     case Format::kTorchArchive:
-      DSD_RETURN_IF_ERROR(OpenTorchArchive(options.verify, impl.get()));
+      DSD_RETURN_IF_ERROR(OpenTorchArchive(impl.get()));
       break;
   }
-  impl->check_crcs = options.verify && !impl->has_digests;
   return std::shared_ptr<const Checkpoint>(new Checkpoint(std::move(impl)));
 }
 
-absl::Status OpenDcp(bool verify, Checkpoint::Impl* impl) {
+absl::Status OpenDcp(Checkpoint::Impl* impl) {
   impl->directory = impl->path;
   const std::string& directory = impl->directory;
   FileSystem& files = impl->env->files();
@@ -230,7 +230,7 @@ absl::Status OpenDcp(bool verify, Checkpoint::Impl* impl) {
   DigestBuilder fingerprint;
   fingerprint.Add(impl->index.save_id).Add(bytes.size).Add(bytes.crc);
   impl->fingerprint = fingerprint.Finish();
-  if (verify) {
+  if (impl->verify) {
     DSD_RETURN_IF_ERROR(ReadDigests(bytes, impl));
   }
   if (impl->has_digests) FindGaps(impl);

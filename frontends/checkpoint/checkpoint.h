@@ -263,6 +263,14 @@ absl::StatusOr<LoadReport> Load(const std::string& path, State& target,
                                 Communicator* comm = nullptr,
                                 const LoadOptions& options = {});
 
+class Checkpoint;
+
+// The same from a checkpoint that every rank has open. options.verify and
+// options.env are not used: they are those of Checkpoint::Open.
+absl::StatusOr<LoadReport> Load(std::shared_ptr<const Checkpoint> checkpoint,
+                                State& target, Communicator* comm = nullptr,
+                                const LoadOptions& options = {});
+
 struct OpenOptions {
   bool verify = true;      // as in LoadOptions
   Env* env = Env::Real();  // must outlive the Checkpoint

@@ -27,6 +27,9 @@ struct Checkpoint::Impl {
   std::string path;
   std::string directory;
   Env* env = nullptr;
+  // As in OpenOptions. Without digests the CRC of a record is compared that is
+  // read as a whole.
+  bool verify = true;
   // What lies where, in every format. A location is that of an archive with one
   // item in DCP, else that of the bytes that `items` refers to.
   dcp::Metadata index;
@@ -52,8 +55,6 @@ struct Checkpoint::Impl {
   // all bytes of the data files of a DCP checkpoint are known: what is no
   // payload is what dsd writes around it.
   bool has_digests = false;
-  // Without digests: the CRC of a record that is read as a whole is compared.
-  bool check_crcs = false;
   StoredDigests digests;
   // Where the bytes before an item begin that belong to no item, by position in
   // index.locations and index.objects; and the length of each file.
@@ -68,10 +69,10 @@ int64_t StoredBytes(const Checkpoint::Impl& impl);
 // The catalog and the lists of objects and unreadable tensors, from the index.
 absl::Status FillCatalog(Checkpoint::Impl* impl);
 
-// The rest of an Impl that has path and env. `verify`: as in OpenOptions.
-absl::Status OpenDcp(bool verify, Checkpoint::Impl* impl);
-absl::Status OpenSafetensors(bool verify, Checkpoint::Impl* impl);
-absl::Status OpenTorchArchive(bool verify, Checkpoint::Impl* impl);
+// The rest of an Impl that has path, env and verify.
+absl::Status OpenDcp(Checkpoint::Impl* impl);
+absl::Status OpenSafetensors(Checkpoint::Impl* impl);
+absl::Status OpenTorchArchive(Checkpoint::Impl* impl);
 
 // DataLoss over `max_bytes`.
 absl::StatusOr<std::string> ReadWhole(FileSystem& files,

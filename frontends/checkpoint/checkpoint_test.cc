@@ -707,6 +707,27 @@ TEST(CheckpointTest, ADamagedByteIsNamedOnEveryRank) {
   EXPECT_FALSE(report->verified);
 }
 
+TEST(CheckpointTest, WhatIsOpenIsLoadedWithoutBeingOpenedAgain) {
+  FakeEnv env;
+  const std::vector<TestTensor> tensors = {
+      {{std::string("w")}, DType::kFloat32, Whole({64, 3})}};
+  TestState saved = TestState::Filled(tensors, 0, 1, SomeObjects());
+  ASSERT_TRUE(Save(kDir, saved.state(), nullptr, SaveTo(env)).ok());
+  std::vector<std::shared_ptr<const Checkpoint>> opened;
+  for (const bool verify : {false, true}) {
+    opened.push_back(*Checkpoint::Open(kDir, {verify, &env}));
+  }
+  ASSERT_TRUE(env.files().Remove(JoinFile(kDir, kIndexFile)).ok());
+  for (const bool verify : {false, true}) {
+    TestState loaded =
+        TestState::Blank(tensors, 0, WithoutValues(SomeObjects()));
+    const auto report = Load(opened[verify], loaded.state());
+    ASSERT_TRUE(report.ok()) << report.status();
+    EXPECT_EQ(report->verified, verify);
+    EXPECT_EQ(loaded.Difference(1), "");
+  }
+}
+
 // Checkpoints from before version 2 of the digests.
 TEST(CheckpointTest, OldDigestsAreCheckedAsTheyWereMade) {
   FakeEnv env;

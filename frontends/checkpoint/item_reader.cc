@@ -238,7 +238,7 @@ absl::Status ItemReader::Read(Chunk& chunk, const Box& chunk_box,
   if (chunk.row_major) {
     DSD_RETURN_IF_ERROR(ReadRuns(chunk, chunk_box, box, begin, end, out))
         << WhereChunk(chunk.entry, chunk.index);
-    if (impl_.check_crcs && box == chunk_box) {
+    if (impl_.verify && !impl_.has_digests && box == chunk_box) {
       DSD_RETURN_IF_ERROR(CheckCrc(chunk, begin, end, out))
           << WhereChunk(chunk.entry, chunk.index);
     }

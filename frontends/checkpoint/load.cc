@@ -44,18 +44,25 @@ std::string ListMismatches(const std::vector<std::string>& lines) {
 
 class Loader {
  public:
-  Loader(const std::string& directory, State& target, Communicator* comm,
-         const LoadOptions& options)
-      : directory_(directory),
+  // From a checkpoint that is open, or that at `path`.
+  Loader(std::shared_ptr<const Checkpoint> checkpoint, const std::string& path,
+         State& target, Communicator* comm, const LoadOptions& options)
+      : path_(path),
         target_(target),
         catalog_(CatalogOf(target)),
         comm_(comm),
         options_(options),
-        env_(*ChooseEnv(options.env, comm)),
+        verify_(checkpoint == nullptr
+                    ? options.verify
+                    : CheckpointInternals::Get(*checkpoint).verify),
+        env_(checkpoint == nullptr
+                 ? *ChooseEnv(options.env, comm)
+                 : *CheckpointInternals::Get(*checkpoint).env),
         deadline_(&env_, options.call),
         rank_(comm == nullptr ? 0 : comm->rank()),
         size_(comm == nullptr ? 1 : comm->size()),
-        what_(absl::StrCat("load from \"", directory, "\"")) {}
+        what_(absl::StrCat("load from \"", path, "\"")),
+        checkpoint_(std::move(checkpoint)) {}
 
   absl::StatusOr<LoadReport> Run() {
     const absl::Status prepared = Prepare();
@@ -77,8 +84,7 @@ class Loader {
       stats = *moved;
     }
     absl::Status local = patient.status();
-    if (local.ok() && rank_ == 0 && options_.verify)
-      local = CheckEmptyTensors();
+    if (local.ok() && rank_ == 0 && verify_) local = CheckEmptyTensors();
     const absl::Status joined = Join(stats, &local);
     DSD_RETURN_IF_ERROR(joined) << Unspecified();
     DSD_RETURN_IF_ERROR(Agree(
@@ -108,10 +114,10 @@ class Loader {
           "dtype_policy = kKeep: the tensors of a target keep their dtypes; "
           "expected kCast or kError");
     }
-    OpenOptions open;
-    open.env = &env_;
-    open.verify = options_.verify;
-    DSD_ASSIGN_OR_RETURN(checkpoint_, Checkpoint::Open(directory_, open));
+    if (checkpoint_ == nullptr) {
+      DSD_ASSIGN_OR_RETURN(checkpoint_,
+                           Checkpoint::Open(path_, {verify_, &env_}));
+    }
     std::vector<size_t> tensors;
     DSD_RETURN_IF_ERROR(Match(&tensors));
     DSD_ASSIGN_OR_RETURN(source_, MakeCheckpointEndpoint(checkpoint_, tensors));
@@ -246,7 +252,7 @@ class Loader {
   Digest Fingerprint() const {
     DigestBuilder digest;
     digest.Add(catalog_.Fingerprint());
-    digest.Add(options_.verify);
+    digest.Add(verify_);
     digest.Add(static_cast<int64_t>(options_.dtype_policy));
     digest.Add(names_.Finish());
     if (checkpoint_ != nullptr) digest.Add(checkpoint_->fingerprint());
@@ -346,7 +352,7 @@ class Loader {
     out.Number(source_->stats().payload_bytes);
     out.Number(stats.bytes_sent);
     out.Number(!local->ok());
-    out.Text(options_.verify && local->ok() ? source_->Partials() : "");
+    out.Text(verify_ && local->ok() ? source_->Partials() : "");
     std::string mine = out.Take();
     if (comm_ != nullptr && size_ > 1) {
       DSD_ASSIGN_OR_RETURN(records, comm_->AllGatherBlobs(mine, kMaxRecordBytes,
@@ -367,7 +373,7 @@ class Loader {
       }
     }
     // With a part unread there is nothing to compare.
-    if (failed || !options_.verify) return absl::OkStatus();
+    if (failed || !verify_) return absl::OkStatus();
     const absl::StatusOr<int64_t> verified = source_->Verify();
     *local = verified.status();
     // Each tensor was compared by a rank that knows all of it, if some rank
@@ -383,11 +389,12 @@ class Loader {
     return absl::StrCat(what_, " (tensors of the target are unspecified now)");
   }
 
-  const std::string directory_;
+  const std::string path_;
   State& target_;
   const Catalog& catalog_;
   Communicator* const comm_;
   const LoadOptions& options_;
+  const bool verify_;
   Env& env_;
   const Deadline deadline_;
   const int rank_;
@@ -405,10 +412,17 @@ class Loader {
 
 }  // namespace
 
-absl::StatusOr<LoadReport> Load(const std::string& directory, State& target,
+absl::StatusOr<LoadReport> Load(const std::string& path, State& target,
                                 Communicator* comm,
                                 const LoadOptions& options) {
-  return Loader(directory, target, comm, options).Run();
+  return Loader(nullptr, path, target, comm, options).Run();
+}
+
+absl::StatusOr<LoadReport> Load(std::shared_ptr<const Checkpoint> checkpoint,
+                                State& target, Communicator* comm,
+                                const LoadOptions& options) {
+  const std::string path = checkpoint->path();
+  return Loader(std::move(checkpoint), path, target, comm, options).Run();
 }
 
 }  // namespace dsd::checkpoint

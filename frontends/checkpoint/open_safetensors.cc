@@ -57,8 +57,7 @@ std::string SeriesOf(absl::string_view name) {
 
 class SafetensorsOpener {
  public:
-  SafetensorsOpener(bool verify, Checkpoint::Impl* impl)
-      : verify_(verify), impl_(*impl) {}
+  explicit SafetensorsOpener(Checkpoint::Impl* impl) : impl_(*impl) {}
 
   absl::Status Run() {
     std::vector<std::string> names;
@@ -201,7 +200,7 @@ class SafetensorsOpener {
       } else if (key == kSaveIdAttribute) {
         save_id = value;
       } else if (key == kDigestsAttribute) {
-        if (verify_) DSD_RETURN_IF_ERROR(NoteDigests(value, file->header));
+        if (impl_.verify) DSD_RETURN_IF_ERROR(NoteDigests(value, file->header));
       } else if (key != safetensors::kShardingVersionKey) {
         NoteAttribute(key, value);
       }
@@ -357,7 +356,6 @@ class SafetensorsOpener {
             : absl::StrCat(" in ", DimsToString(place.global_shape))));
   }
 
-  const bool verify_;
   Checkpoint::Impl& impl_;
   DigestBuilder fingerprint_;
   size_t files_digested_ = 0;
@@ -372,8 +370,8 @@ class SafetensorsOpener {
 
 }  // namespace
 
-absl::Status OpenSafetensors(bool verify, Checkpoint::Impl* impl) {
-  return SafetensorsOpener(verify, impl).Run();
+absl::Status OpenSafetensors(Checkpoint::Impl* impl) {
+  return SafetensorsOpener(impl).Run();
 }
 
 }  // namespace dsd::checkpoint

@@ -44,7 +44,7 @@ absl::Status ReadDigests(const torch_archive::Archive& archive,
 
 }  // namespace
 
-absl::Status OpenTorchArchive(bool verify, Checkpoint::Impl* impl) {
+absl::Status OpenTorchArchive(Checkpoint::Impl* impl) {
   impl->directory = ParentOf(impl->path);
   impl->index.files.emplace_back(LastPart(impl->path));
   const std::string where =
@@ -95,7 +95,7 @@ absl::Status OpenTorchArchive(bool verify, Checkpoint::Impl* impl) {
     impl->values.push_back(std::move(value.item));
   }
   DSD_RETURN_IF_ERROR(FillCatalog(impl)) << where;
-  if (verify) {
+  if (impl->verify) {
     DSD_RETURN_IF_ERROR(ReadDigests(*archive, impl)) << where;
   }
   absl::flat_hash_set<absl::string_view> keys;

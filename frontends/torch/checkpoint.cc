@@ -245,10 +245,9 @@ absl::StatusOr<StateDict> ReadCheckpoint(const std::string& path,
   checkpoint::LoadOptions load;
   load.call = options.call;
   load.allow_unexpected = static_cast<bool>(options.wanted);
-  load.verify = options.verify;
-  load.env = options.env;
   all->state.tensors = &all->endpoint;
-  DSD_RETURN_IF_ERROR(checkpoint::Load(path, all->state, comm, load).status());
+  DSD_RETURN_IF_ERROR(
+      checkpoint::Load(all->checkpoint, all->state, comm, load).status());
 
   Value root{StateDict()};
   for (size_t i = 0; i < all->tensors.size(); ++i) {
