@@ -206,7 +206,7 @@ absl::StatusOr<ItemReader::Chunk*> ItemReader::OpenChunk(size_t entry,
                                  at_once ? length : 0))
         << where();
     DSD_RETURN_IF_ERROR(OpenOwn(*chunk, *tensor.dtype, shape)) << where();
-  } else {
+  } else if (!OpenOwn(*chunk, *tensor.dtype, shape).ok()) {  // foreign
     absl::StatusOr<dcp::TensorItem> item = dcp::ReadTensorItem(&chunk->slice);
     DSD_RETURN_IF_ERROR(item.status()) << where();
     chunk->item = *std::move(item);
