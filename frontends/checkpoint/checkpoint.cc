@@ -321,12 +321,29 @@ absl::Status NotStorable(absl::string_view key, const absl::Status& why) {
 
 absl::Status FillCatalog(Checkpoint::Impl* impl) {
   const dcp::Metadata& index = impl->index;
-  // Most tensors of a model share a few shapes.
-  absl::flat_hash_map<Dims, Layout> whole;
-  const auto layout_of_whole = [&](const Dims& shape) {
-    const auto it = whole.find(shape);
-    if (it != whole.end()) return it->second;
-    return whole.emplace(shape, Layout::Anywhere(shape)).first->second;
+  // Most tensors of a model share a few shapes, cut in the same way.
+  absl::flat_hash_map<std::tuple<Dims, size_t, absl::Span<const int64_t>>,
+                      Layout>
+      layouts;
+  const auto layout_of =
+      [&](const dcp::TensorEntry& entry) -> absl::StatusOr<Layout> {
+    const auto bounds =
+        absl::MakeConstSpan(index.bounds)
+            .subspan(entry.first_bound, 2 * entry.ndim() * entry.num_chunks);
+    const std::tuple key(entry.shape, entry.num_chunks, bounds);
+    const auto known = layouts.find(key);
+    if (known != layouts.end()) return known->second;
+    absl::StatusOr<Layout> layout = Layout::Anywhere(entry.shape);
+    if (entry.num_chunks != 1 ||
+        index.ChunkBox(entry, 0) != Box::Whole(entry.shape)) {
+      std::vector<HolderBox> boxes;
+      for (size_t c = 0; c < entry.num_chunks; ++c) {
+        boxes.push_back({kAnyHolder, index.ChunkBox(entry, c)});
+      }
+      layout = Layout::FromBoxes(entry.shape, std::move(boxes));
+    }
+    if (layout.ok()) layouts.emplace(key, *layout);
+    return layout;
   };
   for (size_t i = 0; i < index.tensors.size(); ++i) {
     const dcp::TensorEntry& entry = index.tensors[i];
@@ -334,20 +351,10 @@ absl::Status FillCatalog(Checkpoint::Impl* impl) {
       impl->unreadable.emplace_back(entry.key, entry.dtype_name);
       continue;
     }
-    TensorSpec spec{entry.key, *entry.dtype, layout_of_whole(entry.shape)};
-    const bool is_whole = entry.num_chunks == 1 &&
-                          index.ChunkBox(entry, 0) == Box::Whole(entry.shape);
-    if (!is_whole) {
-      std::vector<HolderBox> boxes;
-      for (size_t c = 0; c < entry.num_chunks; ++c) {
-        boxes.push_back({kAnyHolder, index.ChunkBox(entry, c)});
-      }
-      absl::StatusOr<Layout> layout =
-          Layout::FromBoxes(entry.shape, std::move(boxes));
-      if (!layout.ok()) return NotStorable(entry.key, layout.status());
-      spec.layout = *std::move(layout);
-    }
-    const absl::Status added = impl->catalog.Add(std::move(spec));
+    absl::StatusOr<Layout> layout = layout_of(entry);
+    if (!layout.ok()) return NotStorable(entry.key, layout.status());
+    const absl::Status added =
+        impl->catalog.Add({entry.key, *entry.dtype, *std::move(layout)});
     if (!added.ok()) return NotStorable(entry.key, added);
     impl->entry_of.push_back(i);
   }

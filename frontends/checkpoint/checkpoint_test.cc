@@ -728,6 +728,46 @@ TEST(CheckpointTest, WhatIsOpenIsLoadedWithoutBeingOpenedAgain) {
   }
 }
 
+TEST(CheckpointTest, LayoutsAreThoseOfTheStoredBoxes) {
+  const std::vector<std::pair<Dims, std::vector<Box>>> tensors = {
+      {{}, {{{}, {}}}},
+      {{}, {}},
+      {{4}, {{{0}, {4}}}},
+      {{4}, {{{0}, {2}}}},
+      {{4}, {{{0}, {2}}, {{2}, {4}}}},
+      {{4}, {{{2}, {4}}, {{0}, {2}}}},
+      {{5}, {{{0}, {2}}, {{2}, {4}}}},
+  };
+  dcp::Metadata index;
+  index.files = {"__0_0.distcp"};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const std::string key = absl::StrCat("t", i);
+    index.AddTensor(key, {key}, DType::kFloat32, tensors[i].first);
+    for (const Box& box : tensors[i].second) index.AddChunk(box, {0, 0, 100});
+  }
+  std::string bytes;
+  ASSERT_TRUE(dcp::EncodeMetadata(index, [&](absl::string_view piece) {
+                absl::StrAppend(&bytes, piece);
+                return absl::OkStatus();
+              }).ok());
+  FakeEnv env;
+  ASSERT_TRUE(env.files().CreateDirs(kDir).ok());
+  env.fake_files().SetContent(JoinFile(kDir, kIndexFile), bytes);
+  const auto checkpoint = Checkpoint::Open(kDir, {false, &env});
+  ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
+  const Catalog& catalog = (*checkpoint)->catalog();
+  ASSERT_EQ(catalog.size(), tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    std::vector<Box> boxes;
+    for (const LocalBox& local : catalog[i].layout.BoxesOf(kAnyHolder)) {
+      boxes.push_back(local.box);
+    }
+    EXPECT_EQ(catalog[i].shape(), tensors[i].first) << i;
+    EXPECT_THAT(boxes, testing::UnorderedElementsAreArray(tensors[i].second))
+        << i;
+  }
+}
+
 // Checkpoints from before version 2 of the digests.
 TEST(CheckpointTest, OldDigestsAreCheckedAsTheyWereMade) {
   FakeEnv env;
