@@ -31,8 +31,6 @@ struct PickleLimits {
   int64_t max_memory_bytes = int64_t{2} << 30;
 };
 
-class Pickle;
-
 // A handle to one value of a Pickle, which must outlive it. Cheap to copy.
 // Values may be shared and may contain themselves.
 class PickleValue {
@@ -60,12 +58,12 @@ class PickleValue {
   // Items of a tuple, list or set; number of entries of a dict; of a call or
   // instance: of what was appended to or set in it (a list or dict subclass).
   size_t size() const;
-  // Calls `visit` for each item until it returns false. Tuples, lists, sets;
-  // for calls and instances what was appended.
+  // Calls visit(item) for each item until it returns false. Tuples, lists,
+  // sets; for calls and instances what was appended.
   template <class Visit>
   void ForEachItem(Visit visit) const;
-  // The same for dicts, with key and value; for calls and instances what was
-  // set.
+  // The same for dicts, with visit(key, value); for calls and instances what
+  // was set.
   template <class Visit>
   void ForEachEntry(Visit visit) const;
   // The items of a tuple of at most `max` items; nullopt otherwise.
