@@ -46,6 +46,7 @@ enum class Tag : uint8_t {
   kWideInt,
   kSet,
   kFrozenSet,
+  kMap,
 };
 
 constexpr int kMaxDepth = 200;
@@ -99,6 +100,10 @@ class Encoder {
     } else if (const auto* v = value.get_if<Value::Set>()) {
       Put(v->is_frozen ? Tag::kFrozenSet : Tag::kSet);
       return EncodeItems(v->items, depth);
+    } else if (const auto* v = value.get_if<Value::Map>()) {
+      Put(Tag::kMap);
+      DSD_RETURN_IF_ERROR(EncodeItems(v->keys, depth));
+      return EncodeItems(v->values, depth);
     } else if (const auto* v = value.get_if<StateDict>()) {
       Put(Tag::kDict);
       PutInt(static_cast<int64_t>(v->size()));
@@ -230,6 +235,15 @@ class Decoder {
         DSD_ASSIGN_OR_RETURN(std::vector<Value> items, DecodeItems(depth));
         return Value(Value::Set{std::move(items),
                                 static_cast<Tag>(tag) == Tag::kFrozenSet});
+      }
+      case Tag::kMap: {
+        Value::Map map;
+        DSD_ASSIGN_OR_RETURN(map.keys, DecodeItems(depth));
+        DSD_ASSIGN_OR_RETURN(map.values, DecodeItems(depth));
+        if (map.keys.size() != map.values.size()) {
+          return Malformed("a dict with more keys than values, or fewer");
+        }
+        return Value(std::move(map));
       }
       case Tag::kDict:
         return DecodeDict(depth);

@@ -26,6 +26,8 @@ Value Sample() {
   inner.Set("opaque", Value(Opaque{"m.C"}));
   inner.Set("wide", Value(WideInt{std::string(9, '\1')}));
   inner.Set("set", Value(Value::Set{{Complex(1, -2), "x"}, true}));
+  inner.Set("map", Value(Value::Map{{Value(), Value(2.5)},
+                                    {Value("x"), Value(Value::List{true})}}));
   StateDict root;
   root.Set("none", Value());
   root.Set("flags", Value(Value::List{true, false}));

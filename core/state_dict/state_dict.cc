@@ -70,6 +70,12 @@ absl::StatusOr<BasicValue<To>> Convert(const BasicValue<From>& from,
     DSD_RETURN_IF_ERROR(convert_items(v->items, set.items));
     return Out(std::move(set));
   }
+  if (const auto* v = from.template get_if<typename In::Map>()) {
+    typename Out::Map map;
+    DSD_RETURN_IF_ERROR(convert_items(v->keys, map.keys));
+    DSD_RETURN_IF_ERROR(convert_items(v->values, map.values));
+    return Out(std::move(map));
+  }
   if (const auto* v = from.template get_if<typename In::Dict>()) {
     typename Out::Dict dict;
     for (size_t i = 0; i < v->size(); ++i) {

@@ -161,6 +161,16 @@ class BasicValue {
     }
   };
 
+  // Python's dict with a key that is neither text nor an integer, in its order.
+  // An object: no path leads into it.
+  struct Map {
+    std::vector<BasicValue> keys;
+    std::vector<BasicValue> values;  // one for each key
+    friend bool operator==(const Map& a, const Map& b) {
+      return a.keys == b.keys && a.values == b.values;
+    }
+  };
+
   BasicValue() = default;                                     // None
   BasicValue(None) {}                                         // NOLINT
   BasicValue(bool v) : node_(v) {}                            // NOLINT
@@ -178,11 +188,12 @@ class BasicValue {
   BasicValue(List v) : node_(std::move(v)) {}                 // NOLINT
   BasicValue(Tuple v) : node_(std::move(v)) {}                // NOLINT
   BasicValue(Set v) : node_(std::move(v)) {}                  // NOLINT
+  BasicValue(Map v) : node_(std::move(v)) {}                  // NOLINT
   BasicValue(Dict v) : node_(std::move(v)) {}                 // NOLINT
 
   // Null if the value is of another kind. T is one of None, bool, int64_t,
   // double, std::string, Bytes, Complex, WideInt, Opaque, TensorT, List, Tuple,
-  // Dict, Set.
+  // Dict, Set, Map.
   template <class T>
   const T* get_if() const {
     return std::get_if<T>(&node_);
@@ -210,7 +221,7 @@ class BasicValue {
 
  private:
   std::variant<None, bool, int64_t, double, std::string, Bytes, Complex,
-               WideInt, Opaque, TensorT, List, Tuple, Dict, Set>
+               WideInt, Opaque, TensorT, List, Tuple, Dict, Set, Map>
       node_;
 };
 

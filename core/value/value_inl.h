@@ -288,7 +288,7 @@ absl::string_view BasicValue<TensorT>::kind_name() const {
   if (is<Complex>()) return "complex";
   if (is<List>()) return "list";
   if (is<Tuple>()) return "tuple";
-  if (is<Dict>()) return "dict";
+  if (is<Dict>() || is<Map>()) return "dict";
   if (const Set* set = get_if<Set>())
     return set->is_frozen ? "frozenset" : "set";
   if (const Opaque* opaque = get_if<Opaque>()) return opaque->type_name;

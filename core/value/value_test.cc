@@ -180,6 +180,7 @@ TEST(ValueTest, KindsAreToldApart) {
   EXPECT_EQ(Object(WideInt{std::string(9, '\1')}).kind_name(), "int");
   EXPECT_EQ(Object(Object::Set{}).kind_name(), "set");
   EXPECT_EQ(Object(Object::Set{{}, true}).kind_name(), "frozenset");
+  EXPECT_EQ(Object(Object::Map{}).kind_name(), "dict");
   EXPECT_EQ(Object(Opaque{"m.C"}).kind_name(), "m.C");
   EXPECT_EQ(Object(HostTensor()).kind_name(), "tensor");
   EXPECT_TRUE(Object(Object::Tuple{}).is_container());
@@ -196,6 +197,10 @@ TEST(ValueTest, EqualityIsByKindAndContent) {
   EXPECT_TRUE(Object(items) != Object(Object::Tuple{items}));
   EXPECT_TRUE(Object(Object::Set{items}) == Object(Object::Set{items}));
   EXPECT_TRUE(Object(Object::Set{items}) != Object(Object::Set{items, true}));
+  EXPECT_TRUE(Object(Object::Map{items, items}) ==
+              Object(Object::Map{items, items}));
+  EXPECT_TRUE(Object(Object::Map{items, items}) !=
+              Object(Object::Map{items, {Object(1), Object(2)}}));
   EXPECT_TRUE(Object(Complex(1, 0)) != Object(1.0));
   // As Python's, but for the order, which matters here.
   Object::Dict ab, ba;

@@ -85,6 +85,8 @@ class ValueTextWriter {
       AppendDict(*dict);
     } else if (const auto* set = value.template get_if<typename Value::Set>()) {
       AppendSet(*set);
+    } else if (const auto* map = value.template get_if<typename Value::Map>()) {
+      AppendMap(*map);
     } else {
       absl::StrAppend(&out_, "<", options_.escape(value.kind_name()), ">");
     }
@@ -101,6 +103,17 @@ class ValueTextWriter {
       }
       out_.append(": ");
       Append(dict.value(i));
+    }
+    out_.append("}");
+  }
+
+  void AppendMap(const typename Value::Map& map) {
+    out_.append("{");
+    for (size_t i = 0; i < map.keys.size() && !IsFull(); ++i) {
+      if (i > 0) out_.append(", ");
+      Append(map.keys[i]);
+      out_.append(": ");
+      Append(map.values[i]);
     }
     out_.append("}");
   }

@@ -73,10 +73,14 @@ TEST(ValueTextTest, ContainersAsPythons) {
                        Object(Object::Set{}),
                        Object(Object::Set{{Object(Complex(0, 1))}, true}),
                        Object(Object::Set{{}, true})}));
+  dict.Set("keys",
+           Object(Object::Map{{Object(Object::Tuple{{Object(1)}}), Object()},
+                              {Object("a"), Object(Object::List{Object(2)})}}));
   EXPECT_EQ(ValueText(Object(dict)),
             "{'lr': 0.1, 'betas': (0.9, 0.999), 'one': (1,), 'names': ['a', "
             "None], 5: True, 'raw': <3 bytes>, 'other': <numpy.dtype>, "
-            "'sets': [{1, 'a'}, set(), frozenset({1j}), frozenset()]}");
+            "'sets': [{1, 'a'}, set(), frozenset({1j}), frozenset()], "
+            "'keys': {(1,): 'a', None: [2]}}");
 }
 
 TEST(ValueTextTest, TensorsAreWrittenByTheCaller) {

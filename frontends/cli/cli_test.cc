@@ -324,6 +324,8 @@ TEST(TextTest, ValuesAsPythonShowsThem) {
   EXPECT_EQ(ValueJson(value).dump(),
             "{\"a\":[1],\"2\":{\"bytes\":\"78797a\"},\"c\":{\"class\":\"numpy."
             "ndarray\"}}");
+  EXPECT_EQ(ValueJson(Object(Object::Map{{Object(2.5)}, {Object("x")}})).dump(),
+            "[[2.5,\"x\"]]");
 }
 
 }  // namespace

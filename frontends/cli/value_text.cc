@@ -47,6 +47,14 @@ nlohmann::ordered_json ValueJson(const Object& value) {
     for (const Object& item : *list) out.push_back(ValueJson(item));
     return out;
   }
+  // As pairs: keys of JSON are text.
+  if (const auto* map = value.get_if<Object::Map>()) {
+    auto out = nlohmann::ordered_json::array();
+    for (size_t i = 0; i < map->keys.size(); ++i) {
+      out.push_back({ValueJson(map->keys[i]), ValueJson(map->values[i])});
+    }
+    return out;
+  }
   if (const auto* dict = value.get_if<Object::Dict>()) {
     auto out = nlohmann::ordered_json::object();
     for (size_t i = 0; i < dict->size(); ++i) {

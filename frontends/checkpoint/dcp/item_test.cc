@@ -280,6 +280,13 @@ std::vector<Object> SomeObjects() {
           Object(Object::Set{{Object(3), Object("b"), Object(wide)}}),
           Object(Object::Set{{Object(Object::Set{{Object(1)}, true})}, true}),
           Object(tensor),
+          Object(Object::Map{
+              {Object(Object::Tuple{{Object(1), Object("a")}}), Object(2.5),
+               Object(), Object("text"), Object(Object::Set{{Object(1)}, true}),
+               Object(Opaque{"torch.float32"})},
+              {Object(tensor), Object(2), Object(Object::List{}),
+               Object(Object::Map{{Object(true)}, {Object(1)}}), Object(tensor),
+               Object("x")}}),
           Object(Object::Tuple{{Object(tensor), Object(tensor), Object(5)}}),
           Object(Object::List{Object(HostTensor(DType::kInt64, {0, 3}, "")),
                               Object(HostTensor(DType::kUInt16, {}, "xy"))})};
@@ -299,6 +306,9 @@ TEST(ObjectItemTest, ObjectsReadBack) {
   for (const Object& bad :
        {Nested(kMaxObjectDepth + 1), Object(Opaque{"a.B"}), Object(short_one),
         Object(Object::Set{{Object(tensor)}}),
+        Object(Object::Map{{Object(tensor)}, {Object(1)}}),
+        Object(Object::Map{{Object(Object::List{})}, {Object(1)}}),
+        Object(Object::Map{{Object(1), Object(2.5)}, {Object(1)}}),
         Object(WideInt{std::string(256, '\1')})}) {
     EXPECT_EQ(EncodeStoredObject(bad).status().code(),
               absl::StatusCode::kInvalidArgument)
@@ -329,12 +339,22 @@ TEST(ObjectItemTest, UnknownClassesAreInert) {
   EXPECT_TRUE(decode("\x80\x02"
                      "ccollections\nOrderedDict\n)RX\x01\x00\x00\x00kK\x01s."s)
                   .is<Object::Dict>());
-  // Dicts with other keys, sets with what has no order.
-  EXPECT_TRUE(decode("\x80\x02}NK\x01s."s) == Object(Opaque{"dict"}));
+  // Dicts whose keys are no data, sets with what has no order.
+  EXPECT_TRUE(decode("\x80\x02}cm\nC\n)\x81K\x01s."s) ==
+              Object(Opaque{"dict"}));
+  EXPECT_TRUE(decode("\x80\x02}]K\x01s."s) == Object(Opaque{"dict"}));
   EXPECT_TRUE(decode("\x80\x02"
                      "c__builtin__\nset\n](K\x01"
                      "cm\nC\n)\x81"
                      "e\x85R."s) == Object(Opaque{"set"}));
+}
+
+TEST(ObjectItemTest, TheLastValueOfAKeyCounts) {
+  const auto decoded =
+      DecodeObjectPickle("\x80\x02}(NK\x01K\x05K\x02NK\x03u.");
+  ASSERT_TRUE(decoded.ok()) << decoded.status();
+  EXPECT_TRUE(decoded->value == Object(Object::Map{{Object(), Object(5)},
+                                                   {Object(3), Object(2)}}));
 }
 
 // The bytes are those of pickle.dumps in Python 3.11.

@@ -6,9 +6,11 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <string>
 #include <utility>
 #include <variant>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -85,6 +87,27 @@ bool SortItems(std::vector<Object>* items) {
     items->push_back(std::move(sorted[i].second));
   }
   return true;
+}
+
+constexpr absl::string_view kTorchPrefix = "torch.";
+
+// Not a class, but one of its values, which Python finds by its name.
+bool IsTorchDType(absl::string_view name) {
+  return absl::ConsumePrefix(&name, kTorchPrefix) &&
+         ParseDType(name).has_value();
+}
+
+// Whether Python takes it as a key of a dict.
+bool IsKey(const Object& value) {
+  if (const auto* tuple = value.get_if<Object::Tuple>()) {
+    return std::all_of(tuple->items.begin(), tuple->items.end(), IsKey);
+  }
+  if (const auto* set = value.get_if<Object::Set>()) return set->is_frozen;
+  if (const auto* opaque = value.get_if<Opaque>()) {
+    return IsTorchDType(opaque->type_name);
+  }
+  return !value.is_container() && !value.is<Object::Map>() &&
+         !value.is<HostTensor>();
 }
 
 class ObjectDecoder {
@@ -166,19 +189,23 @@ class ObjectDecoder {
   }
 
   absl::StatusOr<Object> DecodeDict(PickleValue value, int depth) {
+    bool plain = true;
+    value.ForEachEntry([&](PickleValue key, PickleValue) {
+      plain = key.AsString().has_value() || key.AsInt().has_value();
+      return plain;
+    });
+    if (!plain) return DecodeMap(value, depth);
     Object::Dict dict;
     absl::Status status;
-    bool plain = true;
     value.ForEachEntry([&](PickleValue key, PickleValue item) {
       std::optional<PathSegment> segment;
       if (const auto text = key.AsString()) {
         status = Spend(text->size());
         segment = std::string(*text);
-      } else if (const auto number = key.AsInt()) {
-        segment = *number;
+      } else {
+        segment = *key.AsInt();
       }
-      plain = segment.has_value();
-      if (!plain || !status.ok()) return false;
+      if (!status.ok()) return false;
       absl::StatusOr<Object> decoded = Decode(item, depth + 1);
       status = decoded.status();
       if (!status.ok()) return false;
@@ -186,9 +213,37 @@ class ObjectDecoder {
       return true;
     });
     DSD_RETURN_IF_ERROR(status);
-    // Keys of other types have no form here.
-    if (!plain) return Object(Opaque{"dict"});
     return Object(std::move(dict));
+  }
+
+  // With keys of other types; the last value of a key counts.
+  absl::StatusOr<Object> DecodeMap(PickleValue value, int depth) {
+    Object::Map map;
+    absl::flat_hash_map<std::string, size_t> places;  // by the key's pickle
+    absl::Status status;
+    bool is_data = true;
+    value.ForEachEntry([&](PickleValue key_value, PickleValue item_value) {
+      absl::StatusOr<Object> key = Decode(key_value, depth + 1);
+      absl::StatusOr<Object> item = Decode(item_value, depth + 1);
+      status.Update(key.status());
+      status.Update(item.status());
+      if (!status.ok()) return false;
+      const auto pickle = EncodeObjectPickle(*key);
+      is_data = pickle.ok() && IsKey(*key);
+      if (!is_data) return false;
+      const auto [place, is_new] =
+          places.try_emplace(pickle->pickle, map.keys.size());
+      if (is_new) {
+        map.keys.push_back(*std::move(key));
+        map.values.emplace_back();
+      }
+      map.values[place->second] = *std::move(item);
+      return true;
+    });
+    DSD_RETURN_IF_ERROR(status);
+    // What is named and inert is no key.
+    if (!is_data) return Object(Opaque{"dict"});
+    return Object(std::move(map));
   }
 
   absl::StatusOr<Object> DecodeBigInt(absl::string_view bytes) {
@@ -292,14 +347,6 @@ class ObjectDecoder {
   const ReadTensorFn& read_tensor_;
 };
 
-constexpr absl::string_view kTorchPrefix = "torch.";
-
-// Not a class, but one of its values, which Python finds by its name.
-bool IsTorchDType(absl::string_view name) {
-  return absl::ConsumePrefix(&name, kTorchPrefix) &&
-         ParseDType(name).has_value();
-}
-
 class ObjectEncoder {
  public:
   explicit ObjectEncoder(int64_t first_storage)
@@ -345,6 +392,8 @@ class ObjectEncoder {
       pickle_.Tuple(static_cast<int64_t>(tuple->items.size()));
     } else if (const auto* dict = value.get_if<Object::Dict>()) {
       return EncodeDict(*dict, depth);
+    } else if (const auto* map = value.get_if<Object::Map>()) {
+      return EncodeMap(*map, depth);
     } else if (const auto* set = value.get_if<Object::Set>()) {
       return EncodeSet(*set, depth);
     } else if (const auto* tensor = value.get_if<HostTensor>()) {
@@ -407,6 +456,28 @@ class ObjectEncoder {
         pickle_.Int(std::get<int64_t>(dict.key(i)));
       }
       DSD_RETURN_IF_ERROR(Encode(dict.value(i), depth + 1));
+    }
+    pickle_.SetItems();
+    return absl::OkStatus();
+  }
+
+  absl::Status EncodeMap(const Object::Map& map, int depth) {
+    if (map.keys.size() != map.values.size()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("a dict of ", map.keys.size(), " keys and ",
+                       map.values.size(), " values"));
+    }
+    pickle_.EmptyDict();
+    if (map.keys.empty()) return absl::OkStatus();
+    pickle_.Mark();
+    for (size_t i = 0; i < map.keys.size(); ++i) {
+      if (!IsKey(map.keys[i])) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("a key of a dict is ", map.keys[i].kind_name(),
+                         ", which Python does not take for one"));
+      }
+      DSD_RETURN_IF_ERROR(Encode(map.keys[i], depth + 1));
+      DSD_RETURN_IF_ERROR(Encode(map.values[i], depth + 1));
     }
     pickle_.SetItems();
     return absl::OkStatus();

@@ -155,6 +155,15 @@ def objects():
       "wide_negative": -(1 << 63) - 1,
       "set": {1, "a", 2.5},
       "frozen": frozenset({(1, 2), 3}),
+      "keys": ({
+          (1, 2): "a",
+          2.5: [None],
+          None: {
+              "x": 1
+          },
+          b"y": 3,
+          "text": 4
+      },),
       "pair": (torch.arange(6, dtype=torch.int16).reshape(2, 3), 5),
       "deep": ({"t": [torch.tensor(1.5, dtype=torch.bfloat16), torch.zeros(0, 2)]}, "x"),
       "groups": [{"lr": 0.01, "params": ["a", "b"], "none": None}, {"lr": 0.02, "params": [], "none": None}],
@@ -298,7 +307,7 @@ def same(a, b, where):
   elif isinstance(a, dict):
     assert isinstance(b, dict) and list(a) == list(b), (where, list(a), list(b))
     for key in a:
-      same(a[key], b[key], where + "." + key)
+      same(a[key], b[key], "%s.%s" % (where, key))
   elif isinstance(a, (list, tuple)):
     assert type(a) is type(b) and len(a) == len(b), (where, a, b)
     for number, (x, y) in enumerate(zip(a, b)):

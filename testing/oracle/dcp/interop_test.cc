@@ -160,6 +160,13 @@ Object Objects() {
   set("set", Object(Object::Set{{Object(2.5), Object(1), Object("a")}}));
   set("frozen", Object(Object::Set{
                     {Object(Tuple{{Object(1), Object(2)}}), Object(3)}, true}));
+  Object::Dict inside;
+  inside.Set(PathSegment(std::string("x")), Object(1));
+  set("keys", Object(Tuple{{Object(Object::Map{
+                  {Object(Tuple{{Object(1), Object(2)}}), Object(2.5), Object(),
+                   Object(Bytes{"y"}), Object("text")},
+                  {Object("a"), Object(List{Object()}),
+                   Object(std::move(inside)), Object(3), Object(4)}})}}));
   const std::vector<int16_t> numbers = {0, 1, 2, 3, 4, 5};
   set("pair",
       Object(Tuple{
