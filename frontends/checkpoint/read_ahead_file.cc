@@ -22,7 +22,8 @@ void ReadAheadFile::ReadAhead(int64_t offset, int64_t count) {
   const bool is_small = 2 * count <= kMaxLength;
   length_ =
       follows && is_small ? std::min(2 * length_, kMaxLength) : kMinLength;
-  if (!follows || 2 * count > length_) return;
+  // A read past the end is the file's to refuse.
+  if (!follows || 2 * count > length_ || count > size_bytes() - offset) return;
   ahead_.resize(kMaxLength);
   const int64_t length = std::min(length_, size_bytes() - offset);
   begin_ = offset;

@@ -107,5 +107,14 @@ TEST_F(ReadAheadFileTest, AnErrorIsThatOfTheBytesAskedFor) {
   EXPECT_EQ(Read(99900, 100).code(), absl::StatusCode::kDataLoss);
 }
 
+TEST_F(ReadAheadFileTest, ReadsPastTheEndAreRefusedByTheFile) {
+  Open(3000);
+  for (int64_t at = 0; at < 3000; at += 100) {
+    ASSERT_TRUE(Read(at, 100).ok()) << at;
+  }
+  EXPECT_EQ(Read(3000, 100).code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(Read(3500, 100).code(), absl::StatusCode::kDataLoss);
+}
+
 }  // namespace
 }  // namespace dsd::checkpoint
