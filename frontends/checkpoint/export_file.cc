@@ -70,11 +70,12 @@ class ArchiveFrame final : public FileFrame {
       out += writer_.StartTensor(static_cast<int64_t>(bytes.size()));
       absl::StrAppend(&out, bytes);
       out += writer_.FinishTensor(dcp::Crc32(0, bytes));
+      if (!key.has_value()) continue;
       ContentDigest digest(static_cast<int64_t>(bytes.size()));
       digest.AddRun(0, absl::MakeConstSpan(
                            reinterpret_cast<const std::byte*>(bytes.data()),
                            bytes.size()));
-      all.tensors[key] = digest.Finish(tensor.dtype(), tensor.shape());
+      all.tensors[*key] = digest.Finish(tensor.dtype(), tensor.shape());
     }
     return absl::StrCat(out, writer_.Finish(EncodeDigests(all)));
   }
@@ -86,7 +87,7 @@ class ArchiveFrame final : public FileFrame {
   const int64_t pickle_bytes_;
   const uint32_t pickle_crc_;
   torch_archive::ArchiveWriter writer_;
-  const std::vector<std::pair<std::string, HostTensor>> inner_;
+  const std::vector<std::pair<std::optional<std::string>, HostTensor>> inner_;
 };
 
 }  // namespace

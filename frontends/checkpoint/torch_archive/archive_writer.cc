@@ -199,6 +199,12 @@ absl::StatusOr<Tree> EncodeTree(absl::Span<const NewTensor> tensors,
     // In the same order as the storages.
     VisitTree<HostTensor>(
         object.value, [&](const TreePath& path, const Object& value) {
+          if (value.is<Object::Map>()) {
+            const auto map = dcp::EncodeObjectPickle(value, 0);
+            for (const HostTensor& tensor : map->storages) {
+              out.inner.emplace_back(std::nullopt, tensor);
+            }
+          }
           const auto* tensor = value.get_if<HostTensor>();
           if (tensor == nullptr) return;
           out.inner.emplace_back(

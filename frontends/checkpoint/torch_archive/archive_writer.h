@@ -7,6 +7,7 @@
 #define DSD_FRONTENDS_CHECKPOINT_TORCH_ARCHIVE_ARCHIVE_WRITER_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,9 +38,10 @@ struct NewObject {
 
 struct Tree {
   std::string pickle;
-  // Tensors that lie in objects, by the keys under which they are read, in the
-  // order of their storages, which follow those of the tensors.
-  std::vector<std::pair<std::string, HostTensor>> inner;
+  // Tensors that lie in objects, by the keys under which they are read, if they
+  // have some, in the order of their storages, which follow those of the
+  // tensors.
+  std::vector<std::pair<std::optional<std::string>, HostTensor>> inner;
 };
 
 // A nested dict, with a storage for each tensor that is no other: text segments

@@ -188,12 +188,18 @@ TEST(ArchiveTest, TensorsInObjects) {
       {P({T("pair")}),
        Object(Object::Tuple{{Object(HostTensor(DType::kInt16, {}, "ab")),
                              Object(5), Object(std::move(dict))}})},
+      {P({T("map")}),
+       Object(Object::Map{{Object()},
+                          {Object(HostTensor(DType::kInt8, {1}, "m"))}})},
       {P({T("lone")}), Object(HostTensor(DType::kUInt8, {1}, "z"))}};
   const auto tree = EncodeTree({}, objects);
   ASSERT_TRUE(tree.ok()) << tree.status();
-  std::vector<std::string> keys;
-  for (const auto& [key, tensor] : tree->inner) keys.push_back(key);
-  EXPECT_THAT(keys, ::testing::ElementsAre("pair.0", "pair.2.3", "lone"));
+  std::vector<std::string> inner;
+  for (const auto& [key, tensor] : tree->inner) {
+    inner.push_back(absl::StrCat(key.value_or("-"), "=", tensor.bytes()));
+  }
+  EXPECT_THAT(inner, ::testing::ElementsAre("pair.0=ab", "pair.2.3=xy", "-=m",
+                                            "lone=z"));
 
   const std::string bytes =
       Write({{P({T("w")}), DType::kFloat32, {2}}}, objects);
@@ -206,8 +212,9 @@ TEST(ArchiveTest, TensorsInObjects) {
   }
   EXPECT_THAT(
       found, ::testing::ElementsAre("w=a", "pair.0=a", "pair.2.3=x", "lone=z"));
-  ASSERT_EQ(archive->objects.size(), 1u);
+  ASSERT_EQ(archive->objects.size(), 2u);
   EXPECT_EQ(Key(archive->objects[0].path), "pair.1");
+  EXPECT_EQ(Key(archive->objects[1].path), "map");
 }
 
 TEST(ArchiveTest, KeepsWhatKeysDoNotSay) {

@@ -329,7 +329,8 @@ class FormatsTest(unittest.TestCase):
 
   def test_objects_with_tensors_and_without_json(self):
     state = {"w": filled("float32", [3], 1), "pair": (filled("int16", [2, 3], 2), {"x": filled("bfloat16", [], 3)}, 5),
-             "set": {1, "a"}, "complex": 1 - 2j, "wide": -(1 << 70)}
+             "set": {1, "a"}, "complex": 1 - 2j, "wide": -(1 << 70), "keys": ({(1, 2): [None], 2.5: "x"},),
+             "inside": ({None: filled("int8", [3], 4), (1,): filled("int16", [2], 5)}, filled("int32", [2], 6))}
     dcp.save(state, storage_writer=dcp.FileSystemWriter(self.path("in")), no_dist=True)
     dsd("convert", self.path("in"), self.path("again"), "--to=dcp")
     dsd("convert", self.path("again"), self.path("out.pt"))
@@ -341,6 +342,11 @@ class FormatsTest(unittest.TestCase):
       for key in ("set", "complex", "wide"):
         self.assertEqual(loaded[key], state[key], key)
         self.assertIs(type(loaded[key]), type(state[key]), key)
+      self.assertEqual(loaded["keys"], state["keys"])
+      self.assertEqual(list(loaded["inside"][0]), list(state["inside"][0]))
+      for one, other in zip((*loaded["inside"][0].values(), loaded["inside"][1]),
+                            (*state["inside"][0].values(), state["inside"][1])):
+        self.assertTrue(torch.equal(one, other))
     for path in ("in", "again", "out.pt"):
       self.assertIn("no problems", dsd("verify", self.path(path)))
     # In an archive, tensors in a tuple have keys of their own.
