@@ -63,21 +63,6 @@ constexpr int64_t kMaxHeldBytes = int64_t{256} << 10;
 
 // Copies that change no bits do not depend on which types a device has kernels
 // for.
-c10::ScalarType BitsOf(int64_t item_size) {
-  switch (item_size) {
-    case 1:
-      return c10::kByte;
-    case 2:
-      return c10::kShort;
-    case 4:
-      return c10::kInt;
-    case 8:
-      return c10::kLong;
-    default:
-      return c10::kComplexDouble;
-  }
-}
-
 at::Tensor AsBits(const at::Tensor& tensor) {
   return tensor.view(BitsOf(tensor.element_size()));
 }

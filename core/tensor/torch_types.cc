@@ -53,6 +53,21 @@ c10::ScalarType ToScalarType(DType dtype) {
   return kScalarTypes[static_cast<size_t>(dtype)];
 }
 
+c10::ScalarType BitsOf(int64_t item_size) {
+  switch (item_size) {
+    case 1:
+      return c10::kByte;
+    case 2:
+      return c10::kShort;
+    case 4:
+      return c10::kInt;
+    case 8:
+      return c10::kLong;
+    default:
+      return c10::kComplexDouble;
+  }
+}
+
 absl::StatusOr<Device> ToDevice(c10::Device device) {
   if (device.is_cpu()) return Device{DeviceType::kCpu, -1};
   if (device.is_cuda()) return Device{DeviceType::kCuda, device.index()};

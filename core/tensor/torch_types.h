@@ -20,6 +20,10 @@ namespace dsd {
 absl::StatusOr<DType> ToDType(c10::ScalarType type);
 c10::ScalarType ToScalarType(DType dtype);
 
+// A type that every device has, of items of this size (1, 2, 4, 8, else 16
+// bytes): as it, values are copied bit for bit.
+c10::ScalarType BitsOf(int64_t item_size);
+
 // Unimplemented for devices other than CPU and CUDA.
 absl::StatusOr<Device> ToDevice(c10::Device device);
 c10::Device ToTorchDevice(Device device);

@@ -3,7 +3,6 @@
 // What moves tensors on CUDA gives bit for bit what it gives on the CPU. Needs
 // a GPU: see testing/device/run_cuda_tests.sh.
 
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -56,21 +55,6 @@ using ::dsd::test::Uniform;
           absl::StrCat(__FILE__, ":", __LINE__, ": ", #condition)); \
     }                                                               \
   } while (false)
-
-c10::ScalarType BitsOf(int64_t item_size) {
-  switch (item_size) {
-    case 1:
-      return c10::kByte;
-    case 2:
-      return c10::kShort;
-    case 4:
-      return c10::kInt;
-    case 8:
-      return c10::kLong;
-    default:
-      return c10::kComplexDouble;
-  }
-}
 
 at::Tensor AsBits(const at::Tensor& tensor) {
   return tensor.view(BitsOf(tensor.element_size()));
