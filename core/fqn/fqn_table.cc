@@ -122,6 +122,21 @@ absl::StatusOr<FqnTable> FqnTable::Build(const ModuleNode& root) {
   Trail trail;
   std::vector<std::pair<size_t, const ModuleNode::Tensor*>> places;
   // Depth first without recursion: module trees come from users.
+  std::vector<const ModuleNode*> uncounted = {&root};
+  size_t num_modules = 0;
+  size_t num_tensors = 0;
+  while (!uncounted.empty()) {
+    const ModuleNode& node = *uncounted.back();
+    uncounted.pop_back();
+    ++num_modules;
+    num_tensors += node.tensors.size();
+    for (const ModuleNode& child : node.children) uncounted.push_back(&child);
+  }
+  rep->modules.reserve(num_modules);
+  rep->entries.reserve(num_tensors);
+  rep->groups.reserve(num_tensors);
+  places.reserve(num_tensors);
+  group_of.reserve(num_tensors);
   std::vector<Visit> stack = {{&root, 0, ""}};
   while (!stack.empty()) {
     const Visit visit = std::move(stack.back());
@@ -180,6 +195,18 @@ std::optional<size_t> FqnTable::Find(absl::string_view fqn) const {
   const auto it = rep_->by_fqn.find(fqn);
   if (it == rep_->by_fqn.end()) return std::nullopt;
   return it->second;
+}
+
+std::optional<size_t> FqnTable::FindNear(absl::string_view fqn,
+                                         size_t* position) const {
+  std::optional<size_t> index;
+  if (*position < rep_->entries.size() && rep_->entries[*position].fqn == fqn) {
+    index = *position;
+  } else {
+    index = Find(fqn);
+  }
+  if (index.has_value()) *position = *index + 1;
+  return index;
 }
 
 }  // namespace dsd

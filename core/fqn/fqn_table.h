@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
+#include "dsd/core/base/prefetch.h"
 #include "dsd/core/fqn/module_tree.h"
 
 namespace dsd {
@@ -65,6 +66,18 @@ class FqnTable {
 
   // Index in entries(); nullopt if there is no such FQN.
   std::optional<size_t> Find(absl::string_view fqn) const;
+
+  // Find of names that mostly come in module order: looks first at *position,
+  // which becomes the one behind the name.
+  std::optional<size_t> FindNear(absl::string_view fqn, size_t* position) const;
+
+  // Asks for the memory of the names some entries behind `index`.
+  void PrefetchNear(size_t index) const {
+    constexpr size_t kAhead = 8;
+    if (index + kAhead >= rep_->entries.size()) return;
+    const std::string& fqn = rep_->entries[index + kAhead].fqn;
+    PrefetchBytes(fqn.data(), fqn.size());
+  }
 
  private:
   struct Rep {

@@ -39,6 +39,9 @@ class Catalog {
   // many elements that 64 bits could not count its bytes in every dtype.
   absl::Status Add(TensorSpec spec);
 
+  // For `size` tensors in all.
+  void Reserve(size_t size);
+
   size_t size() const { return tensors_.size(); }
   bool empty() const { return tensors_.empty(); }
   const TensorSpec& operator[](size_t index) const { return tensors_[index]; }
@@ -49,8 +52,16 @@ class Catalog {
   Digest Fingerprint() const;
 
  private:
+  static constexpr size_t kNone = static_cast<size_t>(-1);
+
+  // Among the tensor at `index` and those before it of the same hash.
+  std::optional<size_t> FindFrom(size_t index, absl::string_view fqn) const;
+
   std::vector<TensorSpec> tensors_;
-  absl::flat_hash_map<std::string, size_t> index_;
+  // The last tensor of a hash of names, and for each the one before it of the
+  // same hash. So names are not kept twice.
+  absl::flat_hash_map<size_t, size_t> by_hash_;
+  std::vector<size_t> before_;
 };
 
 }  // namespace dsd

@@ -78,6 +78,9 @@ class Planner {
     plan_.rank = rank;
   }
 
+  // For so many pairs: most have a move.
+  void Reserve(size_t pairs) { plan_.moves.reserve(pairs); }
+
   absl::Status PlanPair(size_t source_index, size_t target_index) {
     const TensorSpec& from = source_catalog_[source_index];
     const TensorSpec& to = target_catalog_[target_index];
@@ -740,8 +743,11 @@ class Planner {
 
 TensorPairs MatchByName(const Catalog& source, const Catalog& target) {
   TensorPairs pairs;
+  pairs.reserve(target.size());
   for (size_t i = 0; i < target.size(); ++i) {
-    if (const std::optional<size_t> from = source.Find(target[i].fqn)) {
+    if (i < source.size() && source[i].fqn == target[i].fqn) {
+      pairs.emplace_back(i, i);
+    } else if (const std::optional<size_t> from = source.Find(target[i].fqn)) {
       pairs.emplace_back(*from, i);
     }
   }
@@ -771,6 +777,7 @@ absl::StatusOr<Plan> PlanForRank(int rank, const Catalog& source,
   std::stable_sort(ordered.begin(), ordered.end(), by_target);
 
   Planner planner(rank, source, target, source_binding, target_binding);
+  planner.Reserve(ordered.size());
   for (const auto& [from, to] : ordered) {
     if (from >= source.size() || to >= target.size()) {
       return absl::InvalidArgumentError(absl::StrCat(

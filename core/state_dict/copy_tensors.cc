@@ -7,13 +7,11 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
-#include "ATen/ops/empty.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
-#include "dsd/core/tensor/torch_boundary.h"
-#include "dsd/core/tensor/torch_types.h"
+#include "dsd/core/tensor/tensor_memory.h"
 
 namespace dsd {
 
@@ -27,13 +25,11 @@ absl::Status CopyTensors(const std::string& name, Value& value,
           absl::StrCat("\"", path, "\": the tensor is undefined"));
       return;
     }
-    absl::StatusOr<at::Tensor> copy = TorchToStatus([&] {
-      return at::empty(
-          ToIntArrayRef(tensor.shape()),
-          c10::TensorOptions(tensor.scalar_type())
-              .device(tensor.locals().empty() ? c10::Device(c10::kCPU)
-                                              : tensor.locals()[0].device()));
-    });
+    absl::StatusOr<at::Tensor> copy = NewTensor(
+        tensor.shape(),
+        c10::TensorOptions(tensor.scalar_type())
+            .device(tensor.locals().empty() ? c10::Device(c10::kCPU)
+                                            : tensor.locals()[0].device()));
     if (!copy.ok()) {
       status = Annotate(copy.status(), absl::StrCat("\"", path, "\""));
       return;

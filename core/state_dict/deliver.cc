@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
-#include "ATen/ops/empty.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
@@ -22,6 +22,7 @@
 #include "dsd/core/layout/mesh.h"
 #include "dsd/core/state_dict/state_dict_ops.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_device_stream.h"
 #include "dsd/core/tensor/torch_types.h"
@@ -33,7 +34,7 @@ namespace {
 
 // A tensor to move and all the leaves that want the result.
 struct Item {
-  std::vector<TensorValue*> leaves;
+  absl::InlinedVector<TensorValue*, 1> leaves;
   std::optional<TensorValue> result;
 };
 
@@ -66,6 +67,11 @@ class Delivery {
   absl::Status Collect(StateDict& root) {
     absl::Status status;
     absl::flat_hash_map<const void*, size_t> index;
+    const size_t count = CountTensors(root);
+    index.reserve(count);
+    items_.reserve(count);
+    source_.Reserve(count);
+    target_.Reserve(count);
     ForEachTensor(root, "", [&](const std::string& name, TensorValue& leaf) {
       if (!status.ok() || (!options_.full_state_dict && IsInHostMemory(leaf))) {
         return;
@@ -106,18 +112,15 @@ class Delivery {
     if (!options_.full_state_dict) {
       DSD_ASSIGN_OR_RETURN(
           item.result, MapLocalTensors(from, [&](const at::Tensor& local) {
-            return TorchToStatus(
-                [&] { return at::empty(local.sizes(), tensor_options); });
+            return NewTensor(ToDims(local.sizes()), tensor_options);
           }));
       return target_.Add(name, *item.result);
     }
     DSD_ASSIGN_OR_RETURN(Layout layout, target_.ReplicatedLayout(from.shape()));
-    std::vector<at::Tensor> locals;
+    TensorEndpoint::Locals locals;
     if (receives_) {
-      DSD_ASSIGN_OR_RETURN(at::Tensor whole, TorchToStatus([&] {
-                             return at::empty(ToIntArrayRef(from.shape()),
-                                              tensor_options);
-                           }));
+      DSD_ASSIGN_OR_RETURN(at::Tensor whole,
+                           NewTensor(from.shape(), tensor_options));
       item.result = TensorValue(whole);
       locals.push_back(std::move(whole));
     }
@@ -213,14 +216,12 @@ absl::Status AddToBatch(const Piece& piece, const StateDictOptions& options,
   const TensorValue& tensor = *piece.tensor;
   DSD_RETURN_IF_ERROR(source.Add(name, tensor));
   DSD_ASSIGN_OR_RETURN(const DType dtype, ToDType(tensor.scalar_type()));
-  std::vector<at::Tensor> locals;
+  TensorEndpoint::Locals locals;
   if (std::binary_search(destinations.begin(), destinations.end(), self)) {
-    DSD_ASSIGN_OR_RETURN(*out, TorchToStatus([&] {
-      return at::empty(piece.is_whole
-                           ? ToIntArrayRef(tensor.shape())
-                           : c10::IntArrayRef(piece.end - piece.begin),
-                       ResultOptions(options, tensor));
-    }));
+    DSD_ASSIGN_OR_RETURN(
+        *out, NewTensor(piece.is_whole ? tensor.shape()
+                                       : Dims{piece.end - piece.begin},
+                        ResultOptions(options, tensor)));
     locals.push_back(*out);
   }
   if (piece.is_whole) {

@@ -16,6 +16,7 @@
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/tensor/memory_overlap.h"
 #include "dsd/core/tensor/sharding_table.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
 
@@ -55,6 +56,20 @@ TensorIdentity UpToOrder(TensorIdentity id) {
     id.sizes.push_back(size);
   }
   return id;
+}
+
+// Those of a tree's tensors, by slot. Without recursion: trees come from users.
+void TakeIdentities(ModuleNode& root, std::vector<TensorIdentity>& identities) {
+  std::vector<ModuleNode*> nodes = {&root};
+  while (!nodes.empty()) {
+    ModuleNode& node = *nodes.back();
+    nodes.pop_back();
+    for (ModuleNode::Tensor& tensor : node.tensors) {
+      if (tensor.kind == EntryKind::kExtraState) continue;
+      identities[tensor.slot] = std::move(tensor.identity);
+    }
+    for (ModuleNode& child : node.children) nodes.push_back(&child);
+  }
 }
 
 }  // namespace
@@ -99,7 +114,7 @@ absl::Status LiveModel::Refresh(Mover& mover) {
     tensors.reserve(tensors_.size());
     DSD_RETURN_IF_ERROR(source_->ForEachTensor(
         [&](const at::Tensor& tensor) { tensors.push_back(tensor); }));
-    DSD_ASSIGN_OR_RETURN(const ModuleNode tree, source_->Describe());
+    DSD_ASSIGN_OR_RETURN(ModuleNode tree, source_->Describe());
     DSD_ASSIGN_OR_RETURN(table_, FqnTable::Build(tree));
     ++tables_built_;
     tensors_ = std::move(tensors);
@@ -107,10 +122,8 @@ absl::Status LiveModel::Refresh(Mover& mover) {
     revision_ = revision;
     has_overlap_.reset();
     identities_.clear();
-    identities_.reserve(tensors_.size());
-    for (const at::Tensor& tensor : tensors_) {
-      identities_.push_back(IdentityOf(tensor));
-    }
+    identities_.resize(tensors_.size());
+    TakeIdentities(tree, identities_);
     group_of_.clear();
     group_of_.reserve(tensors_.size());
     group_of_identity_.clear();
@@ -128,7 +141,12 @@ absl::Status LiveModel::Refresh(Mover& mover) {
   values_.reserve(table_.groups().size());
   std::optional<Holder> self;
   if (mover.comm() != nullptr) self = mover.rank();
+  constexpr size_t kAhead = 8;
   for (size_t group = 0; group < table_.groups().size(); ++group) {
+    if (group + kAhead < table_.groups().size() &&
+        extra_state(group + kAhead) == nullptr) {
+      PrefetchTensor(tensor(group + kAhead));
+    }
     if (extra_state(group) != nullptr) {
       values_.push_back(TensorValue(at::Tensor()));
       continue;

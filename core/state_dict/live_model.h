@@ -63,6 +63,11 @@ class LiveModel {
     return table_.canonical(group).fqn;
   }
 
+  // Says that GroupOf(tensor) is asked for soon.
+  void PrefetchGroupOf(const at::Tensor& tensor) const {
+    group_of_.prefetch(tensor.unsafeGetTensorImpl());
+  }
+
   // The group of a tensor of the model. NotFound otherwise.
   absl::StatusOr<size_t> GroupOf(const at::Tensor& tensor) const;
 

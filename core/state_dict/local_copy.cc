@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/layout.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
 
@@ -50,13 +51,6 @@ void Copy(const at::Tensor& from, const at::Tensor& to) {
   to.unsafeGetTensorImpl()->bump_version();
 }
 
-}  // namespace
-
-std::string PairName::Text() const {
-  if (prefix_.empty()) return own_;
-  return absl::StrCat(prefix_, ".", fqn_, suffix_.empty() ? "" : ".", suffix_);
-}
-
 bool IsLocalCopy(const TensorPair& pair) {
   const absl::Span<const at::Tensor> from = pair.source.locals();
   const absl::Span<const at::Tensor> to = pair.target.locals();
@@ -78,6 +72,37 @@ bool IsLocalCopy(const TensorPair& pair) {
   return true;
 }
 
+}  // namespace
+
+void PrefetchPairs(absl::Span<const TensorPair> pairs, size_t current,
+                   bool with_memory) {
+  constexpr size_t kAhead = 4;
+  const auto visit = [&](size_t index, auto prefetch) {
+    if (index >= pairs.size()) return;
+    for (const TensorValue* value :
+         {&pairs[index].source, &pairs[index].target}) {
+      for (const at::Tensor& local : value->locals()) prefetch(local);
+    }
+  };
+  visit(current + 3 * kAhead, PrefetchTensor);
+  if (!with_memory) return;
+  visit(current + 2 * kAhead, PrefetchStorage);
+  visit(current + kAhead, PrefetchMemory);
+}
+
+std::string PairName::Text() const {
+  if (prefix_.empty()) return own_;
+  return absl::StrCat(prefix_, ".", fqn_, suffix_.empty() ? "" : ".", suffix_);
+}
+
+bool AreLocalCopies(absl::Span<const TensorPair> pairs) {
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    PrefetchPairs(pairs, i, /*with_memory=*/false);
+    if (!IsLocalCopy(pairs[i])) return false;
+  }
+  return true;
+}
+
 absl::StatusOr<TransferStats> CopyLocally(absl::Span<const TensorPair> pairs,
                                           const CallOptions& call) {
   TransferStats stats;
@@ -88,7 +113,9 @@ absl::StatusOr<TransferStats> CopyLocally(absl::Span<const TensorPair> pairs,
     }
   }
   const at::NoGradGuard no_grad;
-  for (const TensorPair& pair : pairs) {
+  for (size_t k = 0; k < pairs.size(); ++k) {
+    PrefetchPairs(pairs, k, /*with_memory=*/true);
+    const TensorPair& pair = pairs[k];
     const absl::Span<const at::Tensor> from = pair.source.locals();
     const absl::Span<const at::Tensor> to = pair.target.locals();
     const absl::Status copied = TorchToStatus([&] {

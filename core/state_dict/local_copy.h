@@ -43,9 +43,14 @@ struct TensorPair {
   TensorValue target;
 };
 
+// For a walk over `pairs` that is at `current`: asks for the tensors of those
+// that follow, and for their memory.
+void PrefetchPairs(absl::Span<const TensorPair> pairs, size_t current,
+                   bool with_memory);
+
 // Whether CopyLocally can do it: the parts are the same, and all tensors dense,
 // with memory and of types that endpoints know.
-bool IsLocalCopy(const TensorPair& pair);
+bool AreLocalCopies(absl::Span<const TensorPair> pairs);
 
 // Fills the targets, cast to their types as Tensor::copy_ does.
 // Errors: Cancelled; what LibTorch reports, with the pair's name. Some targets

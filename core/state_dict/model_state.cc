@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "ATen/core/Tensor.h"
@@ -26,6 +27,7 @@
 #include "dsd/core/state_dict/copy_tensors.h"
 #include "dsd/core/state_dict/key_map.h"
 #include "dsd/core/tensor/memory_overlap.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 
 namespace dsd {
@@ -47,6 +49,17 @@ bool IsDense(const TensorValue& value) {
 bool IsLegacyScalar(const TensorValue& value, const TensorValue& live) {
   return value.is_plain() && live.is_plain() && value.shape() == Dims({1}) &&
          live.shape().empty();
+}
+
+// The tensor some entries behind `position`, which is needed soon.
+void PrefetchEntry(const StateDict& dict, size_t position) {
+  constexpr size_t kAhead = 8;
+  if (position + kAhead >= dict.size()) return;
+  dict.PrefetchKey(position + kAhead);
+  const auto* const tensor =
+      dict.value(position + kAhead).get_if<TensorValue>();
+  if (tensor == nullptr) return;
+  for (const at::Tensor& local : tensor->locals()) PrefetchTensor(local);
 }
 
 // What a person who has these keys may have overlooked; empty if nothing.
@@ -131,7 +144,16 @@ absl::StatusOr<StateDict> GetModelState(const LiveModel& model,
     }
   };
   absl::flat_hash_map<size_t, Value> extra_states;  // by group: asked once
-  for (const FqnTable::Entry& entry : table.entries()) {
+  const absl::Span<const FqnTable::Entry> entries = table.entries();
+  for (size_t i = 0; i < entries.size(); ++i) {
+    constexpr size_t kAhead = 8;
+    if (i + kAhead < entries.size()) {
+      for (const at::Tensor& local :
+           model.value(entries[i + kAhead].group).locals()) {
+        PrefetchTensor(local);
+      }
+    }
+    const FqnTable::Entry& entry = entries[i];
     if (options.ignore_frozen_params && entry.kind == EntryKind::kParameter &&
         !model.tensor(entry).requires_grad()) {
       continue;
@@ -259,19 +281,30 @@ absl::Status ModelLoad::Match(const StateDict& dict, const StateDict* elsewhere,
     });
     DSD_RETURN_IF_ERROR(status);
   }
-  absl::flat_hash_set<size_t> filled;  // by leader
+  const auto first_key = [&](size_t group) {
+    std::optional<std::string> first;
+    for (const size_t index : table.groups()[group]) {
+      scope.ForEachKey(table.entries()[index], [&](const std::string& name) {
+        if (!first.has_value()) first = name;
+      });
+    }
+    return first.value_or("");
+  };
+  const bool has_followers = model_.has_overlap();
+  absl::flat_hash_set<size_t> filled;  // by leader, if it has_followers
   std::vector<std::pair<size_t, std::string>> missing;
+  size_t position = 0;  // in `dict`, which is mostly in the model's order
   for (size_t group = 0; group < table.groups().size(); ++group) {
+    PrefetchEntry(dict, position);
+    table.PrefetchNear(table.groups()[group][0]);
     // Tied tensors: one of their names is enough. Others must fit too.
     bool is_inside = false;
-    std::string key;
     const Value* value = nullptr;
     bool fits = true;
     for (const size_t index : table.groups()[group]) {
       scope.ForEachKey(table.entries()[index], [&](const std::string& name) {
-        if (!is_inside) key = name;
         is_inside = true;
-        const Value* const found = dict.Find(name);
+        const Value* const found = dict.FindNear(name, &position);
         if (found == nullptr) return;
         if (value == nullptr) value = found;
         if (model_.extra_state(group) != nullptr) return;
@@ -287,12 +320,12 @@ absl::Status ModelLoad::Match(const StateDict& dict, const StateDict* elsewhere,
     const size_t leader = model_.LeaderOf(group);
     if (leader != group && filled.contains(leader)) continue;
     if (value == nullptr) {
-      missing.emplace_back(group, std::move(key));
+      missing.emplace_back(group, first_key(group));
       continue;
     }
-    filled.insert(leader);
+    if (has_followers) filled.insert(leader);
     if (model_.extra_state(group) != nullptr) {
-      extras_.push_back({group, std::move(key), *value});
+      extras_.push_back({group, first_key(group), *value});
     } else if (fits) {
       tensors_.push_back(
           {group, *value->get_if<TensorValue>(), model_.value(group)});
@@ -302,11 +335,16 @@ absl::Status ModelLoad::Match(const StateDict& dict, const StateDict* elsewhere,
     if (filled.contains(model_.LeaderOf(group))) continue;
     report.model.missing_keys.push_back(std::move(key));
   }
+  position = 0;  // in the table
   for (size_t i = 0; i < dict.size(); ++i) {
-    std::string key = dict.key_text(i);
+    dict.PrefetchKey(i + 8);
+    table.PrefetchNear(position);
+    const auto* const text = std::get_if<std::string>(&dict.key(i));
+    const std::string number = text == nullptr ? dict.key_text(i) : "";
+    const std::string& key = text == nullptr ? number : *text;
     if (elsewhere != nullptr && elsewhere->contains(key)) continue;
     if (scope.is_everything()) {
-      const std::optional<size_t> index = table.Find(key);
+      const std::optional<size_t> index = table.FindNear(key, &position);
       if (index.has_value() &&
           table.entries()[*index].kind != EntryKind::kNonPersistentBuffer) {
         continue;
@@ -314,7 +352,7 @@ absl::Status ModelLoad::Match(const StateDict& dict, const StateDict* elsewhere,
     } else if (group_of_key.contains(key)) {
       continue;
     }
-    report.model.unexpected_keys.push_back(std::move(key));
+    report.model.unexpected_keys.push_back(key);
   }
   report.hint = HintFor(report.model.unexpected_keys, table);
   CheckOverlap(report);
@@ -363,6 +401,7 @@ absl::StatusOr<TensorValue> ModelLoad::NewTarget(const TensorLoad& load) const {
 }
 
 absl::Status ModelLoad::Prepare(std::vector<TensorPair>& pairs) {
+  pairs.reserve(pairs.size() + tensors_.size());
   for (TensorLoad& load : tensors_) {
     const std::string& fqn = model_.fqn(load.group);
     if (options_.assign) {

@@ -245,12 +245,14 @@ absl::Status OptimizerDict::ReadGroup(
     }
   }
   group_of_.reserve(group_of_.size() + params.size());
-  for (const absl::string_view fqn : out.params) {
-    const auto [group, is_new] = group_of_.try_emplace(fqn, index);
-    if (!is_new && group->second != index) {
+  for (size_t i = 0; i < out.params.size(); ++i) {
+    const absl::string_view fqn = out.params[i];
+    const auto [place, is_new] = group_of_.try_emplace(
+        fqn, Place{static_cast<uint32_t>(index), static_cast<uint32_t>(i)});
+    if (!is_new && place->second.group != index) {
       return absl::InvalidArgumentError(
-          absl::StrCat("the dict has \"", fqn, "\" in group ", group->second,
-                       " and in group ", index,
+          absl::StrCat("the dict has \"", fqn, "\" in group ",
+                       place->second.group, " and in group ", index,
                        ", and so no single set of hyperparameters for it"));
     }
   }
@@ -316,12 +318,14 @@ absl::Status OptimizerDict::ReadFlat(const StateDict& dict,
       *at = dict.value(i);
       continue;
     }
-    const auto [group, is_new] = group_of_.try_emplace(fqn, groups_.size());
+    const auto [place, is_new] = group_of_.try_emplace(
+        fqn, Place{static_cast<uint32_t>(groups_.size()), 0});
     if (is_new) groups_.emplace_back().params.push_back(fqn);
     absl::StatusOr<Object> value = ToObject(dict.value(i));
     DSD_RETURN_IF_ERROR(value) << "\"" << *key << "\"";
     if (name != kParamNamesKey) {
-      groups_[group->second].values.Set(std::string(name), *std::move(value));
+      groups_[place->second.group].values.Set(std::string(name),
+                                              *std::move(value));
       continue;
     }
     // Each parameter has the names of its whole group: its own is one of them
@@ -335,17 +339,42 @@ absl::Status OptimizerDict::ReadFlat(const StateDict& dict,
   return absl::OkStatus();
 }
 
+const StateDict* OptimizerDict::FindState(absl::string_view fqn,
+                                          Position& position) const {
+  const Value* state =
+      state_ == nullptr ? nullptr : state_->FindNear(fqn, &position.state);
+  return state == nullptr ? nullptr : state->get_if<StateDict>();
+}
+
 const StateDict* OptimizerDict::FindState(absl::string_view fqn) const {
   const Value* state = state_ == nullptr ? nullptr : state_->Find(fqn);
   return state == nullptr ? nullptr : state->get_if<StateDict>();
 }
 
+int64_t OptimizerDict::FindGroup(absl::string_view fqn,
+                                 Position& position) const {
+  if (position.group < groups_.size()) {
+    const std::vector<absl::string_view>& params =
+        groups_[position.group].params;
+    if (position.param < params.size() && params[position.param] == fqn) {
+      ++position.param;
+      return static_cast<int64_t>(position.group);
+    }
+  }
+  const auto it = group_of_.find(fqn);
+  if (it == group_of_.end()) return -1;
+  position.group = it->second.group;
+  position.param = it->second.param + 1;
+  return static_cast<int64_t>(position.group);
+}
+
 int64_t OptimizerDict::FindGroup(absl::string_view fqn) const {
   const auto it = group_of_.find(fqn);
-  return it == group_of_.end() ? -1 : int64_t{it->second};
+  return it == group_of_.end() ? -1 : int64_t{it->second.group};
 }
 
 const std::string* OptimizerDict::FindParamName(absl::string_view fqn) const {
+  if (param_names_.empty()) return nullptr;
   const auto it = param_names_.find(fqn);
   return it == param_names_.end() ? nullptr : &it->second;
 }

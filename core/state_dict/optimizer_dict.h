@@ -53,11 +53,26 @@ class OptimizerDict {
   OptimizerDict(OptimizerDict&&) = default;
   OptimizerDict& operator=(OptimizerDict&&) = default;
 
+  // Where the last of them was found, for parameters that are looked up mostly
+  // in the dict's order.
+  struct Position {
+    size_t state = 0;
+    size_t group = 0;
+    size_t param = 0;
+  };
+
   // The state of a parameter; null if there is none. Keys below it may have
   // become texts on the way through a flat form.
+  const StateDict* FindState(absl::string_view fqn, Position& position) const;
   const StateDict* FindState(absl::string_view fqn) const;
 
+  // Asks for the memory of the state some parameters behind `position`.
+  void PrefetchNear(const Position& position) const {
+    if (state_ != nullptr) state_->PrefetchKey(position.state + 8);
+  }
+
   // The index in groups() of the group that lists the parameter; -1: none.
+  int64_t FindGroup(absl::string_view fqn, Position& position) const;
   int64_t FindGroup(absl::string_view fqn) const;
 
   // Under which name the optimizer was given it; null: none.
@@ -80,7 +95,11 @@ class OptimizerDict {
   const StateDict* state_ = nullptr;
   std::unique_ptr<StateDict> own_state_;
   std::vector<Group> groups_;
-  absl::flat_hash_map<absl::string_view, uint32_t> group_of_;
+  struct Place {  // in groups_
+    uint32_t group;
+    uint32_t param;
+  };
+  absl::flat_hash_map<absl::string_view, Place> group_of_;
   absl::flat_hash_map<absl::string_view, std::string> param_names_;
   bool is_flat_ = false;
 };

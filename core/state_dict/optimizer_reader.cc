@@ -12,9 +12,11 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "dsd/core/base/prefetch.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/state_dict/optimizer_dict.h"
 #include "dsd/core/tensor/sharding_table.h"
+#include "dsd/core/tensor/tensor_memory.h"
 
 namespace dsd {
 namespace {
@@ -72,6 +74,31 @@ StateDict Complete(const std::vector<StateField>& fields,
 }
 
 }  // namespace
+
+void PrefetchParams(const LiveModel& model, absl::Span<const at::Tensor> params,
+                    size_t current) {
+  constexpr size_t kAhead = 8;
+  constexpr size_t kMetaBytes = 128;  // for requires_grad()
+  if (current + 2 * kAhead < params.size()) {
+    PrefetchTensor(params[current + 2 * kAhead]);
+    model.PrefetchGroupOf(params[current + 2 * kAhead]);
+  }
+  if (current + kAhead < params.size()) {
+    PrefetchBytes(
+        params[current + kAhead].unsafeGetTensorImpl()->autograd_meta(),
+        kMetaBytes);
+  }
+}
+
+void PrefetchStates(const OptimizerSource& optimizer, size_t group,
+                    size_t current) {
+  constexpr size_t kBatch = 16;
+  if (current % kBatch != 0) return;
+  const size_t size = optimizer.params(group).size();
+  optimizer.PrefetchStates(group,
+                           current == 0 ? 0 : std::min(current + kBatch, size),
+                           std::min(current + 2 * kBatch, size));
+}
 
 std::string GroupName(const OptimizerSource& optimizer, size_t group) {
   return absl::StrCat(optimizer.type_name(), " group ", group);
@@ -227,6 +254,8 @@ absl::Status OptimizerReader::ReadAll(
       Value::List names;
       names.reserve(params.size());
       for (size_t i = 0; i < params.size(); ++i) {
+        PrefetchParams(model, params, i);
+        PrefetchStates(*optimizer, index, i);
         DSD_ASSIGN_OR_RETURN(const bool is_new,
                              owners.Add(*optimizer, index, i));
         Param& param = group.params.emplace_back(
@@ -305,10 +334,14 @@ absl::Status OptimizerReader::ReadChanges(const LiveModel& model, bool* all) {
     group.optimizer->FindChangedStates(group.index, group.marks,
                                        changed_states);
     auto next_changed = changed_states.begin();
+    const bool most_changed = 2 * changed_states.size() > params.size();
     constexpr size_t kAhead = 16;
     for (size_t i = 0; i < params.size(); ++i) {
-      if (i + kAhead < params.size()) {
-        __builtin_prefetch(group.params[i + kAhead].count);
+      if (most_changed) {
+        PrefetchParams(model, params, i);
+        PrefetchStates(*group.optimizer, group.index, i);
+      } else if (i + kAhead < params.size()) {
+        PrefetchBytes(group.params[i + kAhead].count, sizeof(c10::TensorImpl));
       }
       const bool changed =
           next_changed != changed_states.end() && *next_changed == i;

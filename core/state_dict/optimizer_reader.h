@@ -61,6 +61,13 @@ absl::StatusOr<TensorValue> WithShardingOf(const TensorValue& param,
 absl::Status CheckGroupState(const LiveModel& model,
                              const OptimizerSource& optimizer, size_t group);
 
+// For a walk over the parameters of a group that is at `current`: ask for the
+// memory of those that follow, and of their states.
+void PrefetchParams(const LiveModel& model, absl::Span<const at::Tensor> params,
+                    size_t current);
+void PrefetchStates(const OptimizerSource& optimizer, size_t group,
+                    size_t current);
+
 // Reads optimizers again and again, and again only what has changed.
 // Thread-compatible.
 class OptimizerReader {

@@ -12,15 +12,16 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
-#include "ATen/ops/empty.h"
 #include "ATen/ops/empty_like.h"
 #include "absl/container/flat_hash_set.h"
+#include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "c10/core/ScalarType.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
 #include "dsd/core/value/flatten.h"
@@ -35,15 +36,9 @@ const Value* FindSet(const StateDict& dict, const std::string& key) {
   return value == nullptr || value->is<None>() ? nullptr : value;
 }
 
-// Null if there is none that could be filled.
-const TensorValue* LiveTensor(const StateDict& live, const std::string& key) {
-  const Value* value = FindSet(live, key);
-  const auto* tensor =
-      value == nullptr ? nullptr : value->get_if<TensorValue>();
-  return tensor != nullptr && tensor->is_plain() && tensor->defined() &&
-                 !tensor->locals()[0].is_meta()
-             ? tensor
-             : nullptr;
+// Of a tensor of live state, which may not be there.
+bool CanBeFilled(const at::Tensor& tensor) {
+  return tensor.defined() && !tensor.is_meta();
 }
 
 // A whole number >= 0 that both int64 and float64 have.
@@ -164,6 +159,22 @@ const StateDict* OptimizerLoad::StateOfTied(size_t model_group) {
       static_cast<const StateDict*>(nullptr));
 }
 
+void OptimizerLoad::PrefetchLoaded(absl::Span<const ParamLoad> params,
+                                   size_t current) {
+  constexpr size_t kAhead = 8;
+  if (current + 2 * kAhead < params.size() &&
+      params[current + 2 * kAhead].loaded != nullptr) {
+    params[current + 2 * kAhead].loaded->Prefetch();
+  }
+  if (current + kAhead >= params.size()) return;
+  const StateDict* const loaded = params[current + kAhead].loaded;
+  for (size_t i = 0; loaded != nullptr && i < loaded->size(); ++i) {
+    const auto* const tensor = loaded->value(i).get_if<TensorValue>();
+    if (tensor == nullptr) continue;
+    for (const at::Tensor& local : tensor->locals()) PrefetchTensor(local);
+  }
+}
+
 absl::Status OptimizerLoad::Parse(const StateDict& dict, MismatchReport& report,
                                   const StateDict* model_dict) {
   model_dict_ = model_dict;
@@ -184,10 +195,11 @@ void OptimizerLoad::MergeHyperparameters(GroupLoad& load,
   absl::flat_hash_set<int64_t> merged;
   absl::flat_hash_set<std::string> contradictions;
   Object::List names;
+  OptimizerDict::Position position;
   for (const ParamLoad& param : load.params) {
     const int64_t saved = FindByName(
         param.model_group,
-        [&](const std::string& fqn) { return dict_->FindGroup(fqn); },
+        [&](const std::string& fqn) { return dict_->FindGroup(fqn, position); },
         int64_t{-1});
     const std::string* name = FindByName(
         param.model_group,
@@ -255,18 +267,23 @@ absl::Status OptimizerLoad::ParseGroup(OptimizerSource* optimizer, size_t group,
   load.group = group;
   const absl::Span<const at::Tensor> params = optimizer->params(group);
   load.params.reserve(params.size());
+  OptimizerDict::Position position;
   for (size_t i = 0; i < params.size(); ++i) {
+    PrefetchParams(model_, params, i);
+    dict_->PrefetchNear(position);
     DSD_ASSIGN_OR_RETURN(const bool is_new, owners.Add(*optimizer, group, i));
     if (!is_new) continue;
     const size_t model_group = owners.model_group();
-    load.params.push_back(
-        {i,
-         model_group,
-         FindByName(
-             model_group,
-             [&](const std::string& fqn) { return dict_->FindState(fqn); },
-             static_cast<const StateDict*>(nullptr)),
-         {}});
+    model_.table().PrefetchNear(model_.table().groups()[model_group][0]);
+    load.params.push_back({i,
+                           model_group,
+                           FindByName(
+                               model_group,
+                               [&](const std::string& fqn) {
+                                 return dict_->FindState(fqn, position);
+                               },
+                               static_cast<const StateDict*>(nullptr)),
+                           {}});
   }
 
   MergeHyperparameters(load, report);
@@ -289,7 +306,9 @@ absl::Status OptimizerLoad::ParseGroup(OptimizerSource* optimizer, size_t group,
 
   std::vector<ParamLoad> kept;
   kept.reserve(load.params.size());
-  for (ParamLoad& param : load.params) {
+  for (size_t i = 0; i < load.params.size(); ++i) {
+    PrefetchLoaded(load.params, i);
+    ParamLoad& param = load.params[i];
     const bool trainable = params[param.param].requires_grad();
     if (param.loaded == nullptr && trainable && needs_state) {
       param.loaded = StateOfTied(param.model_group);
@@ -384,12 +403,15 @@ void OptimizerLoad::CheckState(const GroupLoad& group,
                " does not go with a parameter of type ",
                c10::toString(live.scalar_type()));
       } else if (policy_ == DTypePolicy::kError) {
-        const absl::StatusOr<StateDict> state =
-            group.optimizer->State(group.group, param.param);
-        const TensorValue* const old =
-            state.ok() ? LiveTensor(*state, field.name) : nullptr;
+        at::Tensor old;
+        const bool is_there = group.optimizer
+                                  ->LiveTensors(group.group, param.param,
+                                                absl::MakeConstSpan(&field, 1),
+                                                absl::MakeSpan(&old, 1))
+                                  .ok() &&
+                              CanBeFilled(old);
         const c10::ScalarType type =
-            (old != nullptr ? *old : live).scalar_type();
+            is_there ? old.scalar_type() : live.scalar_type();
         if (tensor->scalar_type() != type) {
           misfit(field, ": type in the dict is ",
                  c10::toString(tensor->scalar_type()), ", here ",
@@ -426,7 +448,11 @@ void OptimizerLoad::CheckState(const GroupLoad& group,
 absl::Status OptimizerLoad::Prepare(std::vector<TensorPair>& pairs) {
   std::vector<TensorPair> free_form;
   for (GroupLoad& group : groups_) {
-    for (ParamLoad& param : group.params) {
+    pairs.reserve(pairs.size() + group.params.size() * group.fields.size());
+    for (size_t i = 0; i < group.params.size(); ++i) {
+      ParamLoad& param = group.params[i];
+      PrefetchStates(*group.optimizer, group.group, param.param);
+      PrefetchLoaded(group.params, i);
       if (param.loaded == nullptr) continue;
       const absl::Status status = PrepareParam(group, param, pairs, free_form);
       DSD_RETURN_IF_ERROR(status)
@@ -451,12 +477,22 @@ absl::Status OptimizerLoad::PrepareParam(const GroupLoad& group,
                                          std::vector<TensorPair>& pairs,
                                          std::vector<TensorPair>& free_form) {
   const TensorValue& live_param = model_.value(param.model_group);
-  DSD_ASSIGN_OR_RETURN(const StateDict live,
-                       group.optimizer->State(group.group, param.param));
+  absl::InlinedVector<at::Tensor, 4> live_tensors(group.fields.size());
+  DSD_RETURN_IF_ERROR(group.optimizer->LiveTensors(
+      group.group, param.param, group.fields, absl::MakeSpan(live_tensors)));
+  std::optional<StateDict> live;  // where more than these tensors are needed
   std::optional<StateDict> inert;
-  for (const StateField& field : group.fields) {
-    const Value* const live_value = FindSet(live, field.name);
+  for (size_t i = 0; i < group.fields.size(); ++i) {
+    const StateField& field = group.fields[i];
     const Value* value = FindSet(*param.loaded, field.name);
+    const Value* live_value = nullptr;
+    if (value == nullptr || field.shape == StateField::Shape::kAny) {
+      if (!live.has_value()) {
+        DSD_ASSIGN_OR_RETURN(live,
+                             group.optimizer->State(group.group, param.param));
+      }
+      live_value = FindSet(std::as_const(*live), field.name);
+    }
     if (value == nullptr) {
       if (!field.required) continue;
       // Only if not strict: what there is stays.
@@ -485,25 +521,29 @@ absl::Status OptimizerLoad::PrepareParam(const GroupLoad& group,
       case StateField::Shape::kLikeParameter: {
         const TensorValue& source = *value->get_if<TensorValue>();
         const at::Tensor& like = live_param.locals()[0];
-        const TensorValue* const old = LiveTensor(live, field.name);
-        const c10::ScalarType type =
-            policy_ == DTypePolicy::kCast
-                ? (old != nullptr ? *old : live_param).scalar_type()
-                : source.scalar_type();
+        const at::Tensor& old = live_tensors[i];
+        const bool is_there = CanBeFilled(old);
+        c10::ScalarType type = source.scalar_type();
+        if (policy_ == DTypePolicy::kCast) {
+          type = is_there ? old.scalar_type() : live_param.scalar_type();
+        }
         // The live tensor is filled in place if it can be.
         at::Tensor target;
-        if (old != nullptr && old->scalar_type() == type &&
-            old->locals()[0].sizes() == like.sizes()) {
-          target = old->locals()[0];
+        if (is_there && old.scalar_type() == type &&
+            old.sizes() == like.sizes()) {
+          target = old;
         } else {
-          DSD_ASSIGN_OR_RETURN(target, TorchToStatus([&] {
-                                 // Assign gives such a parameter host memory.
-                                 return at::empty_like(
-                                     like,
-                                     like.options().dtype(type).device(
-                                         like.is_meta() ? c10::Device(c10::kCPU)
-                                                        : like.device()));
-                               }));
+          // Assign gives a parameter on the meta device host memory.
+          const auto options = like.options().dtype(type).device(
+              like.is_meta() ? c10::Device(c10::kCPU) : like.device());
+          const Dims sizes = ToDims(like.sizes());
+          const bool is_usual =
+              like.layout() == c10::Layout::Strided &&
+              ToDims(like.strides()) == RowMajorStrides(sizes);
+          DSD_ASSIGN_OR_RETURN(
+              target, is_usual ? NewTensor(sizes, options) : TorchToStatus([&] {
+                return at::empty_like(like, options);
+              }));
         }
         DSD_ASSIGN_OR_RETURN(TensorValue to,
                              WithShardingOf(live_param, target));
@@ -517,12 +557,10 @@ absl::Status OptimizerLoad::PrepareParam(const GroupLoad& group,
         ForEachTensor(copy, name.Text(),
                       [&](const std::string& path, TensorValue& tensor) {
                         if (!status.ok()) return;
-                        absl::StatusOr<at::Tensor> target = TorchToStatus([&] {
-                          return at::empty(
-                              ToIntArrayRef(tensor.shape()),
-                              c10::TensorOptions(tensor.scalar_type())
-                                  .device(live_param.locals()[0].device()));
-                        });
+                        absl::StatusOr<at::Tensor> target = NewTensor(
+                            tensor.shape(),
+                            c10::TensorOptions(tensor.scalar_type())
+                                .device(live_param.locals()[0].device()));
                         status.Update(target.status());
                         if (!status.ok()) return;
                         TensorValue to(*std::move(target));
@@ -543,6 +581,7 @@ absl::Status OptimizerLoad::Commit() {
     DSD_RETURN_IF_ERROR(
         group.optimizer->SetHyperparameters(group.group, group.values));
     for (ParamLoad& param : group.params) {
+      PrefetchStates(*group.optimizer, group.group, param.param);
       const absl::Status status = group.optimizer->SetState(
           group.group, param.param, std::move(param.result));
       DSD_RETURN_IF_ERROR(status)

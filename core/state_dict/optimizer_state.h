@@ -71,6 +71,10 @@ class OptimizerLoad {
     std::vector<ParamLoad> params;
   };
 
+  // For a walk that is at `current`: asks for the memory of what was loaded for
+  // those that follow.
+  static void PrefetchLoaded(absl::Span<const ParamLoad> params,
+                             size_t current);
   absl::Status ParseGroup(OptimizerSource* optimizer, size_t group,
                           ParameterOwners& owners, MismatchReport& report);
   // What the dict knows the tensor by: the first of its names, canonical first,

@@ -81,14 +81,17 @@ absl::StatusOr<TensorValue> Detached(const TensorPair& pair) {
 absl::Status DetachSources(std::vector<TensorPair>& pairs) {
   absl::flat_hash_set<const void*> targets;
   targets.reserve(pairs.size());
-  for (const TensorPair& pair : pairs) {
-    for (const at::Tensor& local : pair.target.locals()) {
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    PrefetchPairs(pairs, i, /*with_memory=*/false);
+    for (const at::Tensor& local : pairs[i].target.locals()) {
       if (local.defined() && local.has_storage() && local.numel() > 0) {
         targets.insert(local.storage().unsafeGetStorageImpl());
       }
     }
   }
-  for (TensorPair& pair : pairs) {
+  for (size_t i = 0; i < pairs.size(); ++i) {
+    PrefetchPairs(pairs, i, /*with_memory=*/false);
+    TensorPair& pair = pairs[i];
     if (!SharesMemory(pair.source, targets)) continue;
     absl::StatusOr<TensorValue> from = Detached(pair);
     DSD_RETURN_IF_ERROR(from) << "\"" << pair.name.Text() << "\"";
@@ -99,6 +102,8 @@ absl::Status DetachSources(std::vector<TensorPair>& pairs) {
 
 absl::Status AddPairs(const std::vector<TensorPair>& pairs,
                       TensorEndpoint& source, TensorEndpoint& target) {
+  source.Reserve(pairs.size());
+  target.Reserve(pairs.size());
   for (const TensorPair& pair : pairs) {
     DSD_RETURN_IF_ERROR(source.Add(pair.name.Text(), pair.source));
     DSD_RETURN_IF_ERROR(target.Add(pair.name.Text(), pair.target));
@@ -488,8 +493,7 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
       return absl::OkStatus();
     }
     DSD_RETURN_IF_ERROR(attempt->Complete(options_, pairs));
-    if (mover_.world_size() == 1 &&
-        std::all_of(pairs.begin(), pairs.end(), IsLocalCopy)) {
+    if (mover_.world_size() == 1 && AreLocalCopies(pairs)) {
       attempt->local_pairs = std::move(pairs);
       return absl::OkStatus();
     }

@@ -60,6 +60,10 @@ struct StateField {
   bool required = true;
 };
 
+// For each of `fields` the plain tensor of that name, or an undefined one.
+void PlainTensorsOf(const StateDict& state, absl::Span<const StateField> fields,
+                    absl::Span<at::Tensor> out);
+
 // An optimizer: groups of parameters with hyperparameters, and state per
 // parameter. Parameters are the model's tensors. Thread-compatible.
 class OptimizerSource {
@@ -100,9 +104,19 @@ class OptimizerSource {
   // sharded.
   virtual bool has_group_state() const { return false; }
 
+  // Says that State() or LiveTensors() of parameters [begin, end) are asked for
+  // soon. Nothing changes.
+  virtual void PrefetchStates(size_t /*group*/, size_t /*begin*/,
+                              size_t /*end*/) const {}
+
   // The live state of a parameter: this rank's tensors (aliases) and objects.
   // Empty if there is none.
   virtual absl::StatusOr<StateDict> State(size_t group, size_t param) const = 0;
+
+  // PlainTensorsOf State(). A cheaper answer makes sets faster.
+  virtual absl::Status LiveTensors(size_t group, size_t param,
+                                   absl::Span<const StateField> fields,
+                                   absl::Span<at::Tensor> out) const;
 
   // Adds to `changed`, in ascending order, the parameters of the group for
   // which State() may return something else (other tensors or values) than when

@@ -24,11 +24,6 @@
 namespace dsd {
 namespace {
 
-std::string Join(const std::string& prefix, absl::string_view segment) {
-  return prefix.empty() ? std::string(segment)
-                        : absl::StrCat(prefix, ".", segment);
-}
-
 // Rebuilds a tree with another tensor type; `leaf` makes the node of a tensor.
 template <class From, class To, class Leaf>
 absl::StatusOr<BasicValue<To>> Convert(const BasicValue<From>& from,
@@ -119,34 +114,76 @@ absl::StatusOr<Object> ScalarToObject(const TensorValue& value) {
   });
 }
 
-}  // namespace
+using TensorVisitor = absl::FunctionRef<void(const std::string&, TensorValue&)>;
 
-void ForEachTensor(
-    Value& value, const std::string& name,
-    absl::FunctionRef<void(const std::string&, TensorValue&)> visit) {
+void VisitTensors(StateDict& dict, std::string& path, TensorVisitor visit);
+
+// Those of `value`, which is at `path`. A path is one text that grows and
+// shrinks.
+void VisitTensors(Value& value, std::string& path, TensorVisitor visit) {
   if (auto* tensor = value.get_if<TensorValue>()) {
-    visit(name, *tensor);
+    visit(path, *tensor);
   } else if (auto* dict = value.get_if<StateDict>()) {
-    ForEachTensor(*dict, name, visit);
+    VisitTensors(*dict, path, visit);
   } else {
     std::vector<Value>* items = value.get_if<Value::List>();
     if (auto* tuple = value.get_if<Value::Tuple>()) items = &tuple->items;
     for (size_t i = 0; items != nullptr && i < items->size(); ++i) {
       if ((*items)[i].is<TensorValue>() || (*items)[i].is_container()) {
-        ForEachTensor((*items)[i], Join(name, absl::StrCat(i)), visit);
+        const size_t size = path.size();
+        absl::StrAppend(&path, path.empty() ? "" : ".", i);
+        VisitTensors((*items)[i], path, visit);
+        path.resize(size);
       }
     }
   }
 }
 
+void VisitTensors(StateDict& dict, std::string& path, TensorVisitor visit) {
+  for (size_t i = 0; i < dict.size(); ++i) {
+    const Value& value = std::as_const(dict).value(i);
+    if (!value.is<TensorValue>() && !value.is_container()) continue;
+    const size_t size = path.size();
+    if (!path.empty()) path.push_back('.');
+    std::visit([&](const auto& key) { absl::StrAppend(&path, key); },
+               dict.key(i));
+    VisitTensors(dict.value(i), path, visit);
+    path.resize(size);
+  }
+}
+
+size_t CountIn(const Value& value) {
+  if (value.is<TensorValue>()) return 1;
+  if (const auto* dict = value.get_if<StateDict>()) return CountTensors(*dict);
+  const std::vector<Value>* items = value.get_if<Value::List>();
+  if (const auto* tuple = value.get_if<Value::Tuple>()) items = &tuple->items;
+  size_t count = 0;
+  for (size_t i = 0; items != nullptr && i < items->size(); ++i) {
+    count += CountIn((*items)[i]);
+  }
+  return count;
+}
+
+}  // namespace
+
+void ForEachTensor(
+    Value& value, const std::string& name,
+    absl::FunctionRef<void(const std::string&, TensorValue&)> visit) {
+  std::string path = name;
+  VisitTensors(value, path, visit);
+}
+
 void ForEachTensor(
     StateDict& dict, const std::string& name,
     absl::FunctionRef<void(const std::string&, TensorValue&)> visit) {
-  for (size_t i = 0; i < dict.size(); ++i) {
-    if (dict.value(i).is<TensorValue>() || dict.value(i).is_container()) {
-      ForEachTensor(dict.value(i), Join(name, dict.key_text(i)), visit);
-    }
-  }
+  std::string path = name;
+  VisitTensors(dict, path, visit);
+}
+
+size_t CountTensors(const StateDict& dict) {
+  size_t count = 0;
+  for (size_t i = 0; i < dict.size(); ++i) count += CountIn(dict.value(i));
+  return count;
 }
 
 absl::StatusOr<Object> ToObject(const Value& value) {

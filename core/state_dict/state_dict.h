@@ -175,6 +175,9 @@ void ForEachTensor(Value& value, const std::string& name,
 void ForEachTensor(StateDict& dict, const std::string& name,
                    absl::FunctionRef<void(const std::string&, TensorValue&)>);
 
+// How many tensors ForEachTensor would visit.
+size_t CountTensors(const StateDict& dict);
+
 // The value without tensors: a plain tensor of one element becomes a number.
 // InvalidArgument for any other tensor.
 absl::StatusOr<Object> ToObject(const Value& value);

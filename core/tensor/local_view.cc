@@ -11,17 +11,14 @@
 
 namespace dsd {
 
-LocalView LocateBox(const Layout& layout, absl::Span<const at::Tensor> locals,
-                    absl::Span<const LocalBox> boxes, size_t index,
-                    const Box& box) {
-  const LocalBox& outer = boxes[index];
+LocalView LocateBox(const Layout& layout,
+                    absl::Span<const int64_t> local_strides,
+                    const LocalBox& outer, const Box& box) {
   LocalView view;
-  view.local = layout.kind() == Layout::Kind::kBoxes ? index : 0;
-  const at::Tensor& local = locals[view.local];
   if (layout.kind() == Layout::Kind::kFlat) {
     // A lowered box is a run of the row-major tensor, so its elements are as
     // far from each other as they are in the whole tensor.
-    const int64_t stride = local.stride(0);
+    const int64_t stride = local_strides[0];
     view.strides = RowMajorStrides(layout.shape());
     view.offset = outer.local_lo[0] * stride;
     for (int d = 0; d < box.ndim(); ++d) {
@@ -30,7 +27,7 @@ LocalView LocateBox(const Layout& layout, absl::Span<const at::Tensor> locals,
     }
     return view;
   }
-  view.strides = ToDims(local.strides());
+  view.strides.assign(local_strides.begin(), local_strides.end());
   view.offset = 0;
   for (int d = 0; d < box.ndim(); ++d) {
     view.offset +=
@@ -42,8 +39,10 @@ LocalView LocateBox(const Layout& layout, absl::Span<const at::Tensor> locals,
 at::Tensor ViewOfBox(const Layout& layout, absl::Span<const at::Tensor> locals,
                      absl::Span<const LocalBox> boxes, size_t index,
                      const Box& box) {
-  const LocalView view = LocateBox(layout, locals, boxes, index, box);
-  const at::Tensor& local = locals[view.local];
+  const at::Tensor& local = locals[LocalOf(layout, index)];
+  const LocalView view = LocateBox(
+      layout, absl::MakeConstSpan(local.strides().data(), local.dim()),
+      boxes[index], box);
   return local.as_strided(ToIntArrayRef(box.extents()),
                           ToIntArrayRef(view.strides),
                           local.storage_offset() + view.offset);

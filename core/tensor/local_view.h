@@ -17,20 +17,28 @@
 
 namespace dsd {
 
-// A box as a strided part of a local tensor's storage. Elements.
+// A box as a strided part of a local tensor. In the unit of the strides that it
+// was made of.
 struct LocalView {
-  size_t local;    // index among the local tensors
   int64_t offset;  // from the local tensor's first element
   Dims strides;    // of the box's dimensions
 };
 
-// `boxes` are the holder's boxes of `layout` and `locals` its tensors: one per
-// box for box layouts, else one. `box` lies inside boxes[index].
-LocalView LocateBox(const Layout& layout, absl::Span<const at::Tensor> locals,
-                    absl::Span<const LocalBox> boxes, size_t index,
-                    const Box& box);
+// The index of the local tensor that has the holder's box `index`: box layouts
+// have one for each, others one for all.
+inline size_t LocalOf(const Layout& layout, size_t index) {
+  return layout.kind() == Layout::Kind::kBoxes ? index : 0;
+}
 
-// The same as a tensor that shares the memory. May throw c10::Error.
+// `box` lies inside `outer`, a box that a holder of `layout` has in a local
+// tensor of these strides.
+LocalView LocateBox(const Layout& layout,
+                    absl::Span<const int64_t> local_strides,
+                    const LocalBox& outer, const Box& box);
+
+// `box`, inside boxes[index], as a tensor that shares the memory. `boxes` are
+// the holder's boxes of `layout` and `locals` its tensors. May throw
+// c10::Error.
 at::Tensor ViewOfBox(const Layout& layout, absl::Span<const at::Tensor> locals,
                      absl::Span<const LocalBox> boxes, size_t index,
                      const Box& box);

@@ -20,9 +20,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/digest.h"
+#include "dsd/core/base/prefetch.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/placement.h"
 #include "dsd/core/tensor/local_view.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_device_stream.h"
 #include "dsd/core/tensor/torch_types.h"
@@ -64,6 +66,11 @@ std::vector<Box> SubBoxes(const Box& box, int64_t begin, int64_t end) {
 
 }  // namespace
 
+void TensorEndpoint::Reserve(size_t size) {
+  catalog_.Reserve(size);
+  entries_.reserve(size);
+}
+
 absl::Status TensorEndpoint::Add(std::string fqn, const TensorValue& value) {
   if (!value.defined()) {
     return absl::InvalidArgumentError(
@@ -73,7 +80,7 @@ absl::Status TensorEndpoint::Add(std::string fqn, const TensorValue& value) {
   if (!dtype.ok()) {
     return Annotate(dtype.status(), absl::StrCat("\"", fqn, "\""));
   }
-  std::vector<at::Tensor> locals(value.locals().begin(), value.locals().end());
+  Locals locals(value.locals().begin(), value.locals().end());
   if (!value.is_plain()) {
     return Add(TensorSpec{std::move(fqn), *dtype, value.layout()},
                value.holder(), std::move(locals));
@@ -84,17 +91,20 @@ absl::Status TensorEndpoint::Add(std::string fqn, const TensorValue& value) {
 }
 
 absl::Status TensorEndpoint::Add(TensorSpec spec, Holder holder,
-                                 std::vector<at::Tensor> locals) {
+                                 Locals locals) {
   for (at::Tensor& local : locals) {
     DSD_RETURN_IF_ERROR(CheckHasElements(local)) << "\"" << spec.fqn << "\"";
-    local = local.tensor_data();  // no history, one version counter
+    // Without history; the version counter stays the same.
+    if (local.unsafeGetTensorImpl()->autograd_meta() != nullptr) {
+      local = local.tensor_data();
+    }
   }
   DSD_RETURN_IF_ERROR(catalog_.Add(std::move(spec)));
   const bool is_on_device =
       !locals.empty() &&
       std::all_of(locals.begin(), locals.end(),
                   [](const at::Tensor& local) { return local.is_cuda(); });
-  entries_.push_back({holder, std::move(locals), is_on_device, std::nullopt});
+  entries_.push_back({holder, std::move(locals), is_on_device});
   return absl::OkStatus();
 }
 
@@ -109,10 +119,15 @@ absl::StatusOr<Layout> TensorEndpoint::ReplicatedLayout(const Dims& shape) {
 
 absl::Span<const LocalBox> TensorEndpoint::BoxesOf(size_t tensor) {
   Entry& entry = entries_[tensor];
-  if (!entry.boxes.has_value()) {
-    entry.boxes = entry.locals.empty()
-                      ? std::vector<LocalBox>()
-                      : catalog_[tensor].layout.BoxesOf(entry.holder);
+  if (entry.locals.empty()) return {};
+  if (entry.boxes == nullptr) {
+    const Layout& layout = catalog_[tensor].layout;
+    auto& known = boxes_[{layout.symbols(), entry.holder}];
+    if (known == nullptr) {
+      known = std::make_unique<const std::vector<LocalBox>>(
+          layout.BoxesOf(entry.holder));
+    }
+    entry.boxes = known.get();
   }
   return *entry.boxes;
 }
@@ -171,28 +186,35 @@ absl::Status TensorEndpoint::Write(size_t tensor, const Box& box, int64_t begin,
   });
 }
 
+const TensorEndpoint::Memory& TensorEndpoint::MemoryOf(Entry& entry,
+                                                       size_t local) {
+  if (entry.memory.empty()) {
+    entry.memory.reserve(entry.locals.size());
+    for (const at::Tensor& tensor : entry.locals) {
+      Memory& memory = entry.memory.emplace_back(
+          Memory{tensor.device(),
+                 !tensor.is_conj() && !tensor.is_neg(),
+                 static_cast<std::byte*>(tensor.data_ptr()),
+                 {}});
+      for (const int64_t stride : tensor.strides()) {
+        memory.strides_bytes.push_back(stride * tensor.element_size());
+      }
+    }
+  }
+  return entry.memory[local];
+}
+
 std::optional<StridedView> TensorEndpoint::ViewOn(c10::Device device,
                                                   size_t tensor,
                                                   const Box& box) {
   const absl::Span<const LocalBox> boxes = BoxesOf(tensor);
   const std::optional<size_t> index = FindBox(boxes, box);
   if (!index.has_value()) return std::nullopt;
-  const absl::Span<const at::Tensor> locals = entries_[tensor].locals;
-  const LocalView local =
-      LocateBox(catalog_[tensor].layout, locals, boxes, *index, box);
-  const at::Tensor& holder = locals[local.local];
-  // Lazily conjugated or negated tensors have other values than their memory.
-  if (holder.device() != device || holder.is_conj() || holder.is_neg()) {
-    return std::nullopt;
-  }
-  StridedView view;
-  const int64_t item_size = holder.element_size();
-  view.base =
-      static_cast<std::byte*>(holder.data_ptr()) + local.offset * item_size;
-  for (const int64_t stride : local.strides) {
-    view.strides_bytes.push_back(stride * item_size);
-  }
-  return view;
+  const Layout& layout = catalog_[tensor].layout;
+  const Memory& memory = MemoryOf(entries_[tensor], LocalOf(layout, *index));
+  if (memory.device != device || !memory.has_values) return std::nullopt;
+  LocalView local = LocateBox(layout, memory.strides_bytes, boxes[*index], box);
+  return StridedView{memory.base + local.offset, std::move(local.strides)};
 }
 
 std::optional<StridedView> TensorEndpoint::View(size_t tensor, const Box& box) {
@@ -208,6 +230,16 @@ std::optional<StridedView> TensorEndpoint::ViewOnDevice(size_t tensor,
   const auto base = view ? reinterpret_cast<uintptr_t>(view->base) : 0;
   if (base % ItemSize(catalog_[tensor].dtype) != 0) return std::nullopt;
   return view;
+}
+
+void TensorEndpoint::Prefetch(size_t tensor) const {
+  const Entry& entry = entries_[tensor];
+  PrefetchBytes(&catalog_[tensor], sizeof(TensorSpec));
+  if (!entry.memory.empty()) {
+    PrefetchBytes(entry.memory[0].base, 1);
+  } else if (!entry.locals.empty()) {
+    PrefetchTensor(entry.locals[0]);
+  }
 }
 
 bool TensorEndpoint::IsOnDevice(size_t tensor) const {

@@ -15,9 +15,11 @@
 
 #include "ATen/core/Tensor.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "dsd/core/base/digest.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/layout/box.h"
 #include "dsd/core/layout/layout.h"
@@ -40,16 +42,23 @@ class TensorEndpoint : public Endpoint {
   TensorEndpoint(DeviceMesh replicas, Holder self)
       : replicas_(std::move(replicas)), self_(self) {}
 
+  TensorEndpoint(TensorEndpoint&&) = default;
+  TensorEndpoint& operator=(TensorEndpoint&&) = default;
+
+  // For `size` tensors in all.
+  void Reserve(size_t size);
+
+  // Of one tensor; see TensorValue::locals. Most have one.
+  using Locals = absl::InlinedVector<at::Tensor, 1>;
+
   // Adds a tensor under a name.
   // Errors: AlreadyExists (name taken); InvalidArgument (undefined, sparse or
   // meta tensor); Unimplemented (element type).
   absl::Status Add(std::string fqn, const TensorValue& value);
 
   // Adds a tensor with a layout given by the caller, of which this rank has the
-  // part of `holder` in `locals` (see TensorValue::locals); none if it has
-  // none.
-  absl::Status Add(TensorSpec spec, Holder holder,
-                   std::vector<at::Tensor> locals);
+  // part of `holder` in `locals`; none if it has none.
+  absl::Status Add(TensorSpec spec, Holder holder, Locals locals);
 
   // The layout that a plain tensor of this shape has here. Kept: models have
   // many tensors of few shapes.
@@ -66,6 +75,7 @@ class TensorEndpoint : public Endpoint {
   absl::Status Write(size_t tensor, const Box& box, int64_t begin, int64_t end,
                      DType dtype, absl::Span<const std::byte> in) override;
   std::optional<StridedView> View(size_t tensor, const Box& box) override;
+  void Prefetch(size_t tensor) const override;
   bool IsOnDevice(size_t tensor) const override;
   std::optional<StridedView> ViewOnDevice(size_t tensor, const Box& box,
                                           DeviceStream& stream) override;
@@ -79,15 +89,25 @@ class TensorEndpoint : public Endpoint {
   absl::Status Finish() override;
 
  private:
+  // Where a local tensor is, and whether its values are what is there:
+  // lazily conjugated or negated tensors have others.
+  struct Memory {
+    c10::Device device;
+    bool has_values;
+    std::byte* base;
+    Dims strides_bytes;
+  };
   struct Entry {
     Holder holder;
-    std::vector<at::Tensor> locals;
+    Locals locals;
     bool is_on_device;  // all of them
-    // Of `holder`; filled when first asked for.
-    std::optional<std::vector<LocalBox>> boxes;
+    // When first asked for, and then kept: a TensorImpl is far away in memory.
+    const std::vector<LocalBox>* boxes = nullptr;
+    absl::InlinedVector<Memory, 1> memory;  // one for each local tensor
   };
 
   absl::Span<const LocalBox> BoxesOf(size_t tensor);
+  const Memory& MemoryOf(Entry& entry, size_t local);
   // The box where it is in memory of `device` as the catalog says.
   std::optional<StridedView> ViewOn(c10::Device device, size_t tensor,
                                     const Box& box);
@@ -100,6 +120,11 @@ class TensorEndpoint : public Endpoint {
   DeviceMesh replicas_;
   Holder self_;
   absl::flat_hash_map<Dims, Layout> replicated_;
+  // What a holder has of a layout, by its symbols: models have many tensors of
+  // few layouts.
+  absl::flat_hash_map<std::pair<Digest, Holder>,
+                      std::unique_ptr<const std::vector<LocalBox>>>
+      boxes_;
   Catalog catalog_;
   std::vector<Entry> entries_;
 };

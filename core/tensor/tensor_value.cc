@@ -3,6 +3,7 @@
 #include "dsd/core/tensor/tensor_value.h"
 
 #include <cstddef>
+#include <iterator>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -59,7 +60,10 @@ absl::StatusOr<TensorValue> TensorValue::FromBoxes(
     }
   }
   return TensorValue(std::make_shared<const Distributed>(
-      Distributed{std::move(sharding), type, std::move(boxes)}));
+      Distributed{std::move(sharding),
+                  type,
+                  {std::make_move_iterator(boxes.begin()),
+                   std::make_move_iterator(boxes.end())}}));
 }
 
 TensorValue TensorValue::Elsewhere(Layout layout, c10::ScalarType type) {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "ATen/core/Tensor.h"
+#include "absl/container/inlined_vector.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "c10/core/ScalarType.h"
@@ -83,7 +84,7 @@ class TensorValue {
   struct Distributed {
     Sharding sharding;
     c10::ScalarType type;
-    std::vector<at::Tensor> locals;
+    absl::InlinedVector<at::Tensor, 1> locals;
   };
 
   explicit TensorValue(std::shared_ptr<const Distributed> distributed)

@@ -51,6 +51,9 @@ class Endpoint {
     return std::nullopt;
   }
 
+  // Says that one of this rank's boxes of the tensor is needed soon.
+  virtual void Prefetch(size_t /*tensor*/) const {}
+
   // Whether this rank's part of the tensor is in memory of a device that the
   // host cannot touch. Then View is nullopt, Read and Write are slow, and the
   // next four serve it.

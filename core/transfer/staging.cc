@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "dsd/core/base/prefetch.h"
 #include "dsd/core/base/status_macros.h"
 
 namespace dsd {
@@ -32,11 +33,14 @@ absl::Status ForEachStretch(absl::Span<const MessagePiece> pieces,
   return absl::OkStatus();
 }
 
-bool HasPieces(absl::Span<const MessagePiece> pieces, bool on_device) {
-  return std::any_of(pieces.begin(), pieces.end(),
-                     [&](const MessagePiece& piece) {
-                       return piece.is_on_device() == on_device;
-                     });
+// A message may be of thousands of small pieces, and each waits for memory: so
+// what is a few pieces ahead of `current` is asked for.
+void PrefetchPiece(absl::Span<const MessagePiece> pieces, size_t current) {
+  constexpr size_t kAhead = 6;
+  if (current + kAhead >= pieces.size()) return;
+  const MessagePiece& piece = pieces[current + kAhead];
+  piece.endpoint->Prefetch(piece.tensor);
+  PrefetchBytes(piece.box, sizeof(Box));
 }
 
 }  // namespace
@@ -56,6 +60,15 @@ std::byte* MemoryOf(const MessagePiece& piece, DeviceStream* stream) {
     return nullptr;
   }
   return view->base + piece.begin * item_size;
+}
+
+bool Staging::HasPieces(absl::Span<const MessagePiece> pieces,
+                        bool on_device) const {
+  if (stream_ == nullptr) return !on_device && !pieces.empty();
+  return std::any_of(pieces.begin(), pieces.end(),
+                     [&](const MessagePiece& piece) {
+                       return piece.is_on_device() == on_device;
+                     });
 }
 
 absl::Status Staging::Annotated(const absl::Status& status,
@@ -120,7 +133,9 @@ absl::Status Staging::Pack(int index, bool on_device,
   if (on_device || has_device) {
     DSD_ASSIGN_OR_RETURN(device, DeviceMemory(on_device ? buffer : pass_));
   }
-  for (const MessagePiece& p : pieces) {
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    PrefetchPiece(pieces, i);
+    const MessagePiece& p = pieces[i];
     const size_t bytes = p.bytes();
     DSD_RETURN_IF_ERROR(Annotated(
         p.is_on_device()
@@ -181,7 +196,9 @@ absl::Status Staging::Unpack(int index, bool on_device,
   if (has_device) DSD_RETURN_IF_ERROR(stream_->Submit());
   if (!has_host) return absl::OkStatus();
   if (on_device) DSD_RETURN_IF_ERROR(WaitUntil(buffer.used_until));
-  for (const MessagePiece& p : pieces) {
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    PrefetchPiece(pieces, i);
+    const MessagePiece& p = pieces[i];
     if (p.is_on_device()) continue;
     DSD_RETURN_IF_ERROR(Annotated(
         p.endpoint->Write(p.tensor, *p.box, p.begin, p.end, p.dtype,

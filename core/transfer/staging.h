@@ -96,6 +96,7 @@ class Staging {
     DeviceStream::Position used_until = 0;  // host memory, by the device
   };
 
+  bool HasPieces(absl::Span<const MessagePiece> pieces, bool on_device) const;
   absl::StatusOr<std::byte*> HostMemory(Buffer& buffer);
   absl::StatusOr<std::byte*> DeviceMemory(Buffer& buffer);
   absl::Status WaitUntil(DeviceStream::Position position);

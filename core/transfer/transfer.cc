@@ -12,7 +12,6 @@
 #include <utility>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "dsd/core/base/status_macros.h"
@@ -31,11 +30,10 @@ class Stream {
       : plan_(plan), source_(source) {}
 
   void Add(size_t move) {
-    moves_.push_back(move);
-    total_bytes_ += plan_.moves[move].wire_bytes();
+    const Move& added = plan_.moves[move];
+    boxes_.push_back(
+        {move, added.box.num_elements(), ItemSize(added.wire_dtype)});
   }
-
-  int64_t total_bytes() const { return total_bytes_; }
 
   // Calls touch(move, begin, end, byte offset in the piece) for the elements in
   // the next `bytes` bytes of the stream. A piece may end inside an item: the
@@ -45,18 +43,23 @@ class Stream {
   void Next(int64_t bytes, Touch touch) {
     int64_t done = 0;
     while (done < bytes) {
-      const Move& move = plan_.moves[moves_[at_]];
-      const int64_t item_size = ItemSize(move.wire_dtype);
-      const int64_t left = move.box.num_elements() - element_;
-      const int64_t count = std::min(left, (bytes - done) / item_size);
-      touch(move, element_, element_ + count, done);
-      done += count * item_size;
+      const BoxOfMove& box = boxes_[at_];
+      const int64_t count =
+          std::min(box.elements - element_, (bytes - done) / box.item_size);
+      touch(plan_.moves[box.move], element_, element_ + count, done);
+      done += count * box.item_size;
       element_ += count;
-      if (element_ == move.box.num_elements()) {
+      if (element_ == box.elements) {
         ++at_;
         element_ = 0;
       }
     }
+  }
+
+  // Whether the next `bytes` bytes are all of one move.
+  bool IsOfOneMove(int64_t bytes) const {
+    const BoxOfMove& box = boxes_[at_];
+    return (box.elements - element_) * box.item_size >= bytes;
   }
 
   // Bytes of the next piece: at most `limit`, whole items, and 0 at the end.
@@ -64,16 +67,16 @@ class Stream {
   int64_t NextPieceBytes(int64_t limit) const {
     int64_t bytes = 0;
     int64_t element = element_;
-    for (size_t at = at_; at < moves_.size(); ++at, element = 0) {
-      const Move& move = plan_.moves[moves_[at]];
-      const int64_t item_size = ItemSize(move.wire_dtype);
-      const int64_t box_bytes = (move.box.num_elements() - element) * item_size;
+    for (size_t at = at_; at < boxes_.size(); ++at, element = 0) {
+      const BoxOfMove& box = boxes_[at];
+      const int64_t box_bytes = (box.elements - element) * box.item_size;
       if (box_bytes >= kOwnPieceBytes) {
-        return bytes > 0 ? bytes
-                         : std::min(box_bytes, limit / item_size * item_size);
+        return bytes > 0
+                   ? bytes
+                   : std::min(box_bytes, limit / box.item_size * box.item_size);
       }
       if (bytes + box_bytes > limit) {
-        return bytes + (limit - bytes) / item_size * item_size;
+        return bytes + (limit - bytes) / box.item_size * box.item_size;
       }
       bytes += box_bytes;
     }
@@ -82,14 +85,19 @@ class Stream {
 
   // Name of the tensor that the next piece starts with.
   const std::string& fqn() const {
-    return source_[plan_.moves[moves_[at_]].source_tensor].fqn;
+    return source_[plan_.moves[boxes_[at_].move].source_tensor].fqn;
   }
 
  private:
+  struct BoxOfMove {
+    size_t move;
+    int64_t elements;
+    int64_t item_size;
+  };
+
   const Plan& plan_;
   const Catalog& source_;
-  std::vector<size_t> moves_;
-  int64_t total_bytes_ = 0;
+  std::vector<BoxOfMove> boxes_;
   size_t at_ = 0;
   int64_t element_ = 0;
 };
@@ -123,7 +131,7 @@ class Executor {
       const Move& move = plan_.moves[i];
       const bool reads = move.provider == plan_.rank;
       const bool writes = IsLocal(move) || !reads;
-      if (writes) bytes_total_ += move.wire_bytes();
+      if (writes && options_.call.progress) bytes_total_ += move.wire_bytes();
       if (reads && source_.IsOnDevice(move.source_tensor)) {
         with_device = &source_;
       }
@@ -166,16 +174,10 @@ class Executor {
 
   // Boxes from storage that any rank can read are in the provider's target by
   // the time they are sent on, and storage is read once.
-  bool IsRelayed(const Move& move) {
-    if (move.relayed) return true;
-    if (!move.provider_keeps) return false;
-    const auto [it, is_new] = relayed_.try_emplace(move.source_tensor, false);
-    if (is_new) {
-      it->second = !source_.catalog()[move.source_tensor]
-                        .layout.BoxesOf(kAnyHolder)
-                        .empty();
-    }
-    return it->second;
+  bool IsRelayed(const Move& move) const {
+    return move.relayed ||
+           (move.provider_keeps &&
+            source_.catalog()[move.source_tensor].layout.HasAnyHolder());
   }
 
   absl::Status MakeStaging(Endpoint* with_device) {
@@ -352,6 +354,8 @@ class Executor {
 
   // The moves between ranks; those that are relayed when the others are done.
   absl::Status ExchangeAll() {
+    const bool with_devices =
+        comm_ != nullptr && comm_->has_cuda_memory() && comm_->size() > 1;
     bool any = false;
     bool any_relayed = false;
     int64_t sent_from_device = 0;  // bytes; less those from elsewhere
@@ -362,6 +366,7 @@ class Executor {
       if (messages == 0) continue;
       any = true;
       any_relayed |= move.relayed;
+      if (!with_devices) continue;
       const int64_t bytes = messages * move.wire_bytes();
       if (sends) {
         sent_from_device += ReadsFromDevice(move) ? bytes : -bytes;
@@ -375,7 +380,7 @@ class Executor {
       return absl::InvalidArgumentError(
           "the plan has other ranks, but there is no communicator");
     }
-    if (comm_->has_cuda_memory() && comm_->size() > 1) {
+    if (with_devices) {
       DSD_RETURN_IF_ERROR(
           ShareDevices(sent_from_device > 0, received_to_device > 0));
     }
@@ -409,7 +414,7 @@ class Executor {
     return LandUntil(0);
   }
 
-  bool ReadsFromDevice(const Move& move) {
+  bool ReadsFromDevice(const Move& move) const {
     return IsRelayed(move) ? target_.IsOnDevice(move.target_tensor)
                            : source_.IsOnDevice(move.source_tensor);
   }
@@ -464,8 +469,13 @@ class Executor {
         flight.arriving = arriving;
         flight.recv_is_on_device = in_on_device;
         recv_label = Label(in);
-        TakePieces(in, in_bytes, /*incoming=*/true, pieces_);
-        std::byte* memory = MemoryOfOne(in_on_device);
+        std::byte* memory = nullptr;
+        if (in.IsOfOneMove(in_bytes)) {
+          TakePieces(in, in_bytes, /*incoming=*/true, pieces_);
+          memory = MemoryOfOne(in_on_device);
+        } else {
+          in.Next(in_bytes, [](const Move&, int64_t, int64_t, int64_t) {});
+        }
         if (memory == nullptr) {
           DSD_ASSIGN_OR_RETURN(flight.recv_buffer,
                                FreeBuffer(kRecvBuffers, &Flight::recv_buffer));
@@ -629,7 +639,6 @@ class Executor {
   TransferStats stats_;
   int64_t bytes_done_ = 0;
   int64_t bytes_total_ = 0;
-  absl::flat_hash_map<size_t, bool> relayed_;  // by source tensor
 };
 
 // "rank 1: text", once for all ranks with the same text; without ranks if all

@@ -67,6 +67,15 @@ class BasicDict {
   Value* Find(const char* key) { return Find(absl::string_view(key)); }
   bool contains(absl::string_view key) const { return Find(key) != nullptr; }
 
+  // Find of keys that mostly come in this dict's order: looks first at
+  // *position, which becomes the one behind the key.
+  const Value* FindNear(absl::string_view key, size_t* position) const;
+
+  // Ask for the memory of a small dict, or of a key (none if there is no such
+  // position), which is needed soon.
+  void Prefetch() const;
+  void PrefetchKey(size_t i) const;
+
   // Adds at the end, or replaces the value in its place. Returns the new value.
   Value& Set(PathSegment key, Value value);
 

@@ -12,6 +12,7 @@
 #include "absl/container/inlined_vector.h"
 #include "absl/hash/hash.h"
 #include "absl/strings/str_cat.h"
+#include "dsd/core/base/prefetch.h"
 #include "dsd/core/value/value.h"
 
 namespace dsd {
@@ -194,6 +195,30 @@ int64_t BasicDict<TensorT>::PositionOf(const Key& key) const {
   const auto& index = rep_->GetIndex();
   const auto it = index.find(key);
   return it == index.end() ? -1 : static_cast<int64_t>(*it);
+}
+
+template <class TensorT>
+const BasicValue<TensorT>* BasicDict<TensorT>::FindNear(
+    absl::string_view key, size_t* position) const {
+  if (*position >= size() ||
+      !internal::IsKey(rep_->items[*position].key, key)) {
+    const int64_t found = PositionOf(key);
+    if (found < 0) return nullptr;
+    *position = static_cast<size_t>(found);
+  }
+  return &value((*position)++);
+}
+
+template <class TensorT>
+void BasicDict<TensorT>::PrefetchKey(size_t i) const {
+  if (i >= size()) return;
+  const auto* const text = std::get_if<std::string>(&rep_->items[i].key);
+  if (text != nullptr) PrefetchBytes(text->data(), text->size());
+}
+
+template <class TensorT>
+void BasicDict<TensorT>::Prefetch() const {
+  PrefetchBytes(rep_, sizeof(Rep));
 }
 
 template <class TensorT>

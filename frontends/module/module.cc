@@ -12,10 +12,12 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "dsd/core/base/prefetch.h"
 #include "dsd/core/fqn/fqn_modifiers.h"
 #include "dsd/core/fqn/module_wrapper.h"
 #include "dsd/core/state_dict/extra_state.h"
 #include "dsd/core/state_dict/live_model.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/frontends/module/non_persistent.h"
 #include "torch/nn/module.h"
@@ -75,12 +77,6 @@ class InterfaceCast {
   bool found_ = false;
 };
 
-void PrefetchLines(const void* object, size_t bytes) {
-  constexpr size_t kLine = 64;
-  const char* const first = static_cast<const char*>(object);
-  for (size_t at = 0; at < bytes; at += kLine) __builtin_prefetch(first + at);
-}
-
 // A model may have thousands of small modules, in each of which a walk waits
 // for memory again and again: for the module, its lists and its tensors. So it
 // asks for what it will need a few modules ahead, one step after another.
@@ -91,15 +87,16 @@ void PrefetchModules(const std::vector<Contents::Modules::Item>& modules,
                ? modules[current + distance].value().get()
                : nullptr;
   };
-  if (const auto* const module = ahead(6))
-    PrefetchLines(module, sizeof(*module));
+  if (const auto* const module = ahead(6)) {
+    PrefetchBytes(module, sizeof(*module));
+  }
   if (const auto* const module = ahead(4)) {
     const auto& items = Contents::Parameters(*module).items();
-    PrefetchLines(items.data(), items.size() * sizeof(items[0]));
+    PrefetchBytes(items.data(), items.size() * sizeof(items[0]));
   }
   if (const auto* const module = ahead(2)) {
     for (const auto& item : Contents::Parameters(*module)) {
-      PrefetchLines(item.value().unsafeGetTensorImpl(), sizeof(at::TensorImpl));
+      PrefetchTensor(item.value());
     }
   }
 }
@@ -174,9 +171,11 @@ ModuleNode DescribeNode(std::string name, const torch::nn::Module& module,
                             EntryKind::kExtraState, std::move(identity),
                             description.extra_state_slots++});
   }
-  for (const auto& item : Contents::Children(module)) {
+  const auto& children = Contents::Children(module).items();
+  for (size_t i = 0; i < children.size(); ++i) {
+    PrefetchModules(children, i);
     node.children.push_back(
-        DescribeNode(item.key(), *item.value(), description));
+        DescribeNode(children[i].key(), *children[i].value(), description));
   }
   return node;
 }

@@ -15,6 +15,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/synchronization/mutex.h"
 #include "c10/util/Type.h"
+#include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/optimizer/builtin_codecs.h"
 #include "torch/optim/optimizer.h"
 
@@ -65,6 +66,14 @@ class Registry {
 };
 
 }  // namespace
+
+absl::Status OptimizerCodec::LiveTensors(
+    const torch::optim::OptimizerParamState& state,
+    absl::Span<const StateField> fields, absl::Span<at::Tensor> out) const {
+  DSD_ASSIGN_OR_RETURN(const StateDict entries, GetState(state));
+  PlainTensorsOf(entries, fields, out);
+  return absl::OkStatus();
+}
 
 void RegisterOptimizerCodec(std::unique_ptr<const OptimizerCodec> codec) {
   Registry::Get().Add(std::move(codec));

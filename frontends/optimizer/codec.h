@@ -59,6 +59,15 @@ class OptimizerCodec {
   virtual absl::StatusOr<StateDict> GetState(
       const torch::optim::OptimizerParamState& state) const = 0;
 
+  // PlainTensorsOf GetState.
+  virtual absl::Status LiveTensors(
+      const torch::optim::OptimizerParamState& state,
+      absl::Span<const StateField> fields, absl::Span<at::Tensor> out) const;
+
+  // Asks for the memory of a state's tensors, which are needed soon.
+  virtual void Prefetch(
+      const torch::optim::OptimizerParamState& /*state*/) const {}
+
   // Marks tell cheaply whether a state is as it was: num_marks() words, which
   // are equal for two states only if GetState gives the same tensors, told
   // apart by address, and equal values. MarkState returns false for a state
@@ -86,6 +95,14 @@ class OptimizerCodec {
   // CheckState. Keeps the tensors.
   virtual absl::StatusOr<std::unique_ptr<torch::optim::OptimizerParamState>>
   MakeState(const StateDict& entries) const = 0;
+
+  // Makes `state` what MakeState would return. False, and unchanged, if it is
+  // of another class, or the codec only makes new ones.
+  virtual absl::StatusOr<bool> UpdateState(
+      const StateDict& /*entries*/,
+      torch::optim::OptimizerParamState& /*state*/) const {
+    return false;
+  }
 };
 
 // Adds a codec for the rest of the process. Of several that match an optimizer

@@ -12,6 +12,7 @@
 
 #include "absl/memory/memory.h"
 #include "absl/status/status.h"
+#include "dsd/core/base/prefetch.h"
 #include "dsd/core/base/status_macros.h"
 #include "torch/optim/optimizer.h"
 
@@ -53,12 +54,39 @@ absl::StatusOr<std::vector<StateField>> TorchOptimizerSource::StateFields(
   return codec_->StateFields(hyperparameters);
 }
 
-absl::StatusOr<StateDict> TorchOptimizerSource::State(size_t group,
-                                                      size_t param) const {
+torch::optim::OptimizerParamState* TorchOptimizerSource::FindState(
+    size_t group, size_t param) const {
   const auto& states = optimizer_->state();
   const auto state = states.find(params(group)[param].unsafeGetTensorImpl());
-  if (state == states.end()) return StateDict();
-  return codec_->GetState(*state->second);
+  return state == states.end() ? nullptr : state->second.get();
+}
+
+void TorchOptimizerSource::PrefetchStates(size_t group, size_t begin,
+                                          size_t end) const {
+  std::vector<const torch::optim::OptimizerParamState*> found;
+  for (size_t i = begin; i < end; ++i) {
+    found.push_back(FindState(group, i));
+    PrefetchBytes(found.back(), 1);
+  }
+  for (const torch::optim::OptimizerParamState* const state : found) {
+    if (state != nullptr) codec_->Prefetch(*state);
+  }
+}
+
+absl::StatusOr<StateDict> TorchOptimizerSource::State(size_t group,
+                                                      size_t param) const {
+  const auto* const state = FindState(group, param);
+  if (state == nullptr) return StateDict();
+  return codec_->GetState(*state);
+}
+
+absl::Status TorchOptimizerSource::LiveTensors(
+    size_t group, size_t param, absl::Span<const StateField> fields,
+    absl::Span<at::Tensor> out) const {
+  const auto* const state = FindState(group, param);
+  if (state != nullptr) return codec_->LiveTensors(*state, fields, out);
+  std::fill(out.begin(), out.end(), at::Tensor());
+  return absl::OkStatus();
 }
 
 void TorchOptimizerSource::FindChangedStates(
@@ -80,7 +108,7 @@ void TorchOptimizerSource::FindChangedStates(
     for (size_t i = begin; i < end; ++i) {
       const auto it = states.find(all[i].unsafeGetTensorImpl());
       found[i - begin] = it == states.end() ? nullptr : it->second.get();
-      __builtin_prefetch(found[i - begin]);
+      PrefetchBytes(found[i - begin], 1);
     }
     for (size_t i = begin; i < end; ++i) {
       std::fill(now.begin(), now.end(), 0);
@@ -121,6 +149,11 @@ absl::Status TorchOptimizerSource::SetState(size_t group, size_t param,
   if (state.empty()) {
     states.erase(key);
     return absl::OkStatus();
+  }
+  if (const auto own = states.find(key); own != states.end()) {
+    DSD_ASSIGN_OR_RETURN(const bool updated,
+                         codec_->UpdateState(state, *own->second));
+    if (updated) return absl::OkStatus();
   }
   DSD_ASSIGN_OR_RETURN(states[key], codec_->MakeState(state));
   return absl::OkStatus();

@@ -42,7 +42,11 @@ class TorchOptimizerSource : public OptimizerSource {
   absl::StatusOr<std::vector<StateField>> StateFields(
       const ObjectDict& hyperparameters) const override;
   bool has_group_state() const override { return codec_->has_group_state(); }
+  void PrefetchStates(size_t group, size_t begin, size_t end) const override;
   absl::StatusOr<StateDict> State(size_t group, size_t param) const override;
+  absl::Status LiveTensors(size_t group, size_t param,
+                           absl::Span<const StateField> fields,
+                           absl::Span<at::Tensor> out) const override;
   void FindChangedStates(size_t group, std::vector<uint64_t>& marks,
                          std::vector<size_t>& changed) const override;
   absl::StatusOr<StateDict> InertState(size_t group,
@@ -55,6 +59,10 @@ class TorchOptimizerSource : public OptimizerSource {
   TorchOptimizerSource(torch::optim::Optimizer* optimizer,
                        const OptimizerCodec* codec)
       : optimizer_(optimizer), codec_(codec) {}
+
+  // Null if the parameter has none.
+  torch::optim::OptimizerParamState* FindState(size_t group,
+                                               size_t param) const;
 
   torch::optim::Optimizer* optimizer_;
   const OptimizerCodec* codec_;

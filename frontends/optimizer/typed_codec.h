@@ -7,6 +7,7 @@
 #ifndef DSD_FRONTENDS_OPTIMIZER_TYPED_CODEC_H_
 #define DSD_FRONTENDS_OPTIMIZER_TYPED_CODEC_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -23,6 +24,8 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/state_dict/sources.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/frontends/optimizer/codec.h"
 #include "dsd/frontends/optimizer/count_tensor.h"
@@ -144,6 +147,29 @@ class TypedCodec : public OptionsCodec<Optimizer, Options> {
     return entries;
   }
 
+  absl::Status LiveTensors(const torch::optim::OptimizerParamState& base,
+                           absl::Span<const StateField> fields,
+                           absl::Span<at::Tensor> out) const override {
+    DSD_ASSIGN_OR_RETURN(State* const state,
+                         this->template TypedState<State>(base));
+    for (size_t i = 0; i < fields.size(); ++i) {
+      const auto field = std::find_if(
+          tensors_.begin(), tensors_.end(),
+          [&](const auto& own) { return own.name == fields[i].name; });
+      out[i] = field == tensors_.end() ? at::Tensor() : field->access(*state);
+    }
+    return absl::OkStatus();
+  }
+
+  void Prefetch(const torch::optim::OptimizerParamState& base) const override {
+    if (typeid(base) != typeid(State)) return;
+    auto& state =
+        const_cast<State&>(static_cast<const State&>(base));  // not written
+    for (const TensorField<Options, State>& field : tensors_) {
+      PrefetchTensor(field.access(state));
+    }
+  }
+
   size_t num_marks() const override { return 1 + tensors_.size(); }
 
   bool MarkState(const torch::optim::OptimizerParamState& base,
@@ -186,22 +212,39 @@ class TypedCodec : public OptionsCodec<Optimizer, Options> {
   absl::StatusOr<std::unique_ptr<torch::optim::OptimizerParamState>> MakeState(
       const StateDict& entries) const override {
     auto state = std::make_unique<State>();
-    if (step_ != nullptr) {
-      const Value* step = entries.Find(kStep);
-      const auto* count = step == nullptr ? nullptr : step->get_if<int64_t>();
-      if (count != nullptr) step_(*state) = *count;
-    }
-    for (const TensorField<Options, State>& field : tensors_) {
-      const Value* value = entries.Find(field.name);
-      if (value == nullptr) continue;
-      DSD_ASSIGN_OR_RETURN(field.access(*state),
-                           value->template get_if<TensorValue>()->Local());
-    }
+    DSD_RETURN_IF_ERROR(Fill(entries, *state));
     return std::unique_ptr<torch::optim::OptimizerParamState>(std::move(state));
+  }
+
+  absl::StatusOr<bool> UpdateState(
+      const StateDict& entries,
+      torch::optim::OptimizerParamState& base) const override {
+    if (typeid(base) != typeid(State)) return false;
+    DSD_RETURN_IF_ERROR(Fill(entries, static_cast<State&>(base)));
+    return true;
   }
 
  private:
   static constexpr char kStep[] = "step";
+
+  absl::Status Fill(const StateDict& entries, State& state) const {
+    if (step_ != nullptr) {
+      const Value* step = entries.Find(kStep);
+      const auto* count = step == nullptr ? nullptr : step->get_if<int64_t>();
+      step_(state) = count == nullptr ? 0 : *count;
+    }
+    for (const TensorField<Options, State>& field : tensors_) {
+      const Value* value = entries.Find(field.name);
+      at::Tensor& tensor = field.access(state);
+      if (value == nullptr) {
+        tensor = at::Tensor();
+        continue;
+      }
+      DSD_ASSIGN_OR_RETURN(tensor,
+                           value->template get_if<TensorValue>()->Local());
+    }
+    return absl::OkStatus();
+  }
 
   bool AnyRequired(const Options& options) const {
     for (const TensorField<Options, State>& field : tensors_) {

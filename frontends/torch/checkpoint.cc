@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "ATen/ops/empty.h"
+#include "ATen/core/Tensor.h"
 #include "absl/container/btree_map.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
@@ -27,8 +27,8 @@
 #include "dsd/core/plan/catalog.h"
 #include "dsd/core/state_dict/flat_state.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/tensor_value.h"
-#include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
 #include "dsd/core/transfer/transfer.h"
 #include "dsd/core/value/flatten.h"
@@ -157,13 +157,10 @@ absl::StatusOr<Everything> MakeRoomFor(const std::string& path,
   const Catalog& stored = all.checkpoint->catalog();
   for (size_t i = 0; i < stored.size(); ++i) {
     if (!wanted(stored[i].fqn)) continue;
-    at::Tensor tensor;
-    DSD_RETURN_IF_ERROR(TorchToStatus([&] {
-      tensor = at::empty(ToIntArrayRef(stored[i].shape()),
-                         ToScalarType(stored[i].dtype));
-    })) << "\""
-        << stored[i].fqn << "\"";
-    all.tensors.emplace_back(std::move(tensor));
+    absl::StatusOr<at::Tensor> tensor =
+        NewTensor(stored[i].shape(), ToScalarType(stored[i].dtype));
+    DSD_RETURN_IF_ERROR(tensor) << "\"" << stored[i].fqn << "\"";
+    all.tensors.emplace_back(*std::move(tensor));
     DSD_RETURN_IF_ERROR(all.endpoint.Add(stored[i].fqn, all.tensors.back()));
     all.state.tensor_paths.push_back(all.checkpoint->tensor_path(i));
   }
