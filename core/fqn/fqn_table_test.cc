@@ -2,6 +2,7 @@
 
 #include "dsd/core/fqn/fqn_table.h"
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -76,6 +77,19 @@ TEST(FqnTableTest, KeysAreInModuleOrder) {
   EXPECT_EQ(table.entries()[1].slot, 7);
   EXPECT_EQ(table.Find("b.deep.w"), 4);
   EXPECT_EQ(table.Find("b.deep"), std::nullopt);
+}
+
+TEST(FqnTableTest, FindsNearWhereItFoundBefore) {
+  ModuleNode root = Leaf("", {"a", "b", "c"});
+  root.children.push_back(Leaf("d", {"e", "f"}));
+  const FqnTable table = BuildOk(root);
+  size_t position = 0;
+  for (const char* fqn : {"a", "c", "x", "d.e", "d.f", "a", "b", "d.f"}) {
+    EXPECT_EQ(table.FindNear(fqn, &position), table.Find(fqn)) << fqn;
+  }
+  EXPECT_EQ(position, 5u);
+  EXPECT_EQ(table.FindNear("y", &position), std::nullopt);
+  EXPECT_EQ(table.FindNear("c", &position), 2u);
 }
 
 TEST(FqnTableTest, WrapperSegmentsAreLeftOut) {

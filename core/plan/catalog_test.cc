@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "dsd/core/plan/binding.h"
 #include "gtest/gtest.h"
 
@@ -28,6 +29,20 @@ TEST(CatalogTest, KeepsOrderAndFindsNames) {
   EXPECT_EQ(again.code(), absl::StatusCode::kAlreadyExists);
   EXPECT_EQ(again.message(), "catalog: there are two tensors named \"b\"");
   EXPECT_EQ(catalog.size(), 2);
+}
+
+TEST(CatalogTest, ManyNamesAndACopy) {
+  Catalog catalog;
+  catalog.Reserve(10);
+  const auto name = [](int i) { return absl::StrCat("layers.", i, ".weight"); };
+  for (int i = 0; i < 5000; ++i) {
+    ASSERT_TRUE(catalog.Add({name(i), DType::kInt8, Whole({1})}).ok());
+  }
+  const Catalog copy = catalog;
+  catalog = Catalog();
+  EXPECT_FALSE(catalog.Find(name(0)).has_value());
+  for (int i = 0; i < 5000; ++i) ASSERT_EQ(copy.Find(name(i)), i);
+  EXPECT_FALSE(copy.Find(name(5000)).has_value());
 }
 
 TEST(CatalogTest, RefusesTensorsTooLargeToCount) {

@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/types/span.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/mesh.h"
@@ -117,16 +118,16 @@ class Delivery {
       return target_.Add(name, *item.result);
     }
     DSD_ASSIGN_OR_RETURN(Layout layout, target_.ReplicatedLayout(from.shape()));
-    TensorEndpoint::Locals locals;
+    absl::Span<const at::Tensor> locals;
     if (receives_) {
       DSD_ASSIGN_OR_RETURN(at::Tensor whole,
                            NewTensor(from.shape(), tensor_options));
-      item.result = TensorValue(whole);
-      locals.push_back(std::move(whole));
+      item.result = TensorValue(std::move(whole));
+      locals = item.result->locals();
     }
     DSD_ASSIGN_OR_RETURN(const DType dtype, ToDType(from.scalar_type()));
     return target_.Add(TensorSpec{name, dtype, std::move(layout)},
-                       mover_.self(), std::move(locals));
+                       mover_.self(), locals);
   }
 
   const StateDictOptions& options_;
@@ -216,19 +217,18 @@ absl::Status AddToBatch(const Piece& piece, const StateDictOptions& options,
   const TensorValue& tensor = *piece.tensor;
   DSD_RETURN_IF_ERROR(source.Add(name, tensor));
   DSD_ASSIGN_OR_RETURN(const DType dtype, ToDType(tensor.scalar_type()));
-  TensorEndpoint::Locals locals;
+  absl::Span<const at::Tensor> locals;
   if (std::binary_search(destinations.begin(), destinations.end(), self)) {
     DSD_ASSIGN_OR_RETURN(
         *out, NewTensor(piece.is_whole ? tensor.shape()
                                        : Dims{piece.end - piece.begin},
                         ResultOptions(options, tensor)));
-    locals.push_back(*out);
+    locals = absl::MakeConstSpan(out, 1);
   }
   if (piece.is_whole) {
     DSD_ASSIGN_OR_RETURN(Layout layout,
                          target.ReplicatedLayout(tensor.shape()));
-    return target.Add({name, dtype, std::move(layout)}, self,
-                      std::move(locals));
+    return target.Add({name, dtype, std::move(layout)}, self, locals);
   }
   std::vector<FlatInterval> intervals;
   for (const Holder holder : destinations) {
@@ -237,7 +237,7 @@ absl::Status AddToBatch(const Piece& piece, const StateDictOptions& options,
   DSD_ASSIGN_OR_RETURN(
       Layout layout,
       Layout::FromFlatIntervals(tensor.shape(), std::move(intervals)));
-  return target.Add({name, dtype, std::move(layout)}, self, std::move(locals));
+  return target.Add({name, dtype, std::move(layout)}, self, locals);
 }
 
 }  // namespace

@@ -113,7 +113,8 @@ class OptimizerSource {
   // Empty if there is none.
   virtual absl::StatusOr<StateDict> State(size_t group, size_t param) const = 0;
 
-  // PlainTensorsOf State(). A cheaper answer makes sets faster.
+  // PlainTensorsOf State(); undefined ones for counts, if that is cheaper. A
+  // cheap answer makes sets fast.
   virtual absl::Status LiveTensors(size_t group, size_t param,
                                    absl::Span<const StateField> fields,
                                    absl::Span<at::Tensor> out) const;

@@ -80,31 +80,28 @@ absl::Status TensorEndpoint::Add(std::string fqn, const TensorValue& value) {
   if (!dtype.ok()) {
     return Annotate(dtype.status(), absl::StrCat("\"", fqn, "\""));
   }
-  Locals locals(value.locals().begin(), value.locals().end());
   if (!value.is_plain()) {
     return Add(TensorSpec{std::move(fqn), *dtype, value.layout()},
-               value.holder(), std::move(locals));
+               value.holder(), value.locals());
   }
   DSD_ASSIGN_OR_RETURN(Layout layout, ReplicatedLayout(value.shape()));
   return Add(TensorSpec{std::move(fqn), *dtype, std::move(layout)}, self_,
-             std::move(locals));
+             value.locals());
 }
 
 absl::Status TensorEndpoint::Add(TensorSpec spec, Holder holder,
-                                 Locals locals) {
-  for (at::Tensor& local : locals) {
+                                 absl::Span<const at::Tensor> locals) {
+  Entry entry{holder, {}, /*is_on_device=*/!locals.empty()};
+  for (const at::Tensor& local : locals) {
     DSD_RETURN_IF_ERROR(CheckHasElements(local)) << "\"" << spec.fqn << "\"";
+    entry.is_on_device &= local.is_cuda();
     // Without history; the version counter stays the same.
-    if (local.unsafeGetTensorImpl()->autograd_meta() != nullptr) {
-      local = local.tensor_data();
-    }
+    const bool has_history =
+        local.unsafeGetTensorImpl()->autograd_meta() != nullptr;
+    entry.locals.push_back(has_history ? local.tensor_data() : local);
   }
   DSD_RETURN_IF_ERROR(catalog_.Add(std::move(spec)));
-  const bool is_on_device =
-      !locals.empty() &&
-      std::all_of(locals.begin(), locals.end(),
-                  [](const at::Tensor& local) { return local.is_cuda(); });
-  entries_.push_back({holder, std::move(locals), is_on_device});
+  entries_.push_back(std::move(entry));
   return absl::OkStatus();
 }
 

@@ -48,17 +48,16 @@ class TensorEndpoint : public Endpoint {
   // For `size` tensors in all.
   void Reserve(size_t size);
 
-  // Of one tensor; see TensorValue::locals. Most have one.
-  using Locals = absl::InlinedVector<at::Tensor, 1>;
-
   // Adds a tensor under a name.
   // Errors: AlreadyExists (name taken); InvalidArgument (undefined, sparse or
   // meta tensor); Unimplemented (element type).
   absl::Status Add(std::string fqn, const TensorValue& value);
 
   // Adds a tensor with a layout given by the caller, of which this rank has the
-  // part of `holder` in `locals`; none if it has none.
-  absl::Status Add(TensorSpec spec, Holder holder, Locals locals);
+  // part of `holder` in `locals` (see TensorValue::locals); none if it has
+  // none.
+  absl::Status Add(TensorSpec spec, Holder holder,
+                   absl::Span<const at::Tensor> locals);
 
   // The layout that a plain tensor of this shape has here. Kept: models have
   // many tensors of few shapes.
@@ -99,7 +98,7 @@ class TensorEndpoint : public Endpoint {
   };
   struct Entry {
     Holder holder;
-    Locals locals;
+    absl::InlinedVector<at::Tensor, 1> locals;
     bool is_on_device;  // all of them
     // When first asked for, and then kept: a TensorImpl is far away in memory.
     const std::vector<LocalBox>* boxes = nullptr;

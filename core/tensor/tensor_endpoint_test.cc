@@ -88,7 +88,7 @@ TEST(TensorEndpointTest, ReadsAndWritesAnyPartOfAnyLayout) {
     if (boxes.empty()) continue;
 
     // Local tensors of the right values, filled by the brute-force order.
-    TensorEndpoint::Locals locals;
+    std::vector<at::Tensor> locals;
     if (layout->kind() == Layout::Kind::kBoxes) {
       for (const LocalBox& box : boxes) {
         locals.push_back(RandomlyStrided(random, box.box.extents(), type));

@@ -15,6 +15,7 @@
 #include "absl/strings/cord.h"
 #include "c10/util/Exception.h"
 #include "dsd/core/tensor/sharding_table.h"
+#include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/tensor_value.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
@@ -46,6 +47,8 @@ TEST(TorchBoundaryTest, ExceptionsBecomeStatus) {
   EXPECT_EQ(code_of([] { TORCH_CHECK_NOT_IMPLEMENTED(false, "x"); }),
             absl::StatusCode::kUnimplemented);
   EXPECT_EQ(code_of([] { TORCH_CHECK_WITH(OutOfMemoryError, false, "x"); }),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(code_of([] { at::empty({int64_t{1} << 50}, c10::kByte); }),
             absl::StatusCode::kResourceExhausted);
   EXPECT_EQ(code_of([] { throw std::bad_alloc(); }),
             absl::StatusCode::kResourceExhausted);
@@ -127,6 +130,41 @@ TEST(ShardingTableTest, RefusesAnotherShapeNamingBoth) {
             absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(table.Set(at::zeros({2, 3}), Rows(4, 3, 2), 9).code(),
             absl::StatusCode::kInvalidArgument);
+}
+
+TEST(TensorMemoryTest, NewTensorsAreContiguous) {
+  for (const c10::ScalarType type : {c10::kFloat, c10::kBool, c10::kDouble}) {
+    for (const std::vector<int64_t>& shape :
+         {std::vector<int64_t>{}, {0}, {3}, {2, 0, 5}, {4, 1, 2}}) {
+      const absl::StatusOr<at::Tensor> tensor =
+          NewTensor(shape, c10::TensorOptions(type));
+      ASSERT_TRUE(tensor.ok()) << tensor.status();
+      EXPECT_EQ(tensor->sizes(), c10::IntArrayRef(shape));
+      EXPECT_EQ(tensor->scalar_type(), type);
+      EXPECT_TRUE(tensor->is_cpu());
+      EXPECT_TRUE(tensor->is_contiguous());
+      tensor->fill_(1);
+      EXPECT_EQ(tensor->sum().item().toLong(), tensor->numel());
+    }
+  }
+  EXPECT_EQ(NewTensor({int64_t{1} << 58}, c10::TensorOptions(c10::kFloat))
+                .status()
+                .code(),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(NewTensor({2}, c10::TensorOptions(c10::kFloat).device(c10::kMeta))
+                  ->is_meta());
+}
+
+// Prefetching looks at nothing that may not be there.
+TEST(TensorMemoryTest, AnyTensorCanBePrefetched) {
+  for (const at::Tensor& tensor :
+       {at::Tensor(), at::zeros({0}), at::zeros({3}),
+        at::empty({2}, c10::TensorOptions(c10::kFloat).device(c10::kMeta)),
+        at::zeros({2, 2}).to_sparse()}) {
+    PrefetchTensor(tensor);
+    PrefetchStorage(tensor);
+    PrefetchMemory(tensor);
+  }
 }
 
 TEST(TensorValueTest, PlainIsOneWholePart) {

@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/cord.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "c10/util/Exception.h"
 
@@ -46,7 +47,13 @@ absl::Status StatusOfCurrentException() {
   } catch (const c10::NotImplementedError& e) {
     return FromTorch(absl::StatusCode::kUnimplemented, e);
   } catch (const c10::Error& e) {
-    return FromTorch(absl::StatusCode::kInternal, e);
+    // The allocator of host memory has no class of errors for this.
+    const bool no_memory =
+        absl::StrContains(e.what_without_backtrace(),
+                          "DefaultCPUAllocator: can't allocate memory");
+    return FromTorch(no_memory ? absl::StatusCode::kResourceExhausted
+                               : absl::StatusCode::kInternal,
+                     e);
   } catch (const std::bad_alloc&) {
     return absl::ResourceExhaustedError("out of host memory");
   } catch (const std::exception& e) {

@@ -76,6 +76,32 @@ TEST(DictTest, ManyKeysWithAnIndex) {
   EXPECT_TRUE(*dict.Find("more") == Object("x"));
 }
 
+TEST(DictTest, FindsNearWhereItFoundBefore) {
+  for (const int size : {0, 3, 8, 9, 200}) {
+    Object::Dict dict;
+    for (int i = 0; i < size; ++i) {
+      dict.Append(absl::StrCat("key.", i), Object(i));
+      dict.Append(int64_t{i}, Object(-i));
+    }
+    const Object::Dict& read = dict;
+    size_t position = 0;
+    for (int i = 0; i < size; ++i) {
+      EXPECT_EQ(read.FindNear("absent", &position), nullptr);
+      const Object* const found =
+          read.FindNear(absl::StrCat("key.", i), &position);
+      ASSERT_NE(found, nullptr) << i;
+      EXPECT_TRUE(*found == Object(i));
+      EXPECT_EQ(position, 2u * i + 1);
+    }
+    // In any order, and from behind the end.
+    for (int i = size - 1; i >= 0; i -= 2) {
+      EXPECT_TRUE(*read.FindNear(absl::StrCat("key.", i), &position) ==
+                  Object(i));
+    }
+    EXPECT_EQ(read.FindNear("1", &position), nullptr) << "a text, no number";
+  }
+}
+
 Object::Dict Nested() {
   Object::Dict inner;
   inner.Set("x", Object(1));

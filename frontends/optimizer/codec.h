@@ -59,7 +59,7 @@ class OptimizerCodec {
   virtual absl::StatusOr<StateDict> GetState(
       const torch::optim::OptimizerParamState& state) const = 0;
 
-  // PlainTensorsOf GetState.
+  // See OptimizerSource.
   virtual absl::Status LiveTensors(
       const torch::optim::OptimizerParamState& state,
       absl::Span<const StateField> fields, absl::Span<at::Tensor> out) const;

@@ -4,6 +4,8 @@
 // What Python gives for the same was recorded with PyTorch 2.11.0. Tests with a
 // number are about that issue of pytorch/pytorch.
 
+#include "dsd/frontends/optimizer/optimizer.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <functional>
@@ -627,6 +629,80 @@ TEST(OptimizerIssuesTest, Issue192202_PartialStateIsCompleted) {
   EXPECT_EQ(optimizer.state().size(), 1);
   ASSERT_TRUE(Set(net, optimizer, dict).ok());
   EXPECT_TRUE(Equal(Get(net, optimizer), dict));
+}
+
+TEST(RoundTripTest, StateIsFilledInPlaceAndLosesWhatTheDictLacks) {
+  Net net;
+  optim::Adam optimizer(net.parameters(),
+                        optim::AdamOptions(0.1).amsgrad(true));
+  Train(net, optimizer, 2);
+  StateDict with = Get(net, optimizer);
+  auto& options =
+      static_cast<optim::AdamOptions&>(optimizer.param_groups()[0].options());
+  options.amsgrad(false);
+  Net other;
+  optim::Adam without(other.parameters(), optim::AdamOptions(0.1));
+  Train(other, without, 5);
+  const StateDict dict = Get(other, without);
+
+  void* const key = net.first->bias.unsafeGetTensorImpl();
+  auto& state = static_cast<optim::AdamParamState&>(*optimizer.state()[key]);
+  const at::Tensor average = state.exp_avg();
+  ASSERT_TRUE(state.max_exp_avg_sq().defined());
+  ASSERT_TRUE(Set(net, optimizer, dict).ok());
+  EXPECT_EQ(optimizer.state()[key].get(), &state);
+  EXPECT_EQ(state.step(), 5);
+  EXPECT_TRUE(state.exp_avg().is_same(average));
+  EXPECT_FALSE(state.max_exp_avg_sq().defined());
+  EXPECT_TRUE(Equal(Get(net, optimizer), dict));
+  // And back.
+  ASSERT_TRUE(Set(net, optimizer, with).ok());
+  EXPECT_EQ(optimizer.state()[key].get(), &state);
+  EXPECT_EQ(state.step(), 2);
+  EXPECT_TRUE(state.max_exp_avg_sq().defined());
+  EXPECT_TRUE(Equal(Get(net, optimizer), with));
+}
+
+// What a source says of a state's tensors without making its dict.
+TEST(TorchOptimizerSourceTest, LiveTensorsAreThoseOfTheState) {
+  Net net;
+  std::vector<std::unique_ptr<optim::Optimizer>> optimizers;
+  const std::vector<at::Tensor> params = net.parameters();
+  optimizers.push_back(std::make_unique<optim::SGD>(
+      params, optim::SGDOptions(0.1).momentum(0.9)));
+  optimizers.push_back(std::make_unique<optim::Adam>(
+      params, optim::AdamOptions(0.1).amsgrad(true)));
+  optimizers.push_back(
+      std::make_unique<optim::AdamW>(params, optim::AdamWOptions(0.1)));
+  optimizers.push_back(
+      std::make_unique<optim::Adagrad>(params, optim::AdagradOptions(0.1)));
+  optimizers.push_back(std::make_unique<optim::RMSprop>(
+      params, optim::RMSpropOptions(0.1).momentum(0.9).centered(true)));
+  optimizers.push_back(
+      std::make_unique<optim::LBFGS>(params, optim::LBFGSOptions(0.1)));
+  for (const auto& optimizer : optimizers) {
+    Train(net, *optimizer, 1);
+    optimizer->state().erase(params[1].unsafeGetTensorImpl());
+    const auto source = *TorchOptimizerSource::Create(optimizer.get());
+    SCOPED_TRACE(source->type_name());
+    std::vector<StateField> fields =
+        *source->StateFields(*source->Hyperparameters(0));
+    fields.push_back({"no such thing"});
+    source->PrefetchStates(0, 0, params.size());
+    for (size_t param = 0; param < params.size(); ++param) {
+      std::vector<at::Tensor> expected(fields.size());
+      PlainTensorsOf(*source->State(0, param), fields,
+                     absl::MakeSpan(expected));
+      std::vector<at::Tensor> found(fields.size(), params[0]);
+      ASSERT_TRUE(
+          source->LiveTensors(0, param, fields, absl::MakeSpan(found)).ok());
+      for (size_t i = 0; i < fields.size(); ++i) {
+        if (fields[i].shape == StateField::Shape::kCount) continue;
+        EXPECT_TRUE(found[i].is_same(expected[i])) << fields[i].name;
+        if (param == 1) EXPECT_FALSE(found[i].defined());
+      }
+    }
+  }
 }
 
 // Also ByteDance-Seed/VeOmni#878.

@@ -53,8 +53,13 @@ mkdir -p "$cache" 2> /dev/null || cache=$TEST_TMPDIR/cache
 startup=(--output_base="$cache/embedding-test")
 library=$(realpath "$(find "$TEST_SRCDIR" -name libtorch_cpu.so -print -quit)")
 libtorch=${library%/lib/libtorch_cpu.so}
+# Flags of this build, so that Abseil, GoogleTest and Gloo come from its cache; dsd, which is compiled anew under another
+# name, is not optimized, for speed.
 build=(build "${workspace_mode[@]}" --disk_cache="${DSD_DISK_CACHE:-$cache/bazel-disk}" --jobs=2
-  --noshow_progress --nosandbox_debug --repo_env=LIBTORCH_ROOT="$libtorch")
+  --noshow_progress --nosandbox_debug --repo_env=LIBTORCH_ROOT="$libtorch"
+  --compilation_mode=opt --copt=-UNDEBUG --host_copt=-DNDEBUG --dynamic_mode=off --force_pic
+  --incompatible_strict_action_env --strategy=CppCompile=local
+  "--per_file_copt=external/dsd/.*@-O0,-U_FORTIFY_SOURCE")
 cd "$space"
 trap '"$bazel" "${startup[@]}" shutdown > /dev/null 2>&1 || true' EXIT
 
