@@ -699,7 +699,9 @@ TEST(TorchOptimizerSourceTest, LiveTensorsAreThoseOfTheState) {
       for (size_t i = 0; i < fields.size(); ++i) {
         if (fields[i].shape == StateField::Shape::kCount) continue;
         EXPECT_TRUE(found[i].is_same(expected[i])) << fields[i].name;
-        if (param == 1) EXPECT_FALSE(found[i].defined());
+        if (param == 1) {
+          EXPECT_FALSE(found[i].defined());
+        }
       }
     }
   }
