@@ -121,7 +121,7 @@ absl::StatusOr<FqnTable> FqnTable::Build(const ModuleNode& root) {
       group_of;
   Trail trail;
   std::vector<std::pair<size_t, const ModuleNode::Tensor*>> places;
-  // Depth first without recursion: module trees come from users.
+  // Without recursion, here and below: module trees come from users.
   std::vector<const ModuleNode*> uncounted = {&root};
   size_t num_modules = 0;
   size_t num_tensors = 0;
@@ -137,6 +137,7 @@ absl::StatusOr<FqnTable> FqnTable::Build(const ModuleNode& root) {
   rep->groups.reserve(num_tensors);
   places.reserve(num_tensors);
   group_of.reserve(num_tensors);
+  // Depth first.
   std::vector<Visit> stack = {{&root, 0, ""}};
   while (!stack.empty()) {
     const Visit visit = std::move(stack.back());

@@ -58,8 +58,7 @@ void PrefetchEntry(const StateDict& dict, size_t position) {
   dict.PrefetchKey(position + kAhead);
   const auto* const tensor =
       dict.value(position + kAhead).get_if<TensorValue>();
-  if (tensor == nullptr) return;
-  for (const at::Tensor& local : tensor->locals()) PrefetchTensor(local);
+  if (tensor != nullptr) PrefetchTensors(tensor->locals());
 }
 
 // What a person who has these keys may have overlooked; empty if nothing.
@@ -148,10 +147,7 @@ absl::StatusOr<StateDict> GetModelState(const LiveModel& model,
   for (size_t i = 0; i < entries.size(); ++i) {
     constexpr size_t kAhead = 8;
     if (i + kAhead < entries.size()) {
-      for (const at::Tensor& local :
-           model.value(entries[i + kAhead].group).locals()) {
-        PrefetchTensor(local);
-      }
+      PrefetchTensors(model.value(entries[i + kAhead].group).locals());
     }
     const FqnTable::Entry& entry = entries[i];
     if (options.ignore_frozen_params && entry.kind == EntryKind::kParameter &&

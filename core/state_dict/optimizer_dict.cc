@@ -346,11 +346,6 @@ const StateDict* OptimizerDict::FindState(absl::string_view fqn,
   return state == nullptr ? nullptr : state->get_if<StateDict>();
 }
 
-const StateDict* OptimizerDict::FindState(absl::string_view fqn) const {
-  const Value* state = state_ == nullptr ? nullptr : state_->Find(fqn);
-  return state == nullptr ? nullptr : state->get_if<StateDict>();
-}
-
 int64_t OptimizerDict::FindGroup(absl::string_view fqn,
                                  Position& position) const {
   if (position.group < groups_.size()) {
@@ -366,11 +361,6 @@ int64_t OptimizerDict::FindGroup(absl::string_view fqn,
   position.group = it->second.group;
   position.param = it->second.param + 1;
   return static_cast<int64_t>(position.group);
-}
-
-int64_t OptimizerDict::FindGroup(absl::string_view fqn) const {
-  const auto it = group_of_.find(fqn);
-  return it == group_of_.end() ? -1 : int64_t{it->second.group};
 }
 
 const std::string* OptimizerDict::FindParamName(absl::string_view fqn) const {

@@ -64,7 +64,10 @@ class OptimizerDict {
   // The state of a parameter; null if there is none. Keys below it may have
   // become texts on the way through a flat form.
   const StateDict* FindState(absl::string_view fqn, Position& position) const;
-  const StateDict* FindState(absl::string_view fqn) const;
+  const StateDict* FindState(absl::string_view fqn) const {
+    Position anywhere;
+    return FindState(fqn, anywhere);
+  }
 
   // Asks for the memory of the state some parameters behind `position`.
   void PrefetchNear(const Position& position) const {
@@ -73,7 +76,10 @@ class OptimizerDict {
 
   // The index in groups() of the group that lists the parameter; -1: none.
   int64_t FindGroup(absl::string_view fqn, Position& position) const;
-  int64_t FindGroup(absl::string_view fqn) const;
+  int64_t FindGroup(absl::string_view fqn) const {
+    Position anywhere;
+    return FindGroup(fqn, anywhere);
+  }
 
   // Under which name the optimizer was given it; null: none.
   const std::string* FindParamName(absl::string_view fqn) const;

@@ -170,8 +170,7 @@ void OptimizerLoad::PrefetchLoaded(absl::Span<const ParamLoad> params,
   const StateDict* const loaded = params[current + kAhead].loaded;
   for (size_t i = 0; loaded != nullptr && i < loaded->size(); ++i) {
     const auto* const tensor = loaded->value(i).get_if<TensorValue>();
-    if (tensor == nullptr) continue;
-    for (const at::Tensor& local : tensor->locals()) PrefetchTensor(local);
+    if (tensor != nullptr) PrefetchTensors(tensor->locals());
   }
 }
 

@@ -24,6 +24,9 @@ absl::StatusOr<at::Tensor> NewTensor(absl::Span<const int64_t> shape,
 inline void PrefetchTensor(const at::Tensor& tensor) {
   PrefetchBytes(tensor.unsafeGetTensorImpl(), sizeof(c10::TensorImpl));
 }
+inline void PrefetchTensors(absl::Span<const at::Tensor> tensors) {
+  for (const at::Tensor& tensor : tensors) PrefetchTensor(tensor);
+}
 inline void PrefetchStorage(const at::Tensor& tensor) {
   PrefetchBytes(
       tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(),

@@ -98,7 +98,6 @@ void TorchOptimizerSource::FindChangedStates(
   const size_t words = 1 + codec_->num_marks();
   if (marks.size() != all.size() * words)
     marks.assign(all.size() * words, kNew);
-  const auto& states = optimizer_->state();
   std::vector<uint64_t> now(words);
   // Some states ahead of what is looked at are asked for from memory.
   constexpr size_t kAhead = 16;
@@ -106,8 +105,7 @@ void TorchOptimizerSource::FindChangedStates(
   for (size_t begin = 0; begin < all.size(); begin += kAhead) {
     const size_t end = std::min(begin + kAhead, all.size());
     for (size_t i = begin; i < end; ++i) {
-      const auto it = states.find(all[i].unsafeGetTensorImpl());
-      found[i - begin] = it == states.end() ? nullptr : it->second.get();
+      found[i - begin] = FindState(group, i);
       PrefetchBytes(found[i - begin], 1);
     }
     for (size_t i = begin; i < end; ++i) {
