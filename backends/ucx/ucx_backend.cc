@@ -73,8 +73,9 @@ constexpr int kYields = 2000;
 constexpr absl::Duration kBusySleep = absl::Microseconds(200);
 constexpr absl::Duration kAbortPatience = absl::Milliseconds(300);
 constexpr absl::Duration kWireUpPatience = absl::Milliseconds(50);
-constexpr int kIdleRounds = 20;
 constexpr absl::Duration kClosePatience = absl::Seconds(1);
+// Of an endpoint while it connects.
+constexpr int kFlushes = 2;
 // Of a worker and UCX's own thread; a rank more takes two.
 constexpr int kDescriptors = 32;
 
@@ -178,7 +179,7 @@ class UcxEngine final : public Engine {
     bool answered = false;
     bool said_flushed = false;
     int flushes_started = 0;
-    int flushes = 0;
+    int flushes = 0;             // that have ended; kFlushes: connected
     size_t eager_under_way = 0;  // to it
     size_t eager_taken = 0;      // from it, which it has not been told
   };
@@ -236,7 +237,7 @@ class UcxEngine final : public Engine {
   void Flush(Peer& peer);
   void Sleep(absl::Time until);
   void Yield();
-  void LetWireUpEnd();
+  bool LetWireUpEnd();
   void Close(bool orderly);
   ucs_status_t Receive(const Header& header, void* data, size_t size,
                        bool is_rendezvous);
@@ -775,7 +776,7 @@ void UcxEngine::UpdateConnected() {
         Flush(peer);
       }
     }
-    connected[peer.rank] = peer.flushes == 2;
+    connected[peer.rank] = peer.flushes == kFlushes;
     connecting_ |= !connected[peer.rank];
   }
   absl::MutexLock lock(&mu_);
@@ -805,8 +806,11 @@ void UcxEngine::OnFlushed(void* request, ucs_status_t status, void* data) {
   UcxEngine& engine = *peer.engine;
   --engine.under_way_;
   if (request != nullptr) engine.ucx_->ucp_request_free(request);
-  if (status != UCS_OK || engine.closed_) return;
-  if (++peer.flushes == 1) engine.SendControl(peer, MessageKind::kFlushed, 0);
+  if (status != UCS_OK) return;
+  ++peer.flushes;
+  if (peer.flushes == 1 && !engine.closed_) {
+    engine.SendControl(peer, MessageKind::kFlushed, 0);
+  }
 }
 
 void UcxEngine::Complete(Op* op, absl::Status status) {
@@ -1080,16 +1084,30 @@ void UcxEngine::OnEndpointClosed(void* request, ucs_status_t /*status*/,
   engine->ucx_->ucp_request_free(request);
 }
 
-// For endpoints that are not connected, see UpdateConnected.
-void UcxEngine::LetWireUpEnd() {
-  const absl::Time end = options_.env->Now() + kWireUpPatience;
-  for (int idle = 0; idle < kIdleRounds && options_.env->Now() < end;) {
-    if (ucx_->ucp_worker_progress(worker_) != 0) {
-      idle = 0;
-      continue;
+// Whether UCX's own messages have left the endpoints that are not connected,
+// see UpdateConnected. They may wait for a peer that is dead or stopped.
+bool UcxEngine::LetWireUpEnd() {
+  const bool may_wait = ucx_->major == 1 && ucx_->minor < 14;
+  std::vector<Peer*> unconnected;
+  for (Peer& peer : peers_) {
+    if (may_wait && peer.endpoint != nullptr && peer.flushes < kFlushes) {
+      unconnected.push_back(&peer);
     }
-    ++idle;
-    options_.env->SleepUntil(options_.env->Now() + absl::Microseconds(50));
+  }
+  const absl::Time end = options_.env->Now() + kWireUpPatience;
+  while (true) {
+    // What has left is flushed at once.
+    bool all_left = true;
+    for (Peer* const peer : unconnected) {
+      if (!peer->error.ok()) continue;
+      if (peer->flushes == peer->flushes_started) Flush(*peer);
+      all_left &= peer->flushes == peer->flushes_started;
+    }
+    if (all_left) return true;
+    if (options_.env->Now() >= end) return false;
+    if (ucx_->ucp_worker_progress(worker_) == 0) {
+      options_.env->SleepUntil(options_.env->Now() + absl::Microseconds(50));
+    }
   }
 }
 
@@ -1097,7 +1115,14 @@ void UcxEngine::Close(bool orderly) {
   closed_ = true;
   posted_.clear();
   if (worker_ != nullptr) {
-    if (!orderly) LetWireUpEnd();
+    if (!LetWireUpEnd()) {
+      // What UCX has stays: nothing moves any more, and the process lives.
+      LOG_FIRST_N(WARNING, 1)
+          << "UCX before 1.14 would end the process if a connection that was "
+             "not complete were closed now; its memory and descriptors are "
+             "not given back";
+      return;
+    }
     for (Peer& peer : peers_) {
       if (peer.endpoint == nullptr) continue;
       ucp_request_param_t param = {};

@@ -17,6 +17,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
+#include <ucp/api/ucp.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -34,6 +35,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "dsd/backends/ucx/ucx_library.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/communicator.h"
@@ -479,6 +481,73 @@ DSD_RANK_PROGRAM(ConnectWithFewDescriptors) {
   return comm->Shutdown();
 }
 
+// A worker that says where it is, and does nothing more.
+class DeafPeer {
+ public:
+  absl::Status Open(Store& store) {
+    DSD_ASSIGN_OR_RETURN(ucx_, LoadUcx());
+    ucp_config_t* config = nullptr;
+    ucp_params_t params = {};
+    params.field_mask = UCP_PARAM_FIELD_FEATURES;
+    params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
+    ucp_worker_params_t worker = {};
+    ucp_address_t* address = nullptr;
+    size_t size = 0;
+    if (ucx_->ucp_config_read(nullptr, nullptr, &config) != UCS_OK ||
+        ucx_->ucp_init_version(UCP_API_MAJOR, UCP_API_MINOR, &params, config,
+                               &context_) != UCS_OK ||
+        ucx_->ucp_worker_create(context_, &worker, &worker_) != UCS_OK ||
+        ucx_->ucp_worker_get_address(worker_, &address, &size) != UCS_OK) {
+      return absl::InternalError("no worker");
+    }
+    ucx_->ucp_config_release(config);
+    return store.Set(
+        "ucx/2",
+        absl::StrCat(ucx_->major, ".", ucx_->minor, " 1 ",
+                     absl::string_view(reinterpret_cast<char*>(address), size)),
+        Soon());
+  }
+
+ private:
+  const UcxLibrary* ucx_ = nullptr;
+  ucp_context_h context_ = nullptr;
+  ucp_worker_h worker_ = nullptr;
+};
+
+// The queue of the third is full before it has all that connecting sends.
+DSD_RANK_PROGRAM(ConnectToTheDeaf) {
+  EngineOptions options;
+  options.world_size = 3;
+  options.env = Env::Real();
+  options.store = MakeInProcessStore(Env::Real());
+  DeafPeer deaf;
+  DSD_RETURN_IF_ERROR(deaf.Open(*options.store));
+  std::vector<absl::Status> statuses(2);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 2; ++i) {
+    options.rank = i;
+    threads.emplace_back([&, i, options] {
+      const auto engine = *UcxBackend().create(options);
+      statuses[i] = engine->Connect(Env::Real()->Now() + absl::Seconds(1));
+      if (rank.argument() == "cancelled") engine->Cancel();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const absl::Status& status : statuses) {
+    if (!absl::IsDeadlineExceeded(status) ||
+        !absl::StrContains(status.message(), "rank 2")) {
+      return absl::InternalError(
+          absl::StrCat("unexpected: ", status.message()));
+    }
+  }
+  // The next generation is not hindered.
+  for (const absl::Status& status : RunThreads(
+           [](Communicator& comm) { return comm.Shutdown(); }, "127.0.0.1")) {
+    DSD_RETURN_IF_ERROR(status);
+  }
+  return absl::OkStatus();
+}
+
 std::vector<RankResult> RunWith(absl::string_view program,
                                 const std::string& argument,
                                 const std::vector<std::string>& environment) {
@@ -588,6 +657,18 @@ TEST(UcxProcessTest, WithoutDescriptorsConnectingFailsClearly) {
                             : absl::StatusCode::kResourceExhausted)
           << left << ": " << result.status;
     }
+  }
+}
+
+// UCX 1.13 ended the process.
+TEST(UcxProcessTest, APeerThatTakesNothingWhileConnectingCanBeLeft) {
+  for (const char* how : {"closed", "cancelled"}) {
+    RankRunOptions options;
+    options.argument = how;
+    options.environment = {{"UCX_MM_FIFO_SIZE", "2"},
+                           {"UCX_TLS", "posix,self"},
+                           {"UCX_MM_ERROR_HANDLING", "y"}};
+    EXPECT_THAT(RunRanks(1, "ConnectToTheDeaf", options), AllRanksOk()) << how;
   }
 }
 
