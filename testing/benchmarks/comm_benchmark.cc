@@ -54,8 +54,8 @@ DSD_RANK_PROGRAM(Measure) {
        }},
       {"tcp",
        [&] {
-         return sends ? raw.Exchange(from, {})
-                      : raw.Exchange({}, absl::MakeSpan(to));
+         return sends ? RawTcp::Exchange({{&raw, from, {}}})
+                      : RawTcp::Exchange({{&raw, {}, absl::MakeSpan(to)}});
        }},
       {"send",
        [&] {

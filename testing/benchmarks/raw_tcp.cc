@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "absl/time/time.h"
 #include "dsd/core/base/env.h"
@@ -37,38 +39,44 @@ absl::StatusOr<RawTcp> RawTcp::Connect(Communicator& comm, int a, int b) {
   return raw;
 }
 
-absl::Status RawTcp::Exchange(absl::Span<const std::byte> send,
-                              absl::Span<std::byte> receive) {
+absl::Status RawTcp::Exchange(std::vector<Stream> streams) {
   constexpr size_t kCallBytes = size_t{1} << 20;
   constexpr int kWaitMilliseconds = 10000;
-  while (!send.empty() || !receive.empty()) {
-    ssize_t sent = 0;
-    ssize_t received = 0;
-    if (!send.empty()) {
-      sent = ::send(socket_.fd(), send.data(),
-                    std::min(send.size(), kCallBytes), MSG_NOSIGNAL);
-      if (sent < 0 && errno != EAGAIN) {
-        return absl::UnavailableError("the TCP connection failed");
+  std::vector<pollfd> waits;
+  while (true) {
+    waits.clear();
+    bool moved = false;
+    for (Stream& stream : streams) {
+      const int fd = stream.connection->socket_.fd();
+      if (!stream.send.empty()) {
+        const ssize_t sent =
+            ::send(fd, stream.send.data(),
+                   std::min(stream.send.size(), kCallBytes), MSG_NOSIGNAL);
+        if (sent < 0 && errno != EAGAIN) {
+          return absl::UnavailableError("the TCP connection failed");
+        }
+        if (sent > 0) stream.send.remove_prefix(sent);
+        moved |= sent > 0;
       }
-      if (sent > 0) send.remove_prefix(sent);
-    }
-    if (!receive.empty()) {
-      received = ::recv(socket_.fd(), receive.data(),
-                        std::min(receive.size(), kCallBytes), 0);
-      if (received == 0 || (received < 0 && errno != EAGAIN)) {
-        return absl::UnavailableError("the TCP connection failed");
+      if (!stream.receive.empty()) {
+        const ssize_t received =
+            ::recv(fd, stream.receive.data(),
+                   std::min(stream.receive.size(), kCallBytes), 0);
+        if (received == 0 || (received < 0 && errno != EAGAIN)) {
+          return absl::UnavailableError("the TCP connection failed");
+        }
+        if (received > 0) stream.receive.remove_prefix(received);
+        moved |= received > 0;
       }
-      if (received > 0) receive.remove_prefix(received);
+      const int events = (stream.send.empty() ? 0 : POLLOUT) |
+                         (stream.receive.empty() ? 0 : POLLIN);
+      if (events != 0) waits.push_back({fd, static_cast<short>(events), 0});
     }
-    if (sent > 0 || received > 0) continue;
-    const int events =
-        (send.empty() ? 0 : POLLOUT) | (receive.empty() ? 0 : POLLIN);
-    pollfd fd = {socket_.fd(), static_cast<short>(events), 0};
-    if (events != 0 && poll(&fd, 1, kWaitMilliseconds) <= 0) {
-      return absl::DeadlineExceededError("the TCP connection stands still");
+    if (waits.empty()) return absl::OkStatus();
+    if (!moved && poll(waits.data(), waits.size(), kWaitMilliseconds) <= 0) {
+      return absl::DeadlineExceededError("the TCP connections stand still");
     }
   }
-  return absl::OkStatus();
 }
 
 }  // namespace dsd

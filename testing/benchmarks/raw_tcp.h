@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -23,9 +24,15 @@ class RawTcp {
   // exchanged.
   static absl::StatusOr<RawTcp> Connect(Communicator& comm, int a, int b);
 
-  // Sends and receives at the same time, and returns when both are done.
-  absl::Status Exchange(absl::Span<const std::byte> send,
-                        absl::Span<std::byte> receive);
+  // What goes over one connection, in each direction.
+  struct Stream {
+    const RawTcp* connection;
+    absl::Span<const std::byte> send;
+    absl::Span<std::byte> receive;
+  };
+
+  // Moves all of them at the same time, and returns when they are done.
+  static absl::Status Exchange(std::vector<Stream> streams);
 
  private:
   Socket socket_;
