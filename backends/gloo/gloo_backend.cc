@@ -11,6 +11,7 @@
 
 #include "dsd/backends/gloo/gloo_backend.h"
 
+#include <errno.h>
 #include <gloo/common/error.h>
 #include <gloo/transport/context.h>
 #include <gloo/transport/pair.h>
@@ -34,6 +35,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_set.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "dsd/backends/gloo/sigpipe_block.h"
@@ -69,6 +71,9 @@ absl::Status Guard(absl::StatusCode code, absl::string_view what, Body body) {
   } catch (const std::bad_alloc&) {
     return absl::ResourceExhaustedError(absl::StrCat(what, ": out of memory"));
   } catch (const std::exception& error) {
+    if (absl::StrContains(error.what(), std::strerror(EMFILE))) {
+      code = absl::StatusCode::kResourceExhausted;
+    }
     return absl::Status(code, absl::StrCat(what, ": gloo: ", TextOf(error)));
   }
 }

@@ -2,6 +2,10 @@
 
 #include "dsd/backends/local/local_backend.h"
 
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "dsd/core/base/status_macros.h"
@@ -28,6 +32,61 @@ TEST(LocalBackendTest, RanksExchangeAndReduce) {
                        return status;
                      }),
       AllOk());
+}
+
+// An engine whose connections break while all ranks live.
+class BreakingEngine final : public Engine {
+ public:
+  explicit BreakingEngine(std::unique_ptr<Engine> engine)
+      : engine_(std::move(engine)) {}
+
+  absl::Status Connect(absl::Time deadline) override {
+    return engine_->Connect(deadline);
+  }
+  absl::StatusOr<std::unique_ptr<EngineBatch>> Start(
+      absl::Span<const EngineSend> sends,
+      absl::Span<const EngineRecv> recvs) override {
+    if (is_broken) return absl::UnavailableError("connection reset by peer");
+    return engine_->Start(sends, recvs);
+  }
+  void Cancel() override { engine_->Cancel(); }
+
+  static inline std::atomic<bool> is_broken{false};
+
+ private:
+  const std::unique_ptr<Engine> engine_;
+};
+
+// Who waits for a verdict about the others still keeps its deadline.
+TEST(LocalBackendTest, ABrokenConnectionIsAnErrorByTheDeadline) {
+  BackendDescriptor descriptor = LocalBackend();
+  descriptor.create = [](const EngineOptions& options)
+      -> absl::StatusOr<std::unique_ptr<Engine>> {
+    DSD_ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
+                         LocalBackend().create(options));
+    return std::make_unique<BreakingEngine>(std::move(engine));
+  };
+  RankThreadsOptions options;
+  options.descriptor = &descriptor;
+  options.shutdown = false;
+  std::atomic<bool> connected[2] = {};
+  BreakingEngine::is_broken = false;
+  RunRankThreads(
+      2,
+      [&](Communicator& comm) {
+        connected[comm.rank()] = true;
+        while (!connected[1 - comm.rank()]) std::this_thread::yield();
+        BreakingEngine::is_broken = true;
+        CallOptions call;
+        call.timeout = absl::Milliseconds(10);
+        const absl::Time start = comm.env()->Now();
+        const absl::Status status = comm.Barrier(call);
+        EXPECT_FALSE(status.ok());
+        // The verdict itself is waited for up to 5 s.
+        EXPECT_LT(comm.env()->Now() - start, absl::Seconds(4));
+        return status;
+      },
+      options);
 }
 
 TEST(LocalBackendTest, LeavingWithoutShutdownFailsTheOthers) {

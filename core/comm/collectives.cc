@@ -685,7 +685,8 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::OpenLane(
     const absl::Status opened =
         core.engine->OpenLane(lane->id, active.deadline);
     if (absl::IsDeadlineExceeded(opened)) return core.TimeIsOver(active);
-    if (!opened.ok()) return core.EngineFailed(opened, active.call.text);
+    if (!opened.ok())
+      return core.EngineFailed(opened, active.call.text, active.deadline);
   }
   return absl::WrapUnique(new Communicator(std::move(lane)));
 }

@@ -20,6 +20,7 @@
 #include "dsd/core/comm/rebuild.h"
 #include "dsd/core/comm/registry.h"
 #include "dsd/core/comm/whereabouts.h"
+#include "dsd/core/comm/world_size.h"
 #include "xxhash.h"
 
 namespace dsd {
@@ -29,6 +30,8 @@ constexpr absl::Duration kAskPatience = absl::Seconds(1);
 // Data connections often break a moment before the store knows who died, and
 // while a rank whose time is over still asks the others.
 constexpr absl::Duration kVerdictPatience = absl::Seconds(5);
+// Beyond a call's deadline.
+constexpr absl::Duration kVerdictGrace = absl::Milliseconds(500);
 constexpr absl::Duration kGoodbyePatience = absl::Seconds(1);
 constexpr absl::Duration kCancelPeriod = absl::Milliseconds(20);
 constexpr absl::Duration kMaxTimeout = absl::Hours(24);
@@ -171,7 +174,8 @@ absl::Status Communicator::Core::FailDuring(const absl::Status& status,
 }
 
 absl::Status Communicator::Core::EngineFailed(const absl::Status& found,
-                                              absl::string_view call) {
+                                              absl::string_view call,
+                                              absl::Time deadline) {
   // Other errors are of this rank's own making.
   const bool may_be_a_death =
       absl::IsUnavailable(found) || absl::IsAborted(found);
@@ -181,9 +185,12 @@ absl::Status Communicator::Core::EngineFailed(const absl::Status& found,
     const auto failed = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu) {
       return !error.ok();
     };
+    const absl::Time now = env->Now();
     known = env->Await(mu, absl::Condition(&failed),
-                       env->Now() + (may_be_a_death ? kVerdictPatience
-                                                    : absl::ZeroDuration()));
+                       may_be_a_death
+                           ? std::min(now + kVerdictPatience,
+                                      std::max(now, deadline) + kVerdictGrace)
+                           : now);
   }
   // Those who went on without this rank may only have said that they left.
   if (known) {
@@ -359,7 +366,7 @@ absl::Status PendingExchange::Impl::Explain(const absl::Status& status,
     return core->TimeIsOver(
         *active, absl::StrCat("no message came from rank ", peer), {peer});
   }
-  return core->EngineFailed(status, active->call.text);
+  return core->EngineFailed(status, active->call.text, active->deadline);
 }
 
 absl::Status PendingExchange::Impl::Check(const Incoming& in) {
@@ -650,7 +657,8 @@ absl::StatusOr<PendingExchange> Communicator::Lane::Start(
     absl::StatusOr<std::unique_ptr<EngineBatch>> batch =
         core->engine->Start(engine_sends, engine_recvs);
     if (!batch.ok()) {
-      return core->EngineFailed(batch.status(), active.call.text);
+      return core->EngineFailed(batch.status(), active.call.text,
+                                active.deadline);
     }
     impl->batch = *std::move(batch);
   }
@@ -674,6 +682,11 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
     return absl::InvalidArgumentError(
         absl::StrCat("communicator: rank ", options.rank, " is not in [0, ",
                      options.world_size, ")"));
+  }
+  if (options.world_size > kMaxWorldSize) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("communicator: ", options.world_size,
+                     " ranks, expected at most ", kMaxWorldSize));
   }
   if (options.env == nullptr) {
     return absl::InvalidArgumentError("communicator: env is null");
@@ -755,7 +768,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Communicator::Create(
       !status.ok()) {
     return absl::IsDeadlineExceeded(status)
                ? core->TimeIsOver(active, std::string(status.message()))
-               : core->EngineFailed(status, "connect");
+               : core->EngineFailed(status, "connect", active.deadline);
   }
   // Everybody is connected to everybody when it returns, or nobody uses it.
   const std::string host =
@@ -848,10 +861,15 @@ absl::Status Communicator::Exchange(absl::Span<const SendOp> sends,
 
 void Communicator::Abort(const absl::Status& reason) {
   Core& core = *lane_->core;
-  core.Fail(absl::AbortedError(absl::StrCat(
-                "rank ", core.rank, " aborted group ", Quoted(core.group), ": ",
-                reason.ToString(absl::StatusToStringMode::kWithNoExtraData))),
-            /*tell=*/true);
+  // A call that is cancelled ends with Cancelled on all ranks.
+  core.Fail(
+      absl::Status(
+          absl::IsCancelled(reason) ? absl::StatusCode::kCancelled
+                                    : absl::StatusCode::kAborted,
+          absl::StrCat(
+              "rank ", core.rank, " aborted group ", Quoted(core.group), ": ",
+              reason.ToString(absl::StatusToStringMode::kWithNoExtraData))),
+      /*tell=*/true);
 }
 
 }  // namespace dsd

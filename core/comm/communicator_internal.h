@@ -67,7 +67,9 @@ struct Communicator::Core {
 
   // What to return for an error of the engine during `call`, waiting a moment
   // for the store's verdict, which knows better who is gone.
-  absl::Status EngineFailed(const absl::Status& status, absl::string_view call);
+  // Not for long after `deadline`.
+  absl::Status EngineFailed(const absl::Status& status, absl::string_view call,
+                            absl::Time deadline);
 
   // Ends a call whose time is over; asks the others where they are. See
   // LateCall.

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/core/comm/duration_text.h"
 #include "dsd/core/comm/rank_list.h"
+#include "dsd/core/comm/world_size.h"
 
 namespace dsd {
 
@@ -50,6 +51,10 @@ std::vector<GroupTable::Event> GroupTable::Join(
     return refuse(absl::InvalidArgumentError(
         absl::StrCat("rank ", rank, " is not in [0, ", size, ")")));
   }
+  if (size > kMaxWorldSize) {
+    return refuse(absl::InvalidArgumentError(
+        absl::StrCat(size, " ranks, expected at most ", kMaxWorldSize)));
+  }
   Group& group = groups_[std::string(group_name)];
   if (!group.failure.ok()) return refuse(group.failure);
   if (group.dissolved) group = Group();
@@ -86,6 +91,7 @@ std::vector<GroupTable::Event> GroupTable::Join(
     return disagree(absl::StrCat("two processes say that they are rank ", rank,
                                  " of ", size));
   }
+  group.lost.erase(rank);
   group.places[rank] = {member, State::kJoining, now + patience, patience};
   seats_[member] = {std::string(group_name), rank};
   std::vector<Event> events;
@@ -133,7 +139,8 @@ std::vector<GroupTable::Event> GroupTable::Fail(MemberId member,
 }
 
 std::vector<GroupTable::Event> GroupTable::Remove(MemberId member,
-                                                  absl::string_view how) {
+                                                  absl::string_view how,
+                                                  absl::Time may_return_until) {
   const auto seat = seats_.find(member);
   if (seat == seats_.end()) return {};
   Group& group = groups_.at(seat->second.group);
@@ -141,8 +148,14 @@ std::vector<GroupTable::Event> GroupTable::Remove(MemberId member,
   const State state = group.places.at(rank).state;
   group.places.erase(rank);
   seats_.erase(seat);
+  if (!group.failure.ok()) return {};
   // One that the others still wait for may come again.
-  if (!group.failure.ok() || state == State::kJoining) return {};
+  if (state == State::kJoining) {
+    if (may_return_until < absl::InfiniteFuture()) {
+      group.lost[rank] = {std::string(how), may_return_until};
+    }
+    return {};
+  }
   return FailGroup(
       group, absl::UnavailableError(absl::StrCat("rank ", rank, " ", how)), -1);
 }
@@ -160,6 +173,21 @@ std::vector<GroupTable::Event> GroupTable::Expire(absl::Time now) {
   std::vector<Event> events;
   for (auto& [name, group] : groups_) {
     if (group.complete) continue;
+    const auto lost = std::find_if(
+        group.lost.begin(), group.lost.end(), [&](const auto& entry) {
+          return entry.second.may_return_until <= now;
+        });
+    if (lost != group.lost.end()) {
+      const absl::Status status = absl::UnavailableError(
+          absl::StrCat("rank ", lost->first, " ", lost->second.how,
+                       " before all had connected"));
+      group.lost.clear();
+      // With nobody there who waits, all may come anew.
+      if (group.places.empty()) continue;
+      const std::vector<Event> failed = FailGroup(group, status, -1);
+      events.insert(events.end(), failed.begin(), failed.end());
+      continue;
+    }
     absl::Duration patience = absl::InfiniteDuration();
     for (const auto& [rank, place] : group.places) {
       if (place.deadline <= now) patience = std::min(patience, place.patience);
@@ -184,6 +212,9 @@ absl::Time GroupTable::NextExpiry() const {
     if (group.complete) continue;
     for (const auto& [rank, place] : group.places) {
       next = std::min(next, place.deadline);
+    }
+    for (const auto& [rank, lost] : group.lost) {
+      next = std::min(next, lost.may_return_until);
     }
   }
   return next;

@@ -50,13 +50,16 @@ class GroupTable {
   std::vector<Event> Fail(MemberId member, const absl::Status& status);
 
   // The member is gone. If others are at work, the group fails with
-  // Unavailable: rank <r> <how>.
-  std::vector<Event> Remove(MemberId member, absl::string_view how);
+  // Unavailable: rank <r> <how>. If they still wait for ranks, that happens at
+  // `may_return_until`, unless the rank has joined again.
+  std::vector<Event> Remove(
+      MemberId member, absl::string_view how,
+      absl::Time may_return_until = absl::InfiniteFuture());
 
   // The group fails, as found by another: the member hears of it, too.
   std::vector<Event> Break(MemberId member, const absl::Status& status);
 
-  // Joins whose time is over.
+  // Joins whose time is over, and ranks that have not come back.
   std::vector<Event> Expire(absl::Time now);
   absl::Time NextExpiry() const;
 
@@ -75,6 +78,10 @@ class GroupTable {
     absl::Time deadline;
     absl::Duration patience;
   };
+  struct Lost {
+    std::string how;
+    absl::Time may_return_until;
+  };
   struct Group {
     int size = 0;
     int first_rank = 0;  // whose `size` and `facts` the others are compared to
@@ -83,6 +90,7 @@ class GroupTable {
     bool dissolved = false;
     absl::Status failure;
     absl::btree_map<int, Place> places;  // by rank
+    absl::btree_map<int, Lost> lost;     // by rank; until it is complete
   };
   struct Seat {
     std::string group;

@@ -133,6 +133,45 @@ TEST(GroupTableTest, AMemberThatDiesWhileJoiningMayComeAgain) {
   EXPECT_EQ(Join(table, 0, 3, "same", 20).size(), 3);
 }
 
+TEST(GroupTableTest, ButNotForLongWhileOthersWait) {
+  const absl::Time until = kNow + absl::Seconds(1);
+  {
+    GroupTable table;
+    Join(table, 0);
+    Join(table, 1);
+    EXPECT_THAT(Text(table.Remove(11, "died", until)), IsEmpty());
+    EXPECT_EQ(table.NextExpiry(), until);
+    EXPECT_THAT(Text(table.Expire(until - absl::Nanoseconds(1))), IsEmpty());
+    EXPECT_THAT(Text(table.Expire(until)),
+                ElementsAre("10 joined: UNAVAILABLE: rank 1 died before all "
+                            "had connected"));
+    EXPECT_EQ(table.NextExpiry(), absl::InfiniteFuture());
+  }
+  {
+    GroupTable table;
+    Join(table, 0);
+    Join(table, 1);
+    table.Remove(11, "died", until);
+    EXPECT_THAT(Join(table, 1, 3, "same", 21), IsEmpty());
+    EXPECT_THAT(Text(table.Expire(until)), IsEmpty());
+    EXPECT_EQ(Join(table, 2).size(), 3);
+  }
+  {
+    GroupTable table;
+    Join(table, 1);
+    table.Remove(11, "died", until);
+    EXPECT_THAT(Text(table.Expire(until)), IsEmpty());
+    Join(table, 0);
+    EXPECT_THAT(Text(table.Expire(until + absl::Seconds(1))), IsEmpty());
+  }
+}
+
+TEST(GroupTableTest, SizesAreBounded) {
+  GroupTable table;
+  EXPECT_THAT(Join(table, 0, (1 << 20) + 1),
+              ElementsAre(HasSubstr("10 joined: INVALID_ARGUMENT")));
+}
+
 TEST(GroupTableTest, AbsentRanksAreNamed) {
   GroupTable table;
   Join(table, 1);

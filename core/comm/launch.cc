@@ -9,12 +9,14 @@
 #include <optional>
 #include <vector>
 
+#include "absl/log/log.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/world_size.h"
 
 extern char** environ;  // POSIX declares it nowhere
 
@@ -24,7 +26,7 @@ namespace {
 constexpr int kTorchrunPort = 29500;
 constexpr int kMinDerivedPort = 15000;
 constexpr int kMaxDerivedPort = 30000;
-constexpr int kMaxHosts = 1 << 20;
+constexpr int kMaxHosts = kMaxWorldSize;
 constexpr int kMaxHeartbeatSeconds = 24 * 60 * 60;
 
 class Reader {
@@ -84,7 +86,8 @@ constexpr int kMax = std::numeric_limits<int>::max();
 
 absl::Status ReadRanks(const Reader& reader, const Names& names,
                        LaunchInfo& info) {
-  DSD_ASSIGN_OR_RETURN(info.world_size, reader.Number(names.size, 1, kMax));
+  DSD_ASSIGN_OR_RETURN(info.world_size,
+                       reader.Number(names.size, 1, kMaxWorldSize));
   DSD_ASSIGN_OR_RETURN(info.rank,
                        reader.Number(names.rank, 0, info.world_size - 1));
   if (!names.local_size.empty()) {
@@ -188,6 +191,33 @@ absl::StatusOr<int> TasksOnNode(absl::string_view list, int node) {
   return bad();
 }
 
+// RANK and WORLD_SIZE count, since torchrun and its like run inside jobs of
+// other launchers. Set by hand they may be what another job has left.
+void WarnOfOtherLaunchers(const Reader& reader, const LaunchInfo& info) {
+  if (reader.Has("TORCHELASTIC_RUN_ID") || reader.Has("DSD_LISTEN_FD")) return;
+  constexpr std::pair<absl::string_view, absl::string_view> kOthers[] = {
+      {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"},
+      {"PMI_RANK", "PMI_SIZE"},
+      {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"},
+      {"SLURM_PROCID", "SLURM_NTASKS"},
+  };
+  for (const auto& [rank, size] : kOthers) {
+    int its_rank;
+    int its_size;
+    if (!absl::SimpleAtoi(reader.Text(rank), &its_rank) ||
+        !absl::SimpleAtoi(reader.Text(size), &its_size) || its_size <= 1 ||
+        (its_rank == info.rank && its_size == info.world_size)) {
+      continue;
+    }
+    LOG_FIRST_N(WARNING, 1)
+        << "RANK and WORLD_SIZE say that this is rank " << info.rank << " of "
+        << info.world_size << ", but " << rank << " and " << size << " rank "
+        << its_rank << " of " << its_size
+        << "; the former count (unset them if they are not meant)";
+    return;
+  }
+}
+
 absl::StatusOr<LaunchInfo> FromTorchrun(Reader& reader) {
   LaunchInfo info;
   info.launcher = "torchrun";
@@ -202,6 +232,7 @@ absl::StatusOr<LaunchInfo> FromTorchrun(Reader& reader) {
       reader, {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}, info));
   DSD_RETURN_IF_ERROR(ReadMaster(
       reader, info.world_size == 1 ? "127.0.0.1" : "", kTorchrunPort, info));
+  WarnOfOtherLaunchers(reader, info);
   const std::string restarts = reader.Text("TORCHELASTIC_RESTART_COUNT");
   info.job_id = reader.Text("TORCHELASTIC_RUN_ID");
   if (!restarts.empty()) absl::StrAppend(&info.job_id, ".", restarts);

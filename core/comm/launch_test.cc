@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "absl/base/log_severity.h"
+#include "absl/log/scoped_mock_log.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -260,6 +262,24 @@ TEST(LaunchTest, TokensWhateverTheLauncher) {
   }
 }
 
+// Left by another job, or set by a launcher inside of one.
+TEST(LaunchTest, TwoLaunchersThatDifferAreLoggedOnce) {
+  EnvironmentMap env = kOpenMpi;
+  env["RANK"] = "0";
+  env["WORLD_SIZE"] = "1";
+  env["TORCHELASTIC_RUN_ID"] = "job";
+  absl::ScopedMockLog log(absl::MockLogDefault::kDisallowUnexpected);
+  EXPECT_CALL(log,
+              Log(absl::LogSeverity::kWarning, ::testing::_,
+                  HasSubstr("this is rank 0 of 1, but OMPI_COMM_WORLD_RANK")))
+      .Times(1);
+  log.StartCapturingLogs();
+  EXPECT_EQ(LaunchFromEnvironment(env)->world_size, 1);
+  env.erase("TORCHELASTIC_RUN_ID");
+  EXPECT_EQ(LaunchFromEnvironment(env)->world_size, 1);
+  EXPECT_EQ(LaunchFromEnvironment(env)->world_size, 1);
+}
+
 TEST(LaunchTest, ContradictionsAndGarbageAreNamed) {
   const Bad cases[] = {
       {{{"RANK", "0"}}, {"WORLD_SIZE is not set", "RANK is set"}},
@@ -273,6 +293,8 @@ TEST(LaunchTest, ContradictionsAndGarbageAreNamed) {
       {With(kTorchrun, "WORLD_SIZE", "0"), {"WORLD_SIZE is \"0\"", "from 1"}},
       {With(kTorchrun, "WORLD_SIZE", "99999999999"),
        {"WORLD_SIZE is \"99999999999\""}},
+      {With(kTorchrun, "WORLD_SIZE", "2147483647"),
+       {"WORLD_SIZE is \"2147483647\"", "1048576"}},
       {With(kTorchrun, "LOCAL_RANK", "4"), {"LOCAL_RANK is \"4\"", "0 to 3"}},
       {With(kTorchrun, "LOCAL_WORLD_SIZE", "9"),
        {"LOCAL_WORLD_SIZE is \"9\"", "1 to 8"}},

@@ -6,6 +6,7 @@
 #include <optional>
 #include <utility>
 
+#include "absl/log/log.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
@@ -158,6 +159,9 @@ void Reception::Accept() {
   while (true) {
     absl::StatusOr<Socket> socket = AcceptFrom(listener_);
     if (!socket.ok()) {
+      LOG_FIRST_N(ERROR, 1)
+          << "the store cannot let ranks in: " << socket.status()
+          << "; raise ulimit -n";
       accept_after_ = env_->Now() + kAcceptPause;
       return;
     }

@@ -425,6 +425,8 @@ absl::StatusOr<Socket> ConnectOnce(Env* env, absl::string_view host, int port,
     status = TryConnect(env, *a, deadline, connection);
     if (status.ok()) return connection;
   }
+  // Of this process, and no matter of who listens.
+  if (absl::IsResourceExhausted(status)) return status;
   return absl::UnavailableError(status.message());
 }
 
@@ -435,7 +437,9 @@ absl::StatusOr<Socket> ConnectTo(Env* env, absl::string_view host, int port,
   while (true) {
     // A name may become known while the job starts.
     absl::StatusOr<Socket> connection = ConnectOnce(env, host, port, deadline);
-    if (connection.ok()) return connection;
+    if (connection.ok() || absl::IsResourceExhausted(connection.status())) {
+      return connection;
+    }
     if (env->Now() + pause >= deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("nobody answers at ", HostPort(host, port), " within ",
@@ -454,6 +458,9 @@ absl::StatusOr<std::string> AddressTowards(Env* env, absl::string_view host,
   for (const addrinfo* a = addresses.get(); a != nullptr; a = a->ai_next) {
     // Connecting a datagram socket sends nothing; it only picks a route.
     const Socket probe = NewSocket(a->ai_family, SOCK_DGRAM);
+    if (!probe.valid() && (errno == EMFILE || errno == ENFILE)) {
+      return absl::ErrnoToStatus(errno, "socket");
+    }
     if (probe.valid() && connect(probe.fd(), a->ai_addr, a->ai_addrlen) == 0) {
       return probe.LocalHost();
     }

@@ -30,6 +30,8 @@ constexpr absl::Duration kFlushPatience = absl::Seconds(1);
 constexpr absl::Duration kIdle = absl::Hours(1);
 // For the server's own answer that a deadline has passed, which says more.
 constexpr absl::Duration kGrace = absl::Seconds(1);
+// Whoever asks where the others are is late already.
+constexpr absl::Duration kAskGrace = absl::Milliseconds(100);
 constexpr absl::Duration kRetry = absl::Milliseconds(50);
 constexpr absl::Duration kLastRetry = absl::Seconds(1);  // for relays
 constexpr size_t kReadBytes = size_t{256} << 10;
@@ -385,7 +387,7 @@ class TcpStore::Handle final : public Membership {
     const int64_t patience =
         absl::ToInt64Nanoseconds(deadline - store_->env_->Now());
     const Answer answer =
-        store_->Ask("ranks", deadline + kGrace, [&](uint64_t id) {
+        store_->Ask("ranks", deadline + kAskGrace, [&](uint64_t id) {
           return FrameWriter(FrameKind::kAsk, id)
               .Put(id_)
               .Put(question)

@@ -34,6 +34,9 @@ ReceptionOptions ReceptionOf(const TcpStoreServerOptions& options) {
   return reception;
 }
 
+// For a rank whose connection is lost before all have joined.
+constexpr absl::Duration kReturnPatience = absl::Seconds(1);
+
 std::string DiedText(int at_rank) {
   return absl::StrCat("died (its connection to rank ", at_rank, " closed)");
 }
@@ -540,7 +543,8 @@ void TcpStoreServer::Impl::Forget(ClientId id) {
   clients_.erase(it);
   StopWaiting([&](const Asker& asker) { return asker.client == id; });
   for (const GroupTable::MemberId member : client.members) {
-    Deliver(groups_.Remove(member, DiedText(client.at_rank)));
+    Deliver(groups_.Remove(member, DiedText(client.at_rank),
+                           env_->Now() + kReturnPatience));
     members_.erase(member);
   }
   std::vector<uint64_t> answered;

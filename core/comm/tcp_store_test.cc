@@ -4,8 +4,11 @@
 
 #include <netdb.h>
 #include <netinet/in.h>
+#include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -163,6 +166,48 @@ TEST_F(TcpStoreTest, MembersHearOfADeath) {
   heard.WaitForNotification();
   EXPECT_EQ(verdict.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(TextOf(verdict), HasSubstr("rank 1 left the group"));
+}
+
+TEST_F(TcpStoreTest, WhoWaitsForOthersHearsOfADeathSoon) {
+  Socket waiting = Raw();
+  const std::string set = FrameWriter(FrameKind::kSet, 2)
+                              .Put(absl::string_view("k"))
+                              .Put(absl::string_view("v"))
+                              .Finish();
+  ASSERT_EQ(
+      waiting.WriteAll(env, HelloFrame(0) + JoinFrame(0, 3) + set, Soon()),
+      absl::OkStatus());
+  ReadFrame(waiting);  // the welcome
+  ReadFrame(waiting);  // of the key: it has joined
+  {
+    Socket dying = Raw();
+    ASSERT_EQ(
+        dying.WriteAll(env, HelloFrame(1) + JoinFrame(1, 3) + set, Soon()),
+        absl::OkStatus());
+    ReadFrame(dying);
+    ReadFrame(dying);
+  }
+  EXPECT_THAT(ReadFrame(waiting), AllOf(HasSubstr("rank 1 died"),
+                                        HasSubstr("before all had connected")));
+}
+
+TEST_F(TcpStoreTest, WithoutDescriptorsConnectingSaysSo) {
+  rlimit before;
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+  rlimit few = before;
+  few.rlim_cur = std::min<rlim_t>(before.rlim_cur, 256);
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
+  std::vector<Socket> fillers;
+  do {
+    fillers.emplace_back(eventfd(0, EFD_CLOEXEC));
+  } while (fillers.back().valid());
+  TcpStoreOptions options;
+  options.port = port_;
+  options.job_id = "job";
+  const absl::Status status = ConnectTcpStore(env, options, Soon()).status();
+  fillers.clear();
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
 }
 
 TEST_F(TcpStoreTest, MembersHearOfTheServersEnd) {

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "dsd/core/comm/duration_text.h"
 #include "dsd/core/comm/rank_list.h"
 
@@ -134,6 +135,8 @@ absl::Status ExplainLateCall(
         (!late.members.empty() && !absl::c_linear_search(late.members, rank))) {
       continue;
     }
+    // A message concerns its two ends only.
+    if (!late.collective && !absl::c_linear_search(late.peers, rank)) continue;
     const std::optional<Whereabouts>& its = ranks[rank];
     if (!its.has_value() || its->collectives < mine.collectives) {
       absent.push_back(rank);
@@ -162,7 +165,7 @@ absl::Status ExplainLateCall(
                                  ? absl::StrCat("has called ", its.collective)
                                  : does(rank));
                        }));
-  } else {
+  } else if (late.collective) {
     why = "all ranks have called it";
   }
   if (!late.missing.empty()) absl::StrAppend(&why, "; ", late.missing);
@@ -182,7 +185,8 @@ absl::Status ExplainLateCall(
   }
   return absl::Status(
       code, absl::StrCat(late.text, " ", late.here, " did not finish within ",
-                         DurationText(late.timeout), ": ", why));
+                         DurationText(late.timeout), ": ",
+                         absl::StripPrefix(why, "; ")));
 }
 
 }  // namespace dsd

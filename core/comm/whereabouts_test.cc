@@ -129,6 +129,17 @@ TEST_F(ExplainLateCallTest, SoIsWhomItHasWaitedForInTurn) {
                        "which is in no call"));
 }
 
+// Not whoever else has called less.
+TEST_F(ExplainLateCallTest, AMessageConcernsItsTwoEndsOnly) {
+  late_.collective = false;
+  late_.text = "exchange \"w\"";
+  ranks_[2]->collectives = 0;
+  ranks_[3].reset();
+  EXPECT_EQ(Text(),
+            "exchange \"w\" on rank 0 did not finish within 10s: no message "
+            "came from rank 1; rank 1 is in Barrier");
+}
+
 TEST_F(ExplainLateCallTest, ShortWaitsAreNoCause) {
   Waited(1, 2, absl::Milliseconds(900));
   EXPECT_THAT(Text(), Not(HasSubstr("waited")));

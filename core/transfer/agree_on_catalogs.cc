@@ -171,10 +171,17 @@ absl::Status AgreeOnCatalogs(Communicator* comm, absl::string_view what,
                              const absl::Status& local,
                              absl::FunctionRef<std::string()> describe,
                              const CallOptions& options) {
+  Env* const env = comm == nullptr ? Env::Real() : comm->env();
+  const absl::Time deadline = env->Now() + options.timeout;
   bool disagree = false;
   const absl::Status verdict =
       Agree(comm, what, fingerprint, local, describe, options, &disagree);
   if (!disagree) return verdict;
+  const auto rest = [&] {
+    CallOptions left = options;
+    left.timeout = deadline - env->Now();
+    return left;
+  };
 
   // All ranks are here.
   const std::string text = describe().substr(0, kMaxOptionBytes);
@@ -185,7 +192,7 @@ absl::Status AgreeOnCatalogs(Communicator* comm, absl::string_view what,
   DSD_ASSIGN_OR_RETURN(
       const std::vector<std::string> digests,
       comm->AllGatherBlobs(
-          mine, static_cast<int64_t>(digests_size + kMaxOptionBytes), options));
+          mine, static_cast<int64_t>(digests_size + kMaxOptionBytes), rest()));
   std::vector<std::pair<std::string, std::vector<int>>> words;
   for (size_t rank = 0; rank < digests.size(); ++rank) {
     if (digests[rank].size() < digests_size) {
@@ -213,7 +220,7 @@ absl::Status AgreeOnCatalogs(Communicator* comm, absl::string_view what,
     DSD_ASSIGN_OR_RETURN(
         const std::vector<std::string> entries,
         comm->AllGatherBlobs(EntriesOf(*catalogs[c], wanted),
-                             static_cast<int64_t>(kMaxEntryBytes), options));
+                             static_cast<int64_t>(kMaxEntryBytes), rest()));
     CompareEntries(entries, known, lines);
   }
   if (lines.empty()) lines.push_back("the order of the tensors differs");

@@ -689,6 +689,7 @@ absl::Status Agree(Communicator* comm, absl::string_view what,
   if (comm == nullptr || comm->size() == 1) {
     return local.ok() ? local : Annotate(local, what);
   }
+  const absl::Time deadline = comm->env()->Now() + options.timeout;
   std::string mine(1, static_cast<char>(local.code()));
   mine.append(reinterpret_cast<const char*>(fingerprint.bytes.data()),
               fingerprint.bytes.size());
@@ -720,8 +721,10 @@ absl::Status Agree(Communicator* comm, absl::string_view what,
     text = describe();
   }
   if (text.size() > kMaxVerdictBytes) text.resize(kMaxVerdictBytes);
+  CallOptions rest = options;
+  rest.timeout = deadline - comm->env()->Now();
   DSD_ASSIGN_OR_RETURN(std::vector<std::string> texts,
-                       comm->AllGatherBlobs(text, kMaxVerdictBytes, options));
+                       comm->AllGatherBlobs(text, kMaxVerdictBytes, rest));
   bool all_go_on = true;
   for (std::string& other : texts) {
     const bool goes_on = !other.empty() && other[0] == kGoesOn;
@@ -743,6 +746,8 @@ Binding BindRanks(const Communicator* comm) {
 absl::StatusOr<TransferStats> Redistribute(Endpoint& source, Endpoint& target,
                                            Communicator* comm,
                                            const TransferOptions& options) {
+  Env* const env = comm == nullptr ? Env::Real() : comm->env();
+  const absl::Time deadline = env->Now() + options.call.timeout;
   const Catalog& from = source.catalog();
   const Catalog& to = target.catalog();
   const int rank = comm == nullptr ? 0 : comm->rank();
@@ -760,7 +765,9 @@ absl::StatusOr<TransferStats> Redistribute(Endpoint& source, Endpoint& target,
                             to.Fingerprint().Hex().substr(0, 8), ")");
       },
       options.call));
-  return Transfer(*plan, source, target, comm, options);
+  TransferOptions rest = options;
+  rest.call.timeout = deadline - env->Now();
+  return Transfer(*plan, source, target, comm, rest);
 }
 
 }  // namespace dsd

@@ -279,6 +279,63 @@ TEST(TransferTest, ACancelOnOneRankEndsItOnAll) {
   EXPECT_EQ(statuses[1].code(), absl::StatusCode::kCancelled) << statuses[1];
 }
 
+TEST(TransferTest, SoDoesOneInTheMiddle) {
+  Ranks ranks(2);
+  const std::vector<TensorCase> tensors = {RowsToColumns(2)};
+  std::atomic<bool> cancel = false;
+  const auto statuses =
+      ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+        Side source;
+        Side target;
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+        TransferOptions options;
+        options.chunk_bytes = 256;
+        if (rank == 0) {
+          options.call.cancel = &cancel;
+          options.call.progress = [&](const Progress& progress) {
+            cancel = progress.bytes_done > 0;
+          };
+        }
+        return Redistribute(source.endpoint, target.endpoint, &comm, options)
+            .status();
+      });
+  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kCancelled) << statuses[0];
+  EXPECT_EQ(statuses[1].code(), absl::StatusCode::kCancelled) << statuses[1];
+}
+
+// Agreeing and moving have one deadline. A rank whose time is over by half when
+// the others agree does not begin anew.
+TEST(TransferTest, TheDeadlineIsThatOfTheWholeCall) {
+  Ranks ranks(2);
+  const std::vector<TensorCase> tensors = {RowsToColumns(2)};
+  const auto statuses =
+      ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+        Side source;
+        Side target;
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+        TransferOptions options;
+        options.chunk_bytes = 256;
+        const auto pause = [&] {
+          comm.env()->SleepUntil(comm.env()->Now() + absl::Milliseconds(700));
+        };
+        if (rank == 0) {
+          options.call.timeout = absl::Seconds(1);
+        } else {
+          pause();
+          bool paused = false;
+          options.call.progress = [&, paused](const Progress&) mutable {
+            if (!paused) pause();
+            paused = true;
+          };
+        }
+        return Redistribute(source.endpoint, target.endpoint, &comm, options)
+            .status();
+      });
+  EXPECT_FALSE(statuses[0].ok());
+}
+
 TEST(TransferTest, APlanWithOthersNeedsACommunicator) {
   const std::vector<TensorCase> tensors = {RowsToColumns(2)};
   Side source;
