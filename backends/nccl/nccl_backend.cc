@@ -26,6 +26,7 @@
 #include "dsd/backends/nccl/nccl_lane.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/launch.h"
 #include "dsd/core/comm/registry.h"
 #include "dsd/core/comm/store.h"
 
@@ -74,12 +75,15 @@ absl::StatusOr<int> ChooseDevice(const CudaApi& cuda) {
   }
   int current = 0;
   DSD_RETURN_IF_ERROR(cuda.Check(cuda.GetDevice(&current), "current device"));
+  if (current != 0) return current;
   int local_rank = 0;
-  if (current == 0 && absl::SimpleAtoi(Variable("LOCAL_RANK"), &local_rank) &&
-      local_rank > 0) {
-    return local_rank % *count;
+  if (!absl::SimpleAtoi(Variable("LOCAL_RANK"), &local_rank)) {
+    // Slurm and MPI have names of their own.
+    const absl::StatusOr<LaunchInfo> launch =
+        LaunchFromEnvironment(ProcessEnvironment());
+    if (launch.ok()) local_rank = launch->local_rank;
   }
-  return current;
+  return local_rank > 0 ? local_rank % *count : current;
 }
 
 absl::StatusOr<const BackendDescriptor*> FindCompanion() {

@@ -178,7 +178,19 @@ TEST(NcclLibraryTest, AMachineWithoutADeviceIsSaidToBeOne) {
 // The device of the memory that the backend takes.
 DSD_RANK_PROGRAM(WhichDevice) {
   DSD_ASSIGN_OR_RETURN(const CudaApi* const cuda, LoadCuda());
-  if (!rank.argument().empty()) cuda->SetDevice(atoi(rank.argument().c_str()));
+  if (rank.argument() == "slurm") {
+    for (const char* name :
+         {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}) {
+      unsetenv(name);
+    }
+    setenv("SLURM_STEP_ID", "0", 1);
+    setenv("SLURM_NTASKS", "2", 1);
+    for (const char* name : {"SLURM_PROCID", "SLURM_LOCALID"}) {
+      setenv(name, absl::StrCat(rank.rank()).c_str(), 1);
+    }
+  } else if (!rank.argument().empty()) {
+    cuda->SetDevice(atoi(rank.argument().c_str()));
+  }
   DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect("nccl"));
   cuda->SetDevice(7);
   void* memory = nullptr;
@@ -202,6 +214,10 @@ TEST(NcclDeviceChoiceTest, FollowsTheLauncherTheProgramOrTheVariable) {
   options.argument = "5";
   EXPECT_THAT(text(RunRanks(2, "WhichDevice", options)),
               HasSubstr("uses device 5;"));
+  options.argument = "slurm";
+  EXPECT_THAT(text(RunRanks(2, "WhichDevice", options)),
+              ::testing::ContainsRegex("rank (0 uses device 0|1 uses device "
+                                       "1)"));
   EXPECT_THAT(text(RunIn(2, "WhichDevice", {{"DSD_NCCL_DEVICE", "3"}})),
               HasSubstr("memory of device 7, but rank"));
   ExpectAll(RunIn(2, "Connect", {{"DSD_NCCL_DEVICE", "8"}}),
