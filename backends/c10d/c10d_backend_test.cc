@@ -109,6 +109,27 @@ TEST(C10dBackendTest, SharesTheGroupWithItsUser) {
   }
 }
 
+// One rank keeps groups that the other has destroyed, so that a new one has the
+// address of an old one on one rank only.
+DSD_RANK_PROGRAM(GroupsComeAndGo) {
+  signal(SIGPIPE, SIG_IGN);
+  std::vector<Group> kept;
+  for (int round = 0; round < 4; ++round) {
+    DSD_ASSIGN_OR_RETURN(Group group,
+                         MakeGlooGroup(absl::StrCat(rank.argument(), round),
+                                       rank.rank(), rank.world_size()));
+    DSD_ASSIGN_OR_RETURN(const auto comm, ConnectOverProcessGroup(group));
+    DSD_RETURN_IF_ERROR(AllToAll(*comm, 100 << 10));
+    DSD_RETURN_IF_ERROR(comm->Shutdown());
+    if (rank.rank() == 1) kept.push_back(group);
+  }
+  return absl::OkStatus();
+}
+
+TEST(C10dBackendTest, GroupsComeAndGo) {
+  EXPECT_THAT(RunWithFile(2, "GroupsComeAndGo"), AllRanksOk());
+}
+
 DSD_RANK_PROGRAM(LosesARank) {
   DSD_ASSIGN_OR_RETURN(Group group, MakeGroup(rank));
   DSD_ASSIGN_OR_RETURN(const auto comm, ConnectOverProcessGroup(group));

@@ -8,6 +8,7 @@
 // it now expects just these bytes in the caller's own memory.
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -21,11 +22,13 @@
 #include "absl/base/no_destructor.h"
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "dsd/backends/c10d/c10d_backend.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/store.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "torch/csrc/distributed/c10d/Backend.hpp"
 
@@ -46,6 +49,7 @@ constexpr std::chrono::milliseconds kForever = std::chrono::hours(24 * 365);
 // Tags of the process group; its user's own are small numbers.
 constexpr int kFirstSlot = 1 << 29;
 constexpr int kFirstFrameTag = 1 << 30;
+constexpr char kFrameTagKey[] = "c10d/frame_tag";
 
 enum class FrameKind : uint32_t { kSmall = 1, kReady = 2, kBye = 3 };
 
@@ -64,23 +68,15 @@ at::Tensor BytesAt(const std::byte* data, size_t size) {
                        {static_cast<int64_t>(size)}, at::kByte);
 }
 
-// What several communicators over one group share. Never freed: few are made.
-struct GroupNumbers {
-  absl::Mutex mu;
-  int communicators ABSL_GUARDED_BY(mu) = 0;
-  int slots ABSL_GUARDED_BY(mu) = 0;
-};
-GroupNumbers& NumbersOf(const c10d::Backend* group) {
-  struct All {
-    absl::Mutex mu;
-    absl::flat_hash_map<const c10d::Backend*, std::unique_ptr<GroupNumbers>>
-        numbers ABSL_GUARDED_BY(mu);
-  };
-  static absl::NoDestructor<All> all;
-  absl::MutexLock lock(&all->mu);
-  std::unique_ptr<GroupNumbers>& numbers = all->numbers[group];
-  if (numbers == nullptr) numbers = std::make_unique<GroupNumbers>();
-  return *numbers;
+// Numbers of this process and not of a group, of which only an address could
+// tell whether it is the same, and that may be another's later. They begin
+// again when so many are taken that none of the first is in use.
+std::atomic<uint32_t> next_communicator{0};
+std::atomic<uint32_t> next_slot{0};
+
+int TakeSlot() {
+  constexpr uint32_t kSlots = kFirstFrameTag - kFirstSlot;
+  return kFirstSlot + static_cast<int>(next_slot++ % kSlots);
 }
 
 // Keeps what a group may still touch, in memory that is its own, for good.
@@ -101,7 +97,7 @@ class C10dEngine final : public Engine {
  public:
   C10dEngine(const EngineOptions& options,
              const c10::intrusive_ptr<c10d::Backend>& group)
-      : options_(options), group_(group), numbers_(NumbersOf(group.get())) {}
+      : options_(options), group_(group) {}
   ~C10dEngine() override;
 
   absl::Status Connect(absl::Time deadline) override;
@@ -155,7 +151,6 @@ class C10dEngine final : public Engine {
 
   const EngineOptions options_;
   const c10::intrusive_ptr<c10d::Backend> group_;
-  GroupNumbers& numbers_;
   int frame_tag_ = 0;
 
   absl::Mutex mu_;  // also: one call of the group at a time
@@ -235,7 +230,7 @@ C10dEngine::~C10dEngine() {
   thread_.reset();
 }
 
-absl::Status C10dEngine::Connect(absl::Time /*deadline*/) {
+absl::Status C10dEngine::Connect(absl::Time deadline) {
   if (group_->getRank() != options_.rank ||
       group_->getSize() != options_.world_size) {
     return absl::InvalidArgumentError(
@@ -243,10 +238,26 @@ absl::Status C10dEngine::Connect(absl::Time /*deadline*/) {
                      group_->getSize(), ", expected ", options_.rank, " of ",
                      options_.world_size));
   }
-  {
-    absl::MutexLock lock(&numbers_.mu);
-    frame_tag_ = kFirstFrameTag + numbers_.communicators++;
+  // Rank 0 of all communicators over the group is one process, whose numbers
+  // differ.
+  constexpr uint32_t kFrameTags = uint32_t{1} << 30;
+  uint32_t number = 0;
+  if (options_.rank == 0) {
+    number = next_communicator++ % kFrameTags;
+    DSD_RETURN_IF_ERROR(
+        options_.store->Set(kFrameTagKey, absl::StrCat(number), deadline));
+  } else {
+    const absl::StatusOr<std::string> text =
+        options_.store->Get(kFrameTagKey, deadline);
+    if (!text.ok()) {
+      return Annotate(text.status(), "wait for rank 0 to choose a tag");
+    }
+    if (!absl::SimpleAtoi(*text, &number) || number >= kFrameTags) {
+      return absl::InternalError(
+          absl::StrCat("rank 0 has chosen \"", *text, "\" for a tag"));
+    }
   }
+  frame_tag_ = kFirstFrameTag + static_cast<int>(number);
   thread_ = options_.env->StartThread("dsd_c10d", [this] { ReceiveFrames(); });
   return absl::OkStatus();
 }
@@ -297,10 +308,7 @@ absl::Status C10dEngine::PostRecv(const std::shared_ptr<Op>& op) {
   head.kind = FrameKind::kReady;
   head.source = options_.rank;
   head.tag = op->message.second;
-  {
-    absl::MutexLock lock(&numbers_.mu);
-    head.slot = kFirstSlot + numbers_.slots++ % (kFirstFrameTag - kFirstSlot);
-  }
+  head.slot = TakeSlot();
   DSD_ASSIGN_OR_RETURN(
       op->work, TorchToStatus([&] {
         std::vector<at::Tensor> tensors = {BytesAt(op->data, op->size)};
