@@ -10,8 +10,14 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -20,6 +26,7 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/backends/c10d/own_group.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/engine.h"
 #include "dsd/core/comm/tcp_store.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/testing/harness/rank_processes.h"
@@ -152,6 +159,171 @@ TEST(C10dBackendTest, DeathIsNamed) {
                   HasSubstr(absl::StrCat("rank ", dead)));
     }
   }
+}
+
+// An engine over `group`, and a store that nobody else uses.
+absl::StatusOr<std::unique_ptr<Engine>> ConnectEngine(RankContext& rank,
+                                                      const Group& group) {
+  EngineOptions options;
+  options.rank = rank.rank();
+  options.world_size = rank.world_size();
+  options.env = Env::Real();
+  const absl::Time deadline = options.env->Now() + absl::Seconds(30);
+  std::unique_ptr<TcpStoreServer> server;
+  if (rank.rank() == 0) {
+    DSD_ASSIGN_OR_RETURN(server,
+                         TcpStoreServer::Start(options.env, {}, deadline));
+  }
+  TcpStoreOptions client;
+  DSD_ASSIGN_OR_RETURN(
+      client.port, TorchToStatus([&] {
+        std::vector<at::Tensor> tensors = {
+            at::full({1}, server != nullptr ? server->port() : 0, at::kInt)};
+        group->broadcast(tensors, c10d::BroadcastOptions())->wait();
+        return tensors[0].item<int>();
+      }));
+  client.rank = rank.rank();
+  DSD_ASSIGN_OR_RETURN(options.store,
+                       ConnectTcpStore(options.env, client, deadline));
+  if (server != nullptr) {
+    options.store = MakeServedStore(std::move(server), options.store);
+  }
+  std::unique_ptr<Engine> engine = MakeC10dEngine(options, group);
+  DSD_RETURN_IF_ERROR(engine->Connect(deadline));
+  return engine;
+}
+
+// Cannot be aborted, as is LibTorch's default, and goes on when a wait for it
+// is over.
+class StubbornWork final : public c10d::Work {
+ public:
+  explicit StubbornWork(c10::intrusive_ptr<c10d::Work> work) {
+    std::thread([work = std::move(work), state = state_] {
+      std::exception_ptr error;
+      try {
+        work->wait(std::chrono::hours(24));
+      } catch (...) {
+        error = std::current_exception();
+      }
+      const std::lock_guard<std::mutex> lock(state->mu);
+      state->done = true;
+      state->error = error;
+      state->changed.notify_all();
+    }).detach();
+  }
+
+  bool wait(std::chrono::milliseconds timeout) override {
+    std::unique_lock<std::mutex> lock(state_->mu);
+    TORCH_CHECK(state_->changed.wait_for(lock, timeout,
+                                         [this] { return state_->done; }),
+                "not in time");
+    if (state_->error != nullptr) std::rethrow_exception(state_->error);
+    return true;
+  }
+
+ private:
+  struct State {
+    std::mutex mu;
+    std::condition_variable changed;
+    bool done = false;
+    std::exception_ptr error;
+  };
+  const std::shared_ptr<State> state_ = std::make_shared<State>();
+};
+
+class StubbornGroup final : public c10d::Backend {
+ public:
+  explicit StubbornGroup(Group to)
+      : Backend(to->getRank(), to->getSize()), to_(std::move(to)) {}
+
+  const std::string getBackendName() const override { return "stubborn"; }
+  c10::intrusive_ptr<c10d::Work> broadcast(
+      std::vector<at::Tensor>& tensors,
+      const c10d::BroadcastOptions& options) override {
+    return to_->broadcast(tensors, options);
+  }
+  c10::intrusive_ptr<c10d::Work> send(std::vector<at::Tensor>& tensors,
+                                      int peer, int tag) override {
+    return c10::make_intrusive<StubbornWork>(to_->send(tensors, peer, tag));
+  }
+  c10::intrusive_ptr<c10d::Work> recv(std::vector<at::Tensor>& tensors,
+                                      int peer, int tag) override {
+    return c10::make_intrusive<StubbornWork>(to_->recv(tensors, peer, tag));
+  }
+  c10::intrusive_ptr<c10d::Work> recvAnysource(std::vector<at::Tensor>& tensors,
+                                               int tag) override {
+    return c10::make_intrusive<StubbornWork>(to_->recvAnysource(tensors, tag));
+  }
+
+ private:
+  const Group to_;
+};
+
+DSD_RANK_PROGRAM(OverAStubbornGroup) {
+  DSD_ASSIGN_OR_RETURN(Group inner, MakeGroup(rank));
+  const Group group = c10::make_intrusive<StubbornGroup>(inner);
+  for (int round = 0; round < 2; ++round) {
+    DSD_ASSIGN_OR_RETURN(const auto comm, ConnectOverProcessGroup(group));
+    for (const size_t bytes : {0, 1, 20 << 10, (20 << 10) + 1, 5 << 20}) {
+      DSD_RETURN_IF_ERROR(AllToAll(*comm, bytes));
+    }
+    DSD_RETURN_IF_ERROR(comm->Shutdown());
+  }
+  {
+    DSD_ASSIGN_OR_RETURN(const auto comm, ConnectOverProcessGroup(group));
+    DSD_RETURN_IF_ERROR(comm->Barrier());
+    if (rank.rank() == 1) comm->Abort(absl::UnknownError("on purpose"));
+    const absl::Status status = comm->Barrier();
+    if (!absl::IsAborted(status)) {
+      return absl::InternalError(absl::StrCat("barrier: ", status.ToString()));
+    }
+  }
+  rank.Record("destroyed", "");
+  return absl::OkStatus();
+}
+
+TEST(C10dBackendTest, EndsThoughWorksDoNot) {
+  const std::vector<RankResult> results = RunWithFile(2, "OverAStubbornGroup");
+  EXPECT_THAT(results, AllRanksOk());
+  for (const RankResult& result : results) {
+    EXPECT_EQ(result.values.count("destroyed"), 1);
+  }
+}
+
+// What the engine had posted and the group still has comes when the memory is
+// its owner's again.
+DSD_RANK_PROGRAM(LateMessage) {
+  constexpr size_t kBytes = 1 << 20;
+  constexpr int kFirstSlot = 1 << 29;  // of the engine's first large receive
+  DSD_ASSIGN_OR_RETURN(Group inner, MakeGroup(rank));
+  DSD_ASSIGN_OR_RETURN(
+      std::unique_ptr<Engine> engine,
+      ConnectEngine(rank, c10::make_intrusive<StubbornGroup>(inner)));
+  std::vector<std::byte> data(kBytes, std::byte{7});
+  std::unique_ptr<EngineBatch> batch;
+  if (rank.rank() == 0) {
+    const EngineRecv recv = {1, /*tag=*/5, absl::MakeSpan(data)};
+    DSD_ASSIGN_OR_RETURN(batch, engine->Start({}, {recv}));
+  }
+  DSD_RETURN_IF_ERROR(SumsUp(inner));
+  engine->Cancel();
+  batch.reset();
+  engine.reset();
+  DSD_RETURN_IF_ERROR(SumsUp(inner));
+  DSD_RETURN_IF_ERROR(TorchToStatus([&] {
+    if (rank.rank() == 0) return;
+    std::vector<at::Tensor> tensors = {
+        at::full({static_cast<int64_t>(kBytes)}, 255, at::kByte)};
+    inner->send(tensors, 0, kFirstSlot)->wait();
+  }));
+  DSD_RETURN_IF_ERROR(SumsUp(inner));
+  return data == std::vector<std::byte>(kBytes, std::byte{7})
+             ? absl::OkStatus()
+             : absl::InternalError("written after the end");
+}
+
+TEST(C10dBackendTest, MemoryIsGivenBackThoughWorksGoOn) {
+  EXPECT_THAT(RunWithFile(2, "LateMessage"), AllRanksOk());
 }
 
 // The ports at which this process listens.

@@ -6,6 +6,12 @@
 // others. A small message is in the frame. A large one waits until the receiver
 // says that it is ready, in a frame that names the tag (here: slot) under which
 // it now expects just these bytes in the caller's own memory.
+//
+// Only Gloo promises that a transfer whose wait was ended, by an abort or since
+// its time was over, touches the memory no more (and then closes all
+// connections, so that no wait of a healthy group may be a short one). Of other
+// groups, which may wrap Gloo's, a work may never end: they get memory that is
+// the engine's own, and so may the thread that waits for one be left behind.
 
 #include <algorithm>
 #include <atomic>
@@ -44,12 +50,15 @@ constexpr size_t kMaxFramedBytes = size_t{20} << 10;
 // under way.
 constexpr size_t kMaxEarlyBytes = size_t{256} << 20;
 constexpr absl::Duration kByePatience = absl::Seconds(2);
+constexpr absl::Duration kThreadPatience = absl::Seconds(1);
 constexpr std::chrono::milliseconds kForever = std::chrono::hours(24 * 365);
 
 // Tags of the process group; its user's own are small numbers.
 constexpr int kFirstSlot = 1 << 29;
 constexpr int kFirstFrameTag = 1 << 30;
 constexpr char kFrameTagKey[] = "c10d/frame_tag";
+
+constexpr char kGlooName[] = "gloo";
 
 enum class FrameKind : uint32_t { kSmall = 1, kReady = 2, kBye = 3 };
 
@@ -91,14 +100,30 @@ void Abandon(Work work) {
   all->works.push_back(std::move(work));
 }
 
+// Lets a thread that may never end be, with what it has.
+void Abandon(std::unique_ptr<EnvThread> thread) {
+  struct All {
+    absl::Mutex mu;
+    std::vector<std::unique_ptr<EnvThread>> threads ABSL_GUARDED_BY(mu);
+  };
+  static absl::NoDestructor<All> all;
+  absl::MutexLock lock(&all->mu);
+  all->threads.push_back(std::move(thread));
+}
+
 absl::Status CancelledStatus() { return absl::AbortedError("cancelled"); }
 
-class C10dEngine final : public Engine {
+// Shared with its thread. End is the last call.
+class C10dEngine final : public Engine,
+                         public std::enable_shared_from_this<C10dEngine> {
  public:
   C10dEngine(const EngineOptions& options,
              const c10::intrusive_ptr<c10d::Backend>& group)
-      : options_(options), group_(group) {}
-  ~C10dEngine() override;
+      : options_(options),
+        group_(group),
+        lends_(group->getBackendName() == kGlooName) {}
+
+  void End();
 
   absl::Status Connect(absl::Time deadline) override;
   absl::StatusOr<std::unique_ptr<EngineBatch>> Start(
@@ -116,8 +141,9 @@ class C10dEngine final : public Engine {
     std::byte* data;
     size_t size;
     bool framed;
-    Work work;       // moves the message, or its frame; null: not posted yet
-    Work announced;  // of a large receive: the frame that says so
+    at::Tensor copy;  // of a large message, unless the group gets `data`
+    Work work;        // moves the message, or its frame; null: not posted yet
+    Work announced;   // of a large receive: the frame that says so
     bool arrived = false;
     bool done = false;  // only for the batch's thread
   };
@@ -131,10 +157,23 @@ class C10dEngine final : public Engine {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status SendLarge(Op& op, int slot) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
+  // What the group may touch instead of the memory of `op`, or that.
+  at::Tensor MemoryOf(Op& op) const;
+
   void CancelLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Ends the waits for it; only Gloo's works can do that.
-  static void AbortWork(c10d::Work& work) {
-    TorchToStatus([&] { work.abort(); }).IgnoreError();
+  // Ends the waits for it; few works can do that.
+  static absl::Status AbortWork(c10d::Work& work) {
+    return TorchToStatus([&] { work.abort(); });
+  }
+  // The same when nothing of the group is used any more: a wait of Gloo's that
+  // times out ends all others. The first one may only hear of an abort, or that
+  // the work is done, which the others do not hear then.
+  static void TimeOut(c10d::Work& work) {
+    for (int i = 0; i < 2; ++i) {
+      TorchToStatus([&] {
+        work.wait(std::chrono::milliseconds(1));
+      }).IgnoreError();
+    }
   }
 
   // OK, or why nothing works any more.
@@ -151,6 +190,7 @@ class C10dEngine final : public Engine {
 
   const EngineOptions options_;
   const c10::intrusive_ptr<c10d::Backend> group_;
+  const bool lends_;  // memory of its callers to the group
   int frame_tag_ = 0;
 
   absl::Mutex mu_;  // also: one call of the group at a time
@@ -182,16 +222,10 @@ class C10dEngine::Batch final : public EngineBatch {
       const auto it = waiting.find(op->message);
       if (it != waiting.end() && it->second == op) waiting.erase(it);
       Abandon(std::move(op->announced));
-      if (op->framed) {
+      if (op->framed || !engine_->lends_) {
         Abandon(std::move(op->work));
       } else if (op->work != nullptr) {
-        // The caller's memory: a wait that times out closes the connections.
-        // The first one may only hear of the cancellation.
-        for (int i = 0; i < 2; ++i) {
-          TorchToStatus([&] {
-            op->work->wait(std::chrono::milliseconds(1));
-          }).IgnoreError();
-        }
+        TimeOut(*op->work);
         op->work.reset();
       }
     }
@@ -215,6 +249,7 @@ class C10dEngine::Batch final : public EngineBatch {
                                            const_cast<std::byte*>(data),
                                            size,
                                            size <= kMaxFramedBytes,
+                                           at::Tensor(),
                                            nullptr,
                                            nullptr}));
     return ops_.back();
@@ -225,9 +260,19 @@ class C10dEngine::Batch final : public EngineBatch {
   std::vector<std::shared_ptr<Op>> ops_;
 };
 
-C10dEngine::~C10dEngine() {
+void C10dEngine::End() {
   EndFrames();
-  thread_.reset();
+  bool over = true;
+  if (thread_ != nullptr) {
+    absl::MutexLock lock(&mu_);
+    over = options_.env->Await(mu_, absl::Condition(&frames_over_),
+                               options_.env->Now() + kThreadPatience);
+  }
+  if (over) {
+    thread_.reset();
+  } else {
+    Abandon(std::move(thread_));
+  }
 }
 
 absl::Status C10dEngine::Connect(absl::Time deadline) {
@@ -258,7 +303,8 @@ absl::Status C10dEngine::Connect(absl::Time deadline) {
     }
   }
   frame_tag_ = kFirstFrameTag + static_cast<int>(number);
-  thread_ = options_.env->StartThread("dsd_c10d", [this] { ReceiveFrames(); });
+  thread_ = options_.env->StartThread(
+      "dsd_c10d", [self = shared_from_this()] { self->ReceiveFrames(); });
   return absl::OkStatus();
 }
 
@@ -277,12 +323,18 @@ absl::StatusOr<Work> C10dEngine::SendFrame(int peer, const FrameHead& head,
   });
 }
 
+at::Tensor C10dEngine::MemoryOf(Op& op) const {
+  if (lends_) return BytesAt(op.data, op.size);
+  // Of a receive, too: what comes may be shorter.
+  op.copy = BytesAt(op.data, op.size).clone();
+  return op.copy;
+}
+
 absl::Status C10dEngine::SendLarge(Op& op, int slot) {
-  DSD_ASSIGN_OR_RETURN(
-      op.work, TorchToStatus([&] {
-        std::vector<at::Tensor> tensors = {BytesAt(op.data, op.size)};
-        return group_->send(tensors, op.message.first, slot);
-      }));
+  DSD_ASSIGN_OR_RETURN(op.work, TorchToStatus([&] {
+                         std::vector<at::Tensor> tensors = {MemoryOf(op)};
+                         return group_->send(tensors, op.message.first, slot);
+                       }));
   return absl::OkStatus();
 }
 
@@ -309,11 +361,11 @@ absl::Status C10dEngine::PostRecv(const std::shared_ptr<Op>& op) {
   head.source = options_.rank;
   head.tag = op->message.second;
   head.slot = TakeSlot();
-  DSD_ASSIGN_OR_RETURN(
-      op->work, TorchToStatus([&] {
-        std::vector<at::Tensor> tensors = {BytesAt(op->data, op->size)};
-        return group_->recv(tensors, op->message.first, head.slot);
-      }));
+  DSD_ASSIGN_OR_RETURN(op->work, TorchToStatus([&] {
+                         std::vector<at::Tensor> tensors = {MemoryOf(*op)};
+                         return group_->recv(tensors, op->message.first,
+                                             head.slot);
+                       }));
   DSD_ASSIGN_OR_RETURN(op->announced,
                        SendFrame(op->message.first, head, nullptr));
   return absl::OkStatus();
@@ -427,6 +479,9 @@ absl::Status C10dEngine::WaitFor(Op& op, absl::Time deadline) {
       absl::MutexLock lock(&mu_);
       const auto it = recvs_.find(op.message);
       if (it != recvs_.end() && it->second.get() == &op) recvs_.erase(it);
+      if (op.copy.defined() && !op.arrived) {
+        std::memcpy(op.data, op.copy.const_data_ptr(), op.size);
+      }
     }
   }
   op.done = true;
@@ -470,7 +525,7 @@ absl::StatusOr<bool> C10dEngine::TakeFrame(const at::Tensor& frame) {
       if (head.size > 0) std::memcpy(op.data, data, head.size);
       op.arrived = true;
       // Nothing will come under its slot.
-      if (op.work != nullptr) AbortWork(*op.work);
+      if (op.work != nullptr) AbortWork(*op.work).IgnoreError();
       recvs_.erase(it);
       return true;
     }
@@ -527,7 +582,9 @@ void C10dEngine::ReceiveFrames() {
   if (!status.ok() && error_.ok()) {
     error_ = absl::UnavailableError(
         absl::StrCat("the process group failed: ", status.message()));
-    for (const auto& [waiting, count] : waited_) AbortWork(*waiting);
+    for (const auto& [waiting, count] : waited_) {
+      if (!AbortWork(*waiting).ok()) TimeOut(*waiting);
+    }
   }
 }
 
@@ -560,8 +617,10 @@ void C10dEngine::EndFrames() {
 
 void C10dEngine::CancelLocked() {
   cancelled_ = true;
-  if (frame_work_ != nullptr) AbortWork(*frame_work_);
-  for (const auto& [work, count] : waited_) AbortWork(*work);
+  if (frame_work_ != nullptr) AbortWork(*frame_work_).IgnoreError();
+  for (const auto& [work, count] : waited_) {
+    if (!AbortWork(*work).ok()) TimeOut(*work);
+  }
 }
 
 void C10dEngine::Cancel() {
@@ -569,12 +628,33 @@ void C10dEngine::Cancel() {
   CancelLocked();
 }
 
+class EngineOfCommunicator final : public Engine {
+ public:
+  explicit EngineOfCommunicator(std::shared_ptr<C10dEngine> engine)
+      : engine_(std::move(engine)) {}
+  ~EngineOfCommunicator() override { engine_->End(); }
+
+  absl::Status Connect(absl::Time deadline) override {
+    return engine_->Connect(deadline);
+  }
+  absl::StatusOr<std::unique_ptr<EngineBatch>> Start(
+      absl::Span<const EngineSend> sends,
+      absl::Span<const EngineRecv> recvs) override {
+    return engine_->Start(sends, recvs);
+  }
+  void Cancel() override { engine_->Cancel(); }
+
+ private:
+  const std::shared_ptr<C10dEngine> engine_;
+};
+
 }  // namespace
 
 std::unique_ptr<Engine> MakeC10dEngine(
     const EngineOptions& options,
     const c10::intrusive_ptr<c10d::Backend>& group) {
-  return std::make_unique<C10dEngine>(options, group);
+  return std::make_unique<EngineOfCommunicator>(
+      std::make_shared<C10dEngine>(options, group));
 }
 
 }  // namespace dsd
