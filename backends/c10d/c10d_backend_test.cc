@@ -16,6 +16,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <string>
 #include <thread>
 #include <utility>
@@ -324,6 +325,130 @@ DSD_RANK_PROGRAM(LateMessage) {
 
 TEST(C10dBackendTest, MemoryIsGivenBackThoughWorksGoOn) {
   EXPECT_THAT(RunWithFile(2, "LateMessage"), AllRanksOk());
+}
+
+// Message `tag`: its bytes follow from it.
+std::vector<std::byte> MessageOf(uint64_t tag, size_t size) {
+  std::vector<std::byte> bytes(size);
+  for (size_t i = 0; i < size; ++i) {
+    bytes[i] = std::byte((tag * 131 + i * 7) >> 3);
+  }
+  return bytes;
+}
+
+DSD_RANK_PROGRAM(RunsAhead) {
+  constexpr int kMessages = 300;
+  constexpr size_t kBytes = 16'000;  // of each; together far beyond a window
+  constexpr absl::Duration kTimeout = absl::Seconds(40);
+  Env* const env = Env::Real();
+  DSD_ASSIGN_OR_RETURN(Group group, MakeGroup(rank));
+  DSD_ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
+                       ConnectEngine(rank, group));
+  std::vector<std::vector<std::byte>> messages;
+  std::vector<std::unique_ptr<EngineBatch>> batches(kMessages);
+  for (int tag = 0; tag < kMessages; ++tag) {
+    messages.push_back(rank.rank() == 0 ? MessageOf(tag, kBytes)
+                                        : std::vector<std::byte>(kBytes));
+  }
+  if (rank.rank() == 0) {
+    for (int tag = 0; tag < kMessages; ++tag) {
+      const EngineSend send = {1, static_cast<uint64_t>(tag), messages[tag]};
+      DSD_ASSIGN_OR_RETURN(batches[tag], engine->Start({send}, {}));
+    }
+    // Of this error it is known that the engine survives it.
+    const absl::Status early =
+        batches.back()->Wait(env->Now() + absl::Milliseconds(300));
+    if (!absl::IsDeadlineExceeded(early)) {
+      return absl::InternalError(
+          absl::StrCat("sent before it is expected: ", early.ToString()));
+    }
+  }
+  DSD_RETURN_IF_ERROR(SumsUp(group));  // from here on rank 1 receives
+  // The last one first: nothing that is not expected yet is in its way.
+  for (int tag = kMessages - 1; tag >= 0; --tag) {
+    if (rank.rank() == 1) {
+      const EngineRecv recv = {0, static_cast<uint64_t>(tag),
+                               absl::MakeSpan(messages[tag])};
+      DSD_ASSIGN_OR_RETURN(batches[tag], engine->Start({}, {recv}));
+    }
+    DSD_RETURN_IF_ERROR(batches[tag]->Wait(env->Now() + kTimeout));
+    if (messages[tag] != MessageOf(tag, kBytes)) {
+      return absl::InternalError(absl::StrCat("message ", tag));
+    }
+  }
+  batches.clear();
+  return SumsUp(group);
+}
+
+TEST(C10dBackendTest, SmallMessagesWaitForASlowReceiver) {
+  EXPECT_THAT(RunWithFile(2, "RunsAhead"), AllRanksOk());
+}
+
+// All ranks to all others at once, many windows, in orders of their own.
+DSD_RANK_PROGRAM(ManyMessages) {
+  constexpr int kMessages = 600;  // to each
+  constexpr absl::Duration kTimeout = absl::Seconds(40);
+  Env* const env = Env::Real();
+  DSD_ASSIGN_OR_RETURN(Group group, MakeGroup(rank));
+  DSD_ASSIGN_OR_RETURN(std::unique_ptr<Engine> engine,
+                       ConnectEngine(rank, group));
+  const auto tag_of = [](int from, int to, int i) {
+    return static_cast<uint64_t>((from * 16 + to) * kMessages + i);
+  };
+  const auto size_of = [](uint64_t tag) -> size_t {
+    const size_t size = tag * 7919 % 20'480;
+    return tag % 50 == 0 ? 0 : tag % 40 == 0 ? 3 * size : size;
+  };
+  struct Transfer {
+    bool is_send;
+    int peer;
+    uint64_t tag;
+    std::vector<std::byte> bytes;
+    std::unique_ptr<EngineBatch> batch;
+  };
+  std::vector<Transfer> transfers;
+  for (int peer = 0; peer < rank.world_size(); ++peer) {
+    if (peer == rank.rank()) continue;
+    for (int i = 0; i < kMessages; ++i) {
+      const uint64_t out = tag_of(rank.rank(), peer, i);
+      transfers.push_back({true, peer, out, MessageOf(out, size_of(out)), {}});
+      const uint64_t in = tag_of(peer, rank.rank(), i);
+      // Some are shorter than what is expected.
+      const size_t more = in % 9 == 0 ? 30'000 : in % 3;
+      transfers.push_back(
+          {false, peer, in, std::vector<std::byte>(size_of(in) + more), {}});
+    }
+  }
+  std::mt19937 random(rank.rank());
+  // Not quite at random: the far ends of a window meet the near ones.
+  const size_t half = transfers.size() / 2;
+  std::shuffle(transfers.begin(), transfers.begin() + half, random);
+  std::shuffle(transfers.begin() + half, transfers.end(), random);
+  for (Transfer& t : transfers) {
+    const EngineSend send = {t.peer, t.tag, t.bytes};
+    const EngineRecv recv = {t.peer, t.tag, absl::MakeSpan(t.bytes)};
+    absl::StatusOr<std::unique_ptr<EngineBatch>> batch =
+        t.is_send ? engine->Start({send}, {}) : engine->Start({}, {recv});
+    DSD_RETURN_IF_ERROR(batch.status());
+    t.batch = *std::move(batch);
+  }
+  for (Transfer& t : transfers) {
+    DSD_RETURN_IF_ERROR(t.batch->Wait(env->Now() + kTimeout));
+    t.bytes.resize(size_of(t.tag));
+    if (t.bytes != MessageOf(t.tag, size_of(t.tag))) {
+      return absl::InternalError(absl::StrCat("message ", t.tag));
+    }
+  }
+  transfers.clear();
+  DSD_RETURN_IF_ERROR(SumsUp(group));
+  engine.reset();
+  return SumsUp(group);
+}
+
+TEST(C10dBackendTest, NothingIsLostBeyondTheWindow) {
+  for (const int ranks : {2, 3}) {
+    EXPECT_THAT(RunWithFile(ranks, "ManyMessages"), AllRanksOk()) << ranks;
+  }
 }
 
 // The ports at which this process listens.

@@ -7,6 +7,11 @@
 // says that it is ready, in a frame that names the tag (here: slot) under which
 // it now expects just these bytes in the caller's own memory.
 //
+// A rank keeps small messages that it does not expect yet, of each sender up to
+// kWindow: it says what has found its receive, and a sender that has more under
+// way sends only a frame that says so, and the message, in a frame, too, when
+// the receiver is ready for it.
+//
 // Only Gloo promises that a transfer whose wait was ended, by an abort or since
 // its time was over, touches the memory no more (and then closes all
 // connections, so that no wait of a healthy group may be a short one). Of other
@@ -14,6 +19,7 @@
 // the engine's own, and so may the thread that waits for one be left behind.
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -28,6 +34,7 @@
 #include "absl/base/no_destructor.h"
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
@@ -46,11 +53,14 @@ using Message = std::pair<int, uint64_t>;  // peer, tag
 
 // Every envelope of Communicator fits.
 constexpr size_t kMaxFramedBytes = size_t{20} << 10;
-// What peers may send before this rank expects it; far more than a call has
-// under way.
-constexpr size_t kMaxEarlyBytes = size_t{256} << 20;
+// Small messages to one peer that have not found their receives; each also
+// costs a place.
+constexpr size_t kWindow = size_t{512} << 10;
+constexpr size_t kFrameOverhead = 128;
 constexpr absl::Duration kByePatience = absl::Seconds(2);
 constexpr absl::Duration kThreadPatience = absl::Seconds(1);
+// For what has happened already, in a process that may be stopped.
+constexpr absl::Duration kTellPatience = absl::Minutes(1);
 constexpr std::chrono::milliseconds kForever = std::chrono::hours(24 * 365);
 
 // Tags of the process group; its user's own are small numbers.
@@ -60,17 +70,26 @@ constexpr char kFrameTagKey[] = "c10d/frame_tag";
 
 constexpr char kGlooName[] = "gloo";
 
-enum class FrameKind : uint32_t { kSmall = 1, kReady = 2, kBye = 3 };
+enum class FrameKind : uint32_t {
+  kSmall = 1,
+  kReady = 2,
+  kBye = 3,
+  kWaits = 4,    // a small message that is beyond the window
+  kInvited = 5,  // it, after kReady
+  kTaken = 6,    // `tag` bytes of the window
+};
 
 struct FrameHead {
-  static constexpr uint32_t kMagic = 0x66647364;  // "dsdf"
+  static constexpr uint32_t kMagic = 0x32647364;  // "dsd2"
   uint32_t magic = kMagic;
   FrameKind kind = FrameKind::kBye;
   int32_t source = 0;
-  int32_t slot = 0;   // kReady
+  int32_t slot = 0;   // kReady, for a large message
   uint64_t tag = 0;   // of the message
-  uint64_t size = 0;  // kSmall: bytes that follow
+  uint64_t size = 0;  // kSmall, kInvited: bytes that follow
 };
+
+size_t FrameCost(size_t bytes) { return bytes + kFrameOverhead; }
 
 at::Tensor BytesAt(const std::byte* data, size_t size) {
   return at::from_blob(const_cast<std::byte*>(data),
@@ -121,7 +140,8 @@ class C10dEngine final : public Engine,
              const c10::intrusive_ptr<c10d::Backend>& group)
       : options_(options),
         group_(group),
-        lends_(group->getBackendName() == kGlooName) {}
+        lends_(group->getBackendName() == kGlooName),
+        peers_(options.world_size) {}
 
   void End();
 
@@ -143,9 +163,16 @@ class C10dEngine final : public Engine,
     bool framed;
     at::Tensor copy;  // of a large message, unless the group gets `data`
     Work work;        // moves the message, or its frame; null: not posted yet
-    Work announced;   // of a large receive: the frame that says so
+    Work announced;   // the frame kReady or kWaits, if there is one
     bool arrived = false;
     bool done = false;  // only for the batch's thread
+  };
+
+  struct Peer {
+    size_t under_way = 0;  // of the window
+    size_t taken = 0;      // that it has not been told
+    std::array<Work, 2> told;
+    size_t next_told = 0;
   };
 
   absl::Status PostRecv(const std::shared_ptr<Op>& op)
@@ -155,7 +182,14 @@ class C10dEngine final : public Engine,
   absl::StatusOr<Work> SendFrame(int peer, const FrameHead& head,
                                  const std::byte* data)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::StatusOr<Work> SendFrameOf(FrameKind kind, const Message& message,
+                                   int slot = 0)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status SendSmall(Op& op, FrameKind kind)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status SendLarge(Op& op, int slot) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // A message kSmall of the peer has found its receive.
+  absl::Status Taken(int rank, size_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // What the group may touch instead of the memory of `op`, or that.
   at::Tensor MemoryOf(Op& op) const;
@@ -203,8 +237,10 @@ class C10dEngine final : public Engine,
   absl::flat_hash_map<Message, std::shared_ptr<Op>> recvs_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<Message, std::shared_ptr<Op>> sends_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<Message, std::string> early_ ABSL_GUARDED_BY(mu_);
-  size_t early_bytes_ ABSL_GUARDED_BY(mu_) = 0;
+  absl::flat_hash_set<Message> waiting_ ABSL_GUARDED_BY(mu_);  // kWaits
   absl::flat_hash_map<Message, int> ready_ ABSL_GUARDED_BY(mu_);
+  std::vector<Peer> peers_ ABSL_GUARDED_BY(mu_);
+  int byes_ ABSL_GUARDED_BY(mu_) = 0;
   std::unique_ptr<EnvThread> thread_;
 };
 
@@ -323,6 +359,26 @@ absl::StatusOr<Work> C10dEngine::SendFrame(int peer, const FrameHead& head,
   });
 }
 
+absl::StatusOr<Work> C10dEngine::SendFrameOf(FrameKind kind,
+                                             const Message& message, int slot) {
+  FrameHead head;
+  head.kind = kind;
+  head.source = options_.rank;
+  head.slot = slot;
+  head.tag = message.second;
+  return SendFrame(message.first, head, nullptr);
+}
+
+absl::Status C10dEngine::SendSmall(Op& op, FrameKind kind) {
+  FrameHead head;
+  head.kind = kind;
+  head.source = options_.rank;
+  head.tag = op.message.second;
+  head.size = op.size;
+  DSD_ASSIGN_OR_RETURN(op.work, SendFrame(op.message.first, head, op.data));
+  return absl::OkStatus();
+}
+
 at::Tensor C10dEngine::MemoryOf(Op& op) const {
   if (lends_) return BytesAt(op.data, op.size);
   // Of a receive, too: what comes may be shorter.
@@ -349,47 +405,67 @@ absl::Status C10dEngine::PostRecv(const std::shared_ptr<Op>& op) {
     if (!early->second.empty()) {
       std::memcpy(op->data, early->second.data(), early->second.size());
     }
-    early_bytes_ -= early->second.size();
+    const size_t bytes = early->second.size();
     early_.erase(early);
     op->arrived = true;
-    return absl::OkStatus();
+    return Taken(op->message.first, bytes);
   }
   recvs_[op->message] = op;
-  if (op->framed) return absl::OkStatus();
-  FrameHead head;
-  head.kind = FrameKind::kReady;
-  head.source = options_.rank;
-  head.tag = op->message.second;
-  head.slot = TakeSlot();
-  DSD_ASSIGN_OR_RETURN(op->work, TorchToStatus([&] {
-                         std::vector<at::Tensor> tensors = {MemoryOf(*op)};
-                         return group_->recv(tensors, op->message.first,
-                                             head.slot);
-                       }));
+  const bool waits = waiting_.erase(op->message) > 0;
+  int slot = 0;
+  if (op->framed) {
+    if (!waits) return absl::OkStatus();
+  } else {
+    slot = TakeSlot();
+    DSD_ASSIGN_OR_RETURN(op->work, TorchToStatus([&] {
+                           std::vector<at::Tensor> tensors = {MemoryOf(*op)};
+                           return group_->recv(tensors, op->message.first,
+                                               slot);
+                         }));
+  }
   DSD_ASSIGN_OR_RETURN(op->announced,
-                       SendFrame(op->message.first, head, nullptr));
+                       SendFrameOf(FrameKind::kReady, op->message, slot));
   return absl::OkStatus();
 }
 
 absl::Status C10dEngine::PostSend(const std::shared_ptr<Op>& op) {
-  if (op->framed) {
-    FrameHead head;
-    head.kind = FrameKind::kSmall;
-    head.source = options_.rank;
-    head.tag = op->message.second;
-    head.size = op->size;
-    DSD_ASSIGN_OR_RETURN(op->work,
-                         SendFrame(op->message.first, head, op->data));
-    return absl::OkStatus();
-  }
   const auto ready = ready_.find(op->message);
-  if (ready == ready_.end()) {
-    sends_[op->message] = op;
-    return absl::OkStatus();
+  if (ready != ready_.end()) {
+    const int slot = ready->second;
+    ready_.erase(ready);
+    return op->framed ? SendSmall(*op, FrameKind::kInvited)
+                      : SendLarge(*op, slot);
   }
-  const int slot = ready->second;
-  ready_.erase(ready);
-  return SendLarge(*op, slot);
+  if (op->framed) {
+    size_t& under_way = peers_[op->message.first].under_way;
+    if (under_way + FrameCost(op->size) <= kWindow) {
+      under_way += FrameCost(op->size);
+      return SendSmall(*op, FrameKind::kSmall);
+    }
+    DSD_ASSIGN_OR_RETURN(op->announced,
+                         SendFrameOf(FrameKind::kWaits, op->message));
+  }
+  sends_[op->message] = op;
+  return absl::OkStatus();
+}
+
+absl::Status C10dEngine::Taken(int rank, size_t bytes) {
+  Peer& peer = peers_[rank];
+  peer.taken += FrameCost(bytes);
+  if (peer.taken < kWindow / 2) return absl::OkStatus();
+  // The peer has received the one before the last, or it could not have sent so
+  // much since: nothing is waited for.
+  Work& told = peer.told[peer.next_told++ % peer.told.size()];
+  if (told != nullptr) {
+    DSD_RETURN_IF_ERROR(TorchToStatus([&] {
+                          return told->wait(
+                              absl::ToChronoMilliseconds(kTellPatience));
+                        }).status());
+  }
+  DSD_ASSIGN_OR_RETURN(
+      told, SendFrameOf(FrameKind::kTaken,
+                        Message(rank, std::exchange(peer.taken, 0))));
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::unique_ptr<EngineBatch>> C10dEngine::Start(
@@ -503,16 +579,11 @@ absl::StatusOr<bool> C10dEngine::TakeFrame(const at::Tensor& frame) {
   absl::MutexLock lock(&mu_);
   switch (head.kind) {
     case FrameKind::kBye:
-      return false;
-    case FrameKind::kSmall: {
+      return ++byes_ < options_.world_size - 1;
+    case FrameKind::kSmall:
+    case FrameKind::kInvited: {
       const auto it = recvs_.find(message);
       if (it == recvs_.end()) {
-        early_bytes_ += head.size;
-        if (early_bytes_ > kMaxEarlyBytes) {
-          return absl::ResourceExhaustedError(
-              absl::StrCat("the other ranks have sent ", early_bytes_ >> 20,
-                           " MiB that this rank does not expect yet"));
-        }
         early_[message].assign(reinterpret_cast<const char*>(data), head.size);
         return true;
       }
@@ -527,6 +598,24 @@ absl::StatusOr<bool> C10dEngine::TakeFrame(const at::Tensor& frame) {
       // Nothing will come under its slot.
       if (op.work != nullptr) AbortWork(*op.work).IgnoreError();
       recvs_.erase(it);
+      if (head.kind == FrameKind::kSmall) {
+        DSD_RETURN_IF_ERROR(Taken(head.source, head.size));
+      }
+      return true;
+    }
+    case FrameKind::kWaits: {
+      const auto it = recvs_.find(message);
+      if (it == recvs_.end()) {
+        waiting_.insert(message);
+      } else if (it->second->framed) {
+        DSD_ASSIGN_OR_RETURN(it->second->announced,
+                             SendFrameOf(FrameKind::kReady, message));
+      }
+      return true;
+    }
+    case FrameKind::kTaken: {
+      size_t& under_way = peers_[head.source].under_way;
+      under_way -= std::min<size_t>(under_way, head.tag);
       return true;
     }
     case FrameKind::kReady: {
@@ -537,7 +626,8 @@ absl::StatusOr<bool> C10dEngine::TakeFrame(const at::Tensor& frame) {
       }
       const std::shared_ptr<Op> op = std::move(it->second);
       sends_.erase(it);
-      DSD_RETURN_IF_ERROR(SendLarge(*op, head.slot));
+      DSD_RETURN_IF_ERROR(op->framed ? SendSmall(*op, FrameKind::kInvited)
+                                     : SendLarge(*op, head.slot));
       return true;
     }
   }
@@ -588,30 +678,43 @@ void C10dEngine::ReceiveFrames() {
   }
 }
 
-// All ranks have left, and each tells the next to listen no more: a receive
-// that stays posted would spoil the group for its user.
+// All ranks have left, and each tells the others to listen no more, behind all
+// that it has sent them: what stays posted would spoil the group for its user.
 void C10dEngine::EndFrames() {
-  absl::StatusOr<Work> bye = Work();
+  std::vector<Work> works;
+  const absl::Time until = options_.env->Now() + kByePatience;
+  bool usable = false;
   {
     absl::MutexLock lock(&mu_);
     if (thread_ == nullptr) return;
-    if (CheckUsable().ok()) {
-      FrameHead head;
-      head.source = options_.rank;
-      bye = SendFrame((options_.rank + 1) % options_.world_size, head, nullptr);
+    for (Peer& peer : peers_) {
+      for (Work& told : peer.told) {
+        if (told != nullptr) works.push_back(std::move(told));
+      }
+    }
+    usable = CheckUsable().ok();
+    if (usable) {
+      for (int i = 1; i < options_.world_size; ++i) {
+        absl::StatusOr<Work> bye =
+            SendFrameOf(FrameKind::kBye,
+                        Message((options_.rank + i) % options_.world_size, 0));
+        if (bye.ok()) works.push_back(*std::move(bye));
+      }
       const auto over = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
         return frames_over_ || cancelled_;
       };
-      options_.env->Await(mu_, absl::Condition(&over),
-                          options_.env->Now() + kByePatience);
+      options_.env->Await(mu_, absl::Condition(&over), until);
     }
     CancelLocked();
   }
-  if (!bye.ok() || *bye == nullptr) return;
-  if (!TorchToStatus([&] {
-         return (*bye)->wait(absl::ToChronoMilliseconds(kByePatience));
-       }).ok()) {
-    Abandon(*std::move(bye));
+  for (Work& work : works) {
+    const absl::Duration left =
+        std::max(until - options_.env->Now(), absl::Milliseconds(1));
+    if (!usable || !TorchToStatus([&] {
+                      return work->wait(absl::ToChronoMilliseconds(left));
+                    }).ok()) {
+      Abandon(std::move(work));
+    }
   }
 }
 
