@@ -51,8 +51,11 @@ absl::StatusOr<StateDict> MapFlatOptimizerKeys(const StateDict& dict,
       for (size_t dot = rest.rfind('.');
            dot != absl::string_view::npos && dot > 0;
            dot = rest.rfind('.', dot - 1)) {
-        const std::string fqn = map(rest.substr(0, dot));
-        leave_out |= fqn.empty();
+        const absl::string_view own = rest.substr(0, dot);
+        const std::string fqn = map(own);
+        // What became a name that the model lacks is not the state of the
+        // parameter that has the old name here.
+        leave_out |= fqn.empty() || (fqn != own && table.Find(own).has_value());
         if (table.Find(fqn).has_value()) {
           renamed = absl::StrCat(part, fqn, rest.substr(dot));
           leave_out = false;
@@ -65,6 +68,23 @@ absl::StatusOr<StateDict> MapFlatOptimizerKeys(const StateDict& dict,
     DSD_RETURN_IF_ERROR(SetRenamed(key, renamed, dict.value(i), origin, out));
   }
   return out;
+}
+
+// Whether parameters have numbers, as in Python's optimizer.state_dict().
+bool HasNumberedParameters(const StateDict& dict) {
+  const Value* const groups = dict.Find("param_groups");
+  const auto* const list =
+      groups == nullptr ? nullptr : groups->get_if<Value::List>();
+  if (list == nullptr) return false;
+  for (const Value& group : *list) {
+    const auto* const values = group.get_if<StateDict>();
+    const Value* const params =
+        values == nullptr ? nullptr : values->Find("params");
+    const auto* const names =
+        params == nullptr ? nullptr : params->get_if<Value::List>();
+    if (names != nullptr && !names->empty()) return (*names)[0].is<int64_t>();
+  }
+  return false;
 }
 
 // A group with other names in its list "params".
@@ -143,6 +163,7 @@ absl::StatusOr<StateDict> MapOptimizerKeys(const StateDict& dict,
   if (!dict.contains("state") && !dict.contains("param_groups")) {
     return MapFlatOptimizerKeys(dict, map, table);
   }
+  if (HasNumberedParameters(dict)) return dict;  // there are no names in it
   StateDict out = dict;
   if (Value* state = out.Find("state")) {
     if (const auto* entries = state->get_if<StateDict>()) {

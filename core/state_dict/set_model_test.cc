@@ -105,6 +105,84 @@ TEST(KeyMapTest, TableRenamesKeysOfBothDicts) {
   EXPECT_THAT(KeysOf(model_dict), ElementsAre("old.w", "layer.b", "dropped"));
 }
 
+TEST(KeyMapTest, StateThatIsRenamedAwayIsNotLoaded) {
+  for (const bool flat : {false, true}) {
+    FakeModel model;
+    FakeOptimizer optimizer;
+    model.Add("w", at::zeros({2}).requires_grad_());
+    optimizer.groups.push_back({{model.tensor(0)}, {}});
+    optimizer.groups[0].hyperparameters.Set("lr", Object(0.5));
+    StateDict& state = optimizer.StateOf(model.tensor(0));
+    state.Set("step", Value(1));
+    state.Set("moment", Value(TensorValue(Numbers({2}))));
+    StateDictOptions options;
+    options.flatten_optimizer_state_dict = flat;
+    options.key_map = RenameKeys({{"w", "old.w"}});
+    SourceSession session(&model, {&optimizer}, nullptr, options);
+    absl::StatusOr<StateDict> dict = session.GetOptimizer();
+    ASSERT_TRUE(dict.ok()) << dict.status();
+    state.Set("step", Value(7));
+    EXPECT_THAT(session.SetOptimizer(*dict),
+                IsStatus(absl::StatusCode::kInvalidArgument,
+                         "missing optimizer state (1): \"w\""))
+        << flat;
+    EXPECT_EQ(*state.Find("step")->get_if<int64_t>(), 7);
+    // Another parameter takes the name.
+    model.Add("v", at::zeros({2}).requires_grad_());
+    FakeOptimizer both;
+    both.groups.push_back({{model.tensor(0), model.tensor(1)}, {}});
+    both.groups[0].hyperparameters.Set("lr", Object(0.5));
+    for (const size_t i : {0, 1}) {
+      StateDict& own = both.StateOf(model.tensor(i));
+      own.Set("step", Value(static_cast<int64_t>(i)));
+      own.Set("moment", Value(TensorValue(Numbers({2}, 10.0 * i))));
+    }
+    options.key_map = nullptr;
+    dict = SourceSession(&model, {&both}, nullptr, options).GetOptimizer();
+    ASSERT_TRUE(dict.ok()) << dict.status();
+    options.key_map = RenameKeys({{"v", "w"}, {"w", "old.w"}});
+    options.strict = false;
+    EXPECT_TRUE(SourceSession(&model, {&both}, nullptr, options)
+                    .SetOptimizer(*dict)
+                    .ok());
+    const StateDict& loaded = both.StateOf(model.tensor(0));
+    EXPECT_EQ(*loaded.Find("step")->get_if<int64_t>(), 1) << flat;
+    EXPECT_TRUE(at::equal(TensorAt(loaded, "moment"), Numbers({2}, 10)));
+  }
+}
+
+// Python's optimizer.state_dict() has numbers where others have names.
+TEST(KeyMapTest, NumbersOfParametersAreNoNames) {
+  FakeModel model;
+  FakeOptimizer optimizer;
+  model.Add("module.w", at::zeros({2}).requires_grad_());
+  optimizer.groups.push_back({{model.tensor(0)}, {}});
+  optimizer.groups[0].hyperparameters.Set("lr", Object(0.5));
+  StateDict entry;
+  entry.Set("step", Value(3));
+  entry.Set("moment", Value(TensorValue(Numbers({2}, 5))));
+  StateDict state;
+  state.Set(int64_t{0}, Value(std::move(entry)));
+  StateDict group;
+  group.Set("lr", Value(0.25));
+  group.Set("params", Value(Value::List{Value(int64_t{0})}));
+  StateDict dict;
+  dict.Set("state", Value(std::move(state)));
+  dict.Set("param_groups", Value(Value::List{Value(std::move(group))}));
+  StateDictOptions options;
+  options.key_map = [](absl::string_view key) {
+    return absl::StrCat("module.", key);
+  };
+  SourceSession session(&model, {&optimizer}, nullptr, options);
+  const absl::StatusOr<IncompatibleKeys> keys =
+      session.Set(DictOf({{"w", Numbers({2}, 1)}}), dict);
+  ASSERT_TRUE(keys.ok()) << keys.status();
+  EXPECT_TRUE(keys->empty());
+  EXPECT_TRUE(at::equal(TensorAt(optimizer.StateOf(model.tensor(0)), "moment"),
+                        Numbers({2}, 5)));
+  EXPECT_EQ(*optimizer.groups[0].hyperparameters.Find("lr"), Object(0.25));
+}
+
 TEST(KeyMapTest, CollisionsNameAllThree) {
   FakeModel model;
   model.Add("w", at::zeros({2}));
