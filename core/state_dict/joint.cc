@@ -359,17 +359,7 @@ class Joiner {
     } else if (auto* groups = from.get_if<Value::List>();
                groups != nullptr && into.is<Value::List>() &&
                IsParamGroups(path)) {
-      auto& known = *into.get_if<Value::List>();
-      for (Value& group : *groups) {
-        const Value* const names = ParamsOf(group);
-        if (std::none_of(known.begin(), known.end(), [&](const Value& other) {
-              const Value* const others = ParamsOf(other);
-              return names != nullptr && others != nullptr &&
-                     IsSame(*names, *others);
-            })) {
-          known.push_back(std::move(group));
-        }
-      }
+      AppendGroups(*groups, path, *into.get_if<Value::List>());
     } else if (!from.is_container() || !into.is_container()) {
       return;  // an object: that of the first rank
     } else {
@@ -381,9 +371,62 @@ class Joiner {
     return path == "param_groups" || path == "optim.param_groups";
   }
 
-  static const Value* ParamsOf(const Value& group) {
-    const auto* dict = group.get_if<StateDict>();
-    return dict == nullptr ? nullptr : dict->Find("params");
+  // A parameter that several ranks have is in the group of the first of them.
+  void AppendGroups(std::vector<Value>& groups, const std::string& path,
+                    std::vector<Value>& known) {
+    const auto [listed, is_new] = listed_.try_emplace(path);
+    if (is_new) {
+      for (const Value& group : known) AddNames(group, listed->second);
+    }
+    absl::flat_hash_set<std::string> names;  // of this rank
+    for (Value& group : groups) {
+      AddNames(group, names);
+      if (RemoveListed(listed->second, group)) {
+        known.push_back(std::move(group));
+      }
+    }
+    listed->second.merge(names);
+  }
+
+  // The list "params" or "param_names" of a group; null if it has none.
+  template <class GroupValue>
+  static auto* ListOf(GroupValue& group, absl::string_view key) {
+    auto* const dict = group.template get_if<StateDict>();
+    auto* const value = dict == nullptr ? nullptr : dict->Find(key);
+    return value == nullptr ? nullptr : value->template get_if<Value::List>();
+  }
+
+  static std::string NameOf(const Value& param) {
+    if (const auto* const fqn = param.get_if<std::string>()) return *fqn;
+    return EncodeOutline(param).value_or("");
+  }
+
+  static void AddNames(const Value& group,
+                       absl::flat_hash_set<std::string>& names) {
+    const Value::List* const params = ListOf(group, "params");
+    if (params == nullptr) return;
+    for (const Value& param : *params) names.insert(NameOf(param));
+  }
+
+  // False if no parameter is left.
+  static bool RemoveListed(const absl::flat_hash_set<std::string>& listed,
+                           Value& group) {
+    Value::List* const params = ListOf(group, "params");
+    if (params == nullptr) return true;  // for the optimizer's parser to refuse
+    Value::List* names = ListOf(group, "param_names");
+    if (names != nullptr && names->size() != params->size()) names = nullptr;
+    size_t kept = 0;
+    for (size_t i = 0; i < params->size(); ++i) {
+      if (listed.contains(NameOf((*params)[i]))) continue;
+      if (kept != i) {
+        (*params)[kept] = std::move((*params)[i]);
+        if (names != nullptr) (*names)[kept] = std::move((*names)[i]);
+      }
+      ++kept;
+    }
+    params->resize(kept);
+    if (names != nullptr) names->resize(kept);
+    return kept > 0;
   }
 
   // Puts tensors in the place of declarations.
@@ -441,6 +484,8 @@ class Joiner {
   const CallClock& clock_;
   absl::flat_hash_map<std::string, TensorValue> own_;
   absl::flat_hash_map<std::string, std::vector<int>> ranks_of_;
+  // Parameters in groups of an optimizer dict, by its path.
+  absl::flat_hash_map<std::string, absl::flat_hash_set<std::string>> listed_;
   std::vector<std::string> misfits_;
 };
 

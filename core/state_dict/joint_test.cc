@@ -214,6 +214,103 @@ TEST_P(JointTest, BothDictsRoundTripThroughOneRank) {
       AllOk());
 }
 
+// Each rank has an expert beside a sharded parameter that all have, and both in
+// one group.
+struct Expert {
+  Expert(const Communicator& comm, double start) {
+    const Layout rows = *Layout::FromPlacements(
+        {5, 2}, DeviceMesh::Iota({comm.size()}), {Shard(0)});
+    const std::vector<at::Tensor> params = {
+        model.AddShard("shared", Numbers({5, 2}, start).requires_grad_(), rows,
+                       comm.rank()),
+        Numbers({3}, start + 100 * comm.rank()).requires_grad_()};
+    model.Add(absl::StrCat("expert", comm.rank()), params[1]);
+    for (const at::Tensor& param : params) {
+      StateDict& state = optimizer.StateOf(param);
+      state.Set("step", Value(static_cast<int64_t>(start)));
+      state.Set("moment", Value(TensorValue(param.detach().mul(2))));
+    }
+    optimizer.groups.push_back({params, {}});
+    optimizer.groups[0].hyperparameters.Set("lr", Object(start));
+    options.replica_ranks = {comm.rank()};
+  }
+
+  FakeModel model;
+  FakeOptimizer optimizer;
+  StateDictOptions options;
+};
+
+TEST_P(JointTest, ParameterOfAllRanksIsInOneGroup) {
+  for (const bool flat : {false, true}) {
+    for (const bool full : {false, true}) {
+      EXPECT_THAT(
+          RunRankThreads(
+              ranks(),
+              [&](Communicator& comm) -> absl::Status {
+                Expert from(comm, 40);
+                Expert to(comm, 0);
+                for (Expert* const expert : {&from, &to}) {
+                  expert->options.full_state_dict = full;
+                  expert->options.flatten_optimizer_state_dict = flat;
+                }
+                DSD_ASSIGN_OR_RETURN(
+                    const StateDict dict,
+                    SourceSession(&from.model, {&from.optimizer}, &comm,
+                                  from.options)
+                        .GetOptimizer());
+                if (!flat && full) {
+                  std::vector<std::string> names;
+                  for (const Value& group :
+                       *dict.Find("param_groups")->get_if<Value::List>()) {
+                    for (const Value& name : *group.get_if<StateDict>()
+                                                  ->Find("params")
+                                                  ->get_if<Value::List>()) {
+                      names.push_back(*name.get_if<std::string>());
+                    }
+                  }
+                  std::vector<std::string> expected = {"shared"};
+                  for (int rank = 0; rank < ranks(); ++rank) {
+                    expected.push_back(absl::StrCat("expert", rank));
+                  }
+                  DSD_REQUIRE(names == expected);
+                }
+                DSD_RETURN_IF_ERROR(
+                    SourceSession(&to.model, {&to.optimizer}, &comm, to.options)
+                        .SetOptimizer(dict));
+                for (size_t i = 0; i < to.model.size(); ++i) {
+                  const StateDict& state =
+                      to.optimizer.StateOf(to.model.tensor(i));
+                  DSD_REQUIRE(at::equal(TensorAt(state, "moment"),
+                                        from.model.tensor(i).detach().mul(2)));
+                  DSD_REQUIRE(*state.Find("step")->get_if<int64_t>() == 40);
+                }
+                DSD_REQUIRE(*to.optimizer.groups[0].hyperparameters.Find(
+                                "lr") == Object(40.0));
+                return absl::OkStatus();
+              }),
+          AllOk())
+          << flat << full;
+    }
+  }
+}
+
+// What one rank's dict says twice is an error, as it is without other ranks.
+TEST_P(JointTest, ParameterInTwoGroupsOfOneRankIsStillAnError) {
+  for (const absl::Status& status :
+       RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+         Expert expert(comm, 40);
+         SourceSession session(&expert.model, {&expert.optimizer}, &comm,
+                               expert.options);
+         DSD_ASSIGN_OR_RETURN(StateDict dict, session.GetOptimizer());
+         auto& groups = *dict.Find("param_groups")->get_if<Value::List>();
+         groups.push_back(groups[0]);
+         return session.SetOptimizer(dict);
+       })) {
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kInvalidArgument,
+                                 "in group 0 and in group 1"));
+  }
+}
+
 TEST_P(JointTest, KeyThatIsTrulyMissingIsNamedWithItsRank) {
   if (ranks() < 4) GTEST_SKIP() << "needs two ranks per stage";
   for (const bool set : {false, true}) {
