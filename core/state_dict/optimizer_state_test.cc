@@ -598,6 +598,28 @@ TEST(OptimizerStateTest, SetThatFailsHalfWayPoisonsUntilOneSucceeds) {
   EXPECT_TRUE(session.GetModel().ok());
 }
 
+// Codecs are the user's.
+TEST(OptimizerStateTest, ExceptionAtTheCommitIsAnError) {
+  struct Throwing : FakeOptimizer {
+    absl::Status SetState(size_t, size_t, StateDict) override {
+      TORCH_CHECK(false, "codec throws");
+    }
+  };
+  Job job;
+  job.AddGroup({0}, 0.1);
+  job.Step(0, 1, 1);
+  Throwing optimizer;
+  static_cast<FakeOptimizer&>(optimizer) = job.optimizer;
+  SourceSession session(&job.model, {&optimizer}, nullptr, {});
+  const absl::StatusOr<StateDict> dict = session.GetOptimizer();
+  ASSERT_TRUE(dict.ok()) << dict.status();
+  const absl::Status status = session.SetOptimizer(*dict);
+  EXPECT_FALSE(status.ok());
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("codec throws"), HasSubstr("unspecified")));
+  EXPECT_FALSE(session.GetModel().ok());
+}
+
 class OptimizerRanksTest : public testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Ranks, OptimizerRanksTest, testing::Values(1, 2, 4));
 

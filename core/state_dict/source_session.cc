@@ -551,7 +551,8 @@ SourceSession::JoinAndTry(absl::string_view what, bool contributes,
       std::vector<TensorPair> pairs,
       JoinPairs(what, attempt->prepared.status, attempt->joint_pairs, dicts,
                 &options_.replica_ranks, mover_, clock));
-  absl::Status status = attempt->Complete(options_, pairs);
+  absl::Status status =
+      TorchToStatus([&] { return attempt->Complete(options_, pairs); });
   if (status.ok()) status = AddPairs(pairs, attempt->source, attempt->target);
   attempt->prepared = mover_.Prepare(attempt->source, attempt->target, status);
   return attempt;
@@ -691,7 +692,8 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
     status = TorchToStatus([&] { return attempt->model_load.Commit(); });
   }
   if (status.ok() && attempt->sets_optimizer) {
-    status = attempt->optimizer_load.Commit();
+    // Codecs are the user's.
+    status = TorchToStatus([&] { return attempt->optimizer_load.Commit(); });
   }
   if (!status.ok()) {
     if (!changed) return status;
