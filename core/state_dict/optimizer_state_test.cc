@@ -737,5 +737,46 @@ TEST_P(OptimizerRanksTest, BroadcastOfBothWithEmptyDictsElsewhere) {
       AllOk());
 }
 
+// What a codec refuses on one rank.
+TEST_P(OptimizerRanksTest, ErrorAtTheCommitOfOneRankIsEverybodys) {
+  const int ranks = GetParam();
+  for (const bool staged : {false, true}) {
+    for (const absl::Status& status : RunRankThreads(
+             ranks,
+             [&](Communicator& comm) -> absl::Status {
+               Job job;
+               job.AddGroup({0}, 0.1);
+               job.Step(0, 1, 1);
+               StateDictOptions options;
+               options.staged = staged;
+               SourceSession session(&job.model, {&job.optimizer}, &comm,
+                                     options);
+               DSD_ASSIGN_OR_RETURN(const StateDict dict,
+                                    session.GetOptimizer());
+               if (comm.rank() == ranks - 1) {
+                 job.optimizer.set_state_error =
+                     absl::InternalError("codec bug");
+               }
+               const absl::Status failed = session.SetOptimizer(dict);
+               // All of them know that values are unspecified, and can go on.
+               EXPECT_THAT(session.GetOptimizer().status(),
+                           IsStatus(absl::StatusCode::kFailedPrecondition,
+                                    "codec bug"));
+               job.optimizer.set_state_error = absl::OkStatus();
+               DSD_RETURN_IF_ERROR(session.SetOptimizer(dict));
+               DSD_RETURN_IF_ERROR(session.GetOptimizer());
+               return failed;
+             },
+             {absl::Seconds(60), {}, /*shutdown=*/true})) {
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kInternal,
+                                   ranks == 1 ? "codec bug"
+                                              : absl::StrCat("rank ", ranks - 1,
+                                                             ": ")));
+      EXPECT_THAT(std::string(status.message()),
+                  AllOf(HasSubstr("codec bug"), HasSubstr("unspecified")));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace dsd

@@ -122,6 +122,7 @@ struct Greeting {
   absl::StatusCode attempt_code = absl::StatusCode::kOk;  // with them
   bool has_model = false;
   bool has_optimizer = false;
+  bool has_extra_states = false;
   Digest call;     // what is set, and how
   Digest attempt;  // from where to where
 };
@@ -131,7 +132,8 @@ absl::StatusOr<std::vector<Greeting>> Greet(const Greeting& mine,
                                             const CallOptions& call) {
   std::string bytes = {
       static_cast<char>(mine.local_code), static_cast<char>(mine.attempt_code),
-      static_cast<char>(mine.has_model), static_cast<char>(mine.has_optimizer)};
+      static_cast<char>(mine.has_model), static_cast<char>(mine.has_optimizer),
+      static_cast<char>(mine.has_extra_states)};
   for (const Digest* digest : {&mine.call, &mine.attempt}) {
     bytes.append(reinterpret_cast<const char*>(digest->bytes.data()),
                  digest->bytes.size());
@@ -149,7 +151,8 @@ absl::StatusOr<std::vector<Greeting>> Greet(const Greeting& mine,
     other.attempt_code = static_cast<absl::StatusCode>(blob[1]);
     other.has_model = blob[2] != 0;
     other.has_optimizer = blob[3] != 0;
-    const char* at = blob.data() + 4;
+    other.has_extra_states = blob[4] != 0;
+    const char* at = blob.data() + 5;
     for (Digest* digest : {&other.call, &other.attempt}) {
       std::memcpy(digest->bytes.data(), at, digest->bytes.size());
       at += digest->bytes.size();
@@ -589,6 +592,7 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
                   .Add(static_cast<int64_t>(chosen.value_or(-1)))
                   .Finish();
   mine.local_code = local.code();
+  mine.has_extra_states = model != nullptr && live_.has_extra_states();
   if (may_skip_model && !mine.has_model) model = nullptr;
 
   // Ranks that all have what they need say so, and what they found, in one
@@ -599,6 +603,9 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
     mine.attempt = attempt->prepared.Fingerprint(attempt->parameters);
     mine.attempt_code = attempt->prepared.status.code();
   }
+  // Whether code of the user sets something on any rank, which may fail there
+  // only.
+  bool agrees_at_the_end = false;
   Value shared_model;
   Value shared_optimizer;
   StateDict joint_dicts;
@@ -619,6 +626,10 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
           mover_.comm(), what, mine.call, local,
           [&] { return DescribeOptions(options_); }, clock.Left()));
     }
+    agrees_at_the_end =
+        optimizer != nullptr || !all_have([](const Greeting& other) {
+          return !other.has_extra_states;
+        });
     const bool all_have_the_same =
         !chosen.has_value() && !joint && all_have([&](const Greeting& other) {
           return other.has_model == mine.has_model &&
@@ -667,6 +678,7 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
   // With new memory for all tensors nothing live is written before the commit.
   bool changed =
       !options_.staged && (!options_.assign || attempt->sets_optimizer);
+  bool is_agreed = world_size == 1;  // that it failed
   absl::Status status = mover_.MoveAgreed(attempt->prepared, clock);
   if (status.ok() && !attempt->local_pairs.empty()) {
     absl::StatusOr<TransferStats> copied =
@@ -680,6 +692,7 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
           mover_.comm(), what, Digest(), status, [] { return std::string(); },
           clock.Left());
       status.Update(agreed);
+      is_agreed = !status.ok();
     }
     if (status.ok()) {
       changed = true;
@@ -694,6 +707,17 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
   if (status.ok() && attempt->sets_optimizer) {
     // Codecs are the user's.
     status = TorchToStatus([&] { return attempt->optimizer_load.Commit(); });
+  }
+  if (agrees_at_the_end && !is_agreed && mover_.comm()->status().ok()) {
+    CallOptions left = clock.Left();
+    left.cancel = nullptr;  // what is done is done
+    const absl::Status agreed = Agree(
+        mover_.comm(), what, Digest(), status, [] { return std::string(); },
+        left);
+    // Without a verdict what this rank knows counts.
+    if (status.ok() || absl::StrContains(agreed.message(), status.message())) {
+      status = agreed;
+    }
   }
   if (!status.ok()) {
     if (!changed) return status;

@@ -332,6 +332,36 @@ TEST(ExtraStateTest, ErrorNamesTheKeyAndPoisonsTheSession) {
   EXPECT_TRUE(session->GetModel().ok());
 }
 
+// With replica_ranks only one rank may have extra states at all.
+TEST(ExtraStateTest, ErrorOfOneRankIsEverybodys) {
+  struct Refusing : nn::Module, ExtraState {
+    explicit Refusing(bool refuses) : refuses(refuses) {}
+    absl::StatusOr<Value> GetExtraState() const override { return Value(1); }
+    absl::Status SetExtraState(const Value&) override {
+      return refuses ? absl::DataLossError("not mine") : absl::OkStatus();
+    }
+    const bool refuses;
+  };
+  for (const bool on_all : {false, true}) {
+    for (const absl::Status& status :
+         RunRankThreads(2, [&](Communicator& comm) -> absl::Status {
+           nn::Linear plain(2, 1);
+           Refusing refusing(comm.rank() == 1);
+           StateDictOptions options;
+           if (!on_all) options.replica_ranks = {comm.rank()};
+           nn::Module& net = on_all || comm.rank() == 1
+                                 ? static_cast<nn::Module&>(refusing)
+                                 : *plain;
+           DSD_ASSIGN_OR_RETURN(const StateDict dict,
+                                GetModelStateDict(net, &comm, options));
+           return SetModelStateDict(net, dict, &comm, options).status();
+         })) {
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kDataLoss,
+                                   "rank 1: \"_extra_state\": not mine"));
+    }
+  }
+}
+
 // A module's own code may throw what LibTorch throws.
 TEST(ExtraStateTest, ExceptionsBecomeErrorsOnAllRanks) {
   struct Thrower : nn::Module, ExtraState {
