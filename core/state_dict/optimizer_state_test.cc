@@ -778,5 +778,48 @@ TEST_P(OptimizerRanksTest, ErrorAtTheCommitOfOneRankIsEverybodys) {
   }
 }
 
+// Numbers that are set without being moved.
+TEST_P(OptimizerRanksTest, VerifyReplicasComparesHyperparametersAndCounts) {
+  const int ranks = GetParam();
+  for (const std::string what : {"", "lr", "step", "free"}) {
+    for (const bool flat : {false, true}) {
+      for (const absl::Status& status :
+           RunRankThreads(ranks, [&](Communicator& comm) -> absl::Status {
+             Job saved;
+             const bool is_odd = comm.rank() == ranks - 1;
+             saved.AddGroup({0}, what == "lr" && is_odd ? 0.7 : 0.1);
+             saved.Step(0, what == "step" && is_odd ? 2 : 1, 1);
+             StateDict history;
+             history.Set("n", Value(what == "free" && is_odd ? 5.0 : 4.0));
+             saved.optimizer.StateOf(saved.param(0))
+                 .Set("history", Value(std::move(history)));
+             StateDictOptions options;
+             options.flatten_optimizer_state_dict = flat;
+             DSD_ASSIGN_OR_RETURN(const StateDict dict, saved.Get(options));
+             Job job;
+             job.AddGroup({0}, 0.3);
+             job.Step(0, 9, 1);
+             options.verify_replicas = true;
+             const absl::Status status =
+                 SourceSession(&job.model, {&job.optimizer}, &comm, options)
+                     .SetOptimizer(dict);
+             if (!status.ok() && job.StepOf(0) != 9) {
+               return absl::InternalError("something was set");
+             }
+             return status;
+           })) {
+        if (what.empty() || ranks == 1) {
+          EXPECT_TRUE(status.ok()) << status;
+          continue;
+        }
+        EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                     "differ in \"optim."));
+        EXPECT_THAT(std::string(status.message()),
+                    HasSubstr(what == "free" ? "history.n\"" : what + "\""));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace dsd

@@ -36,6 +36,7 @@
 #include "dsd/core/state_dict/verify_replicas.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/tensor/torch_boundary.h"
+#include "dsd/core/value/tree.h"
 
 namespace dsd {
 namespace {
@@ -434,6 +435,31 @@ struct SourceSession::Attempt {
   Digest parameters;
   Mover::Prepared prepared;
 
+  // What is set without being moved: hyperparameters, counts, extra states.
+  void AddObjects(const char* part, const StateDict& dict) {
+    const std::vector<std::string>& unexpected = report.model.unexpected_keys;
+    const absl::flat_hash_set<absl::string_view> unused(unexpected.begin(),
+                                                        unexpected.end());
+    for (size_t i = 0; i < dict.size(); ++i) {
+      const std::string key = dict.key_text(i);
+      if (part == absl::string_view(kModelKey) && unused.contains(key)) {
+        continue;
+      }
+      VisitTree<TensorValue>(
+          dict.value(i), [&](const TreePath& path, const Value& value) {
+            const auto* const tensor = value.get_if<TensorValue>();
+            const bool is_count =
+                tensor != nullptr && tensor->is_plain() && tensor->defined() &&
+                Box::Whole(tensor->shape()).num_elements() == 1;
+            if (tensor != nullptr && !is_count) return;
+            const std::string below = TreePathText(path);
+            sources.Set(
+                absl::StrCat(part, ".", key, below.empty() ? "" : ".", below),
+                value);
+          });
+    }
+  }
+
   // What is done to all pairs before they are moved.
   absl::Status Complete(const StateDictOptions& options,
                         std::vector<TensorPair>& pairs) {
@@ -484,6 +510,10 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
           attempt->optimizer_load.Parse(*optimizer, attempt->report, model));
     }
     DSD_RETURN_IF_ERROR(attempt->report.ToStatus(options_.strict));
+    if (options_.verify_replicas && joint == nullptr) {
+      if (model != nullptr) attempt->AddObjects(kModelKey, *model);
+      if (optimizer != nullptr) attempt->AddObjects(kOptimizerKey, *optimizer);
+    }
     std::vector<TensorPair> pairs;
     if (model != nullptr) {
       DSD_RETURN_IF_ERROR(attempt->model_load.Prepare(pairs));
