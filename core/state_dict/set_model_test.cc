@@ -694,5 +694,37 @@ TEST(LayoutsTest, ExplicitBoxes) {
   }
 }
 
+// Found before the first byte moves.
+TEST(LayoutsTest, ShardOfAnotherRankIsRefused) {
+  const Layout rows =
+      *Layout::FromPlacements({4, 2}, DeviceMesh::Iota({2}), {Shard(0)});
+  for (const bool joint : {false, true}) {
+    for (const absl::Status& status :
+         test::RunAndLeave(2, [&](Communicator& comm) -> absl::Status {
+           FakeModel model;
+           model.AddShard("w", at::zeros({4, 2}), rows, comm.rank());
+           StateDict dict;
+           const Holder holder = 1 - comm.rank();
+           DSD_ASSIGN_OR_RETURN(
+               TensorValue shard,
+               TensorValue::Sharded(
+                   Sharding{rows, holder},
+                   test::ShardOf(Numbers({4, 2}, 1), rows, holder)));
+           dict.Set("w", Value(std::move(shard)));
+           StateDictOptions options;
+           if (joint) options.replica_ranks = {comm.rank()};
+           SourceSession session(&model, {}, &comm, options);
+           const absl::Status status = session.SetModel(dict).status();
+           DSD_REQUIRE(at::equal(model.tensor(0), at::zeros({2, 2})));
+           DSD_RETURN_IF_ERROR(session.GetModel());
+           return status;
+         })) {
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                   "shard of holder 1, but this is rank 0"))
+          << joint;
+    }
+  }
+}
+
 }  // namespace
 }  // namespace dsd

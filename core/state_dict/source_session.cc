@@ -101,6 +101,24 @@ absl::Status DetachSources(std::vector<TensorPair>& pairs) {
   return absl::OkStatus();
 }
 
+// Whether the values are this rank's to read.
+absl::Status CheckHolders(const std::vector<TensorPair>& pairs,
+                          const Mover& mover) {
+  if (mover.comm() == nullptr) return absl::OkStatus();
+  for (const TensorPair& pair : pairs) {
+    const TensorValue& source = pair.source;
+    if (source.is_plain() || source.locals().empty() ||
+        source.holder() == mover.rank()) {
+      continue;
+    }
+    return absl::FailedPreconditionError(absl::StrCat(
+        "\"", pair.name.Text(), "\" in the dict is the shard of holder ",
+        source.holder(), ", but this is rank ", mover.rank(),
+        "; use the communicator whose ranks the tensor was sharded over"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status AddPairs(const std::vector<TensorPair>& pairs,
                       TensorEndpoint& source, TensorEndpoint& target) {
   source.Reserve(pairs.size());
@@ -521,6 +539,7 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
     if (optimizer != nullptr) {
       DSD_RETURN_IF_ERROR(attempt->optimizer_load.Prepare(pairs));
     }
+    DSD_RETURN_IF_ERROR(CheckHolders(pairs, mover_));
     if (joint != nullptr) {
       attempt->joint_pairs = std::move(pairs);
       return absl::OkStatus();
