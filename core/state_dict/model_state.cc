@@ -22,6 +22,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "c10/core/InferenceMode.h"
 #include "c10/core/ScalarType.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/state_dict/copy_tensors.h"
@@ -241,7 +242,15 @@ std::string ModelLoad::MisfitOf(const std::string& key, const Value& value,
                         "\": the tensor in the dict is on the meta device and "
                         "has no values");
   }
-  if (options_.assign) return "";
+  if (options_.assign) {
+    if (model_.tensor(group).is_inference()) {
+      return absl::StrCat("\"", key,
+                          "\": the live tensor was made in inference mode, "
+                          "where tensors keep their memory; set "
+                          "assign = false, or make the model outside of it");
+    }
+    return "";
+  }
   if (IsMeta(live)) {
     return absl::StrCat("\"", key,
                         "\": the live tensor is on the meta device and has no "
@@ -383,6 +392,8 @@ absl::StatusOr<TensorValue> ModelLoad::NewTarget(const TensorLoad& load) const {
   const at::Tensor& local = live.locals()[0];
   DSD_ASSIGN_OR_RETURN(
       at::Tensor target, TorchToStatus([&] {
+        // The live tensor goes on to be trained.
+        const c10::InferenceMode off(false);
         const auto options =
             c10::TensorOptions(TargetType(load))
                 .device(local.is_meta() ? c10::kCPU : local.device());

@@ -14,6 +14,7 @@
 #include "ATen/ops/zeros.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "c10/core/InferenceMode.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/state_dict/fake_sources.h"
 #include "dsd/core/state_dict/key_map.h"
@@ -300,6 +301,40 @@ TEST(AssignTest, MetaTensorsBecomeRealAndOthersAreReported) {
   // It computes and differentiates as any other.
   meta.mul(meta).sum().backward();
   EXPECT_TRUE(at::equal(meta.grad(), meta.detach().mul(2)));
+}
+
+TEST(AssignTest, InferenceTensorsKeepTheirMemory) {
+  FakeModel model;
+  {
+    const c10::InferenceMode guard;
+    model.Add("w", at::zeros({2}));
+  }
+  const StateDict dict = DictOf({{"w", Numbers({2}, 3)}});
+  StateDictOptions options;
+  options.assign = true;
+  EXPECT_THAT(Set(model, dict, options).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument,
+                       "\"w\": the live tensor was made in inference mode"));
+  EXPECT_TRUE(at::equal(model.tensor(0), at::zeros({2})));
+  ASSERT_TRUE(Set(model, dict).ok());
+  EXPECT_TRUE(at::equal(model.tensor(0), Numbers({2}, 3)));
+}
+
+// What is assigned in inference mode can be trained outside of it.
+TEST(AssignTest, InInferenceMode) {
+  FakeModel model;
+  model.Add("w", at::zeros({2}).requires_grad_());
+  StateDictOptions options;
+  options.assign = true;
+  {
+    const c10::InferenceMode guard;
+    const auto keys = Set(model, DictOf({{"w", Numbers({2}, 3)}}), options);
+    ASSERT_TRUE(keys.ok()) << keys.status();
+  }
+  EXPECT_TRUE(at::equal(model.tensor(0).detach(), Numbers({2}, 3)));
+  EXPECT_FALSE(model.tensor(0).is_inference());
+  model.tensor(0).mul(model.tensor(0)).sum().backward();
+  EXPECT_TRUE(at::equal(model.tensor(0).grad(), Numbers({2}, 3).mul(2)));
 }
 
 TEST(AssignTest, ShardsStayShards) {
