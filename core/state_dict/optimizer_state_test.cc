@@ -821,5 +821,27 @@ TEST_P(OptimizerRanksTest, VerifyReplicasComparesHyperparametersAndCounts) {
   }
 }
 
+// Only rank 0 would have noticed: the others receive empty dicts.
+TEST_P(OptimizerRanksTest, WhatTheFlatFormCannotHoldIsEverybodysError) {
+  for (const absl::Status& status :
+       RunRankThreads(GetParam(), [&](Communicator& comm) -> absl::Status {
+         Job job;
+         job.AddGroup({0}, 0.1);
+         job.Step(0, 1, 1);
+         job.optimizer.StateOf(job.param(0))
+             .Set("history", Value(Value::List{Value(1)}));
+         StateDictOptions options;
+         options.full_state_dict = true;
+         options.cpu_offload = true;
+         options.flatten_optimizer_state_dict = true;
+         return SourceSession(&job.model, {&job.optimizer}, &comm, options)
+             .Get()
+             .status();
+       })) {
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kInvalidArgument,
+                                 "use the nested form"));
+  }
+}
+
 }  // namespace
 }  // namespace dsd

@@ -761,5 +761,29 @@ TEST(LayoutsTest, ShardOfAnotherRankIsRefused) {
   }
 }
 
+// Dicts with the same keys in another order are the same.
+TEST(LayoutsTest, UnexpectedKeysInAnyOrder) {
+  EXPECT_THAT(
+      RunRankThreads(2,
+                     [&](Communicator& comm) -> absl::Status {
+                       FakeModel model;
+                       model.Add("w", at::zeros({2}));
+                       const bool is_first = comm.rank() == 0;
+                       StateDictOptions options;
+                       options.strict = false;
+                       DSD_ASSIGN_OR_RETURN(
+                           const IncompatibleKeys keys,
+                           SourceSession(&model, {}, &comm, options)
+                               .SetModel(DictOf(
+                                   {{is_first ? "x" : "y", at::zeros({1})},
+                                    {"w", Numbers({2}, 5)},
+                                    {is_first ? "y" : "x", at::zeros({1})}})));
+                       DSD_REQUIRE(keys.unexpected_keys.size() == 2);
+                       DSD_REQUIRE(at::equal(model.tensor(0), Numbers({2}, 5)));
+                       return absl::OkStatus();
+                     }),
+      AllOk());
+}
+
 }  // namespace
 }  // namespace dsd

@@ -130,7 +130,9 @@ absl::Status AddPairs(const std::vector<TensorPair>& pairs,
   return absl::OkStatus();
 }
 
-void AddTo(DigestBuilder& digest, const std::vector<std::string>& texts) {
+// In any order: that of unexpected keys is the dict's.
+void AddTo(DigestBuilder& digest, std::vector<std::string> texts) {
+  std::sort(texts.begin(), texts.end());
   digest.Add(static_cast<int64_t>(texts.size()));
   for (const std::string& text : texts) digest.Add(absl::string_view(text));
 }
@@ -307,6 +309,13 @@ absl::StatusOr<ModelAndOptimizerStateDict> SourceSession::GetParts(
   const CallClock clock(mover_.env(), call);
   ModelAndOptimizerStateDict out;
   absl::Status local = TorchToStatus([&] { return Describe(parts, out); });
+  // What the flat form cannot hold is everybody's error, so before anything is
+  // sent.
+  if (local.ok() && options_.flatten_optimizer_state_dict) {
+    absl::StatusOr<StateDict> flat = FlattenOptimizerState(out.optimizer);
+    local.Update(flat.status());
+    if (flat.ok()) out.optimizer = *std::move(flat);
+  }
   StateDict root;
   root.Set(kModelKey, Value(std::move(out.model)));
   root.Set(kOptimizerKey, Value(std::move(out.optimizer)));
@@ -320,9 +329,6 @@ absl::StatusOr<ModelAndOptimizerStateDict> SourceSession::GetParts(
   DSD_RETURN_IF_ERROR(Deliver(local, options_, mover_, clock, root));
   out.model = TakePart(root, kModelKey);
   out.optimizer = TakePart(root, kOptimizerKey);
-  if (options_.flatten_optimizer_state_dict) {
-    DSD_ASSIGN_OR_RETURN(out.optimizer, FlattenOptimizerState(out.optimizer));
-  }
   return out;
 }
 
