@@ -3,6 +3,7 @@
 // Sets of models: key maps, assign, types, and tensors of every kind on both
 // sides.
 
+#include <cmath>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -555,6 +556,71 @@ TEST(TensorKindsTest, ATransposedTieIsATie) {
         // Both names are checked.
         dict.Set("out", Value(Numbers({2, 3})));
         EXPECT_FALSE(Set(model, dict, options).ok());
+      }
+    }
+  }
+}
+
+// One tensor cannot have both values: the first name counts, and it is said.
+TEST(TensorKindsTest, TiedNamesWithOtherValuesAreReported) {
+  for (const bool transposed : {false, true}) {
+    FakeModel model;
+    const at::Tensor whole = at::zeros({2, 3});
+    model.Add("in", whole);
+    model.Add("out", transposed ? whole.t() : whole);
+    const auto dict_with = [&](at::Tensor out) {
+      return DictOf({{"in", Numbers({2, 3}, 5)},
+                     {"out", transposed ? out.t() : std::move(out)}});
+    };
+    // Equal values in memory of their own are one value, in other types too.
+    at::Tensor nan = Numbers({2, 3}, 5);
+    nan[0][0] = NAN;
+    EXPECT_TRUE(Set(model, dict_with(Numbers({2, 3}, 5))).ok());
+    EXPECT_TRUE(Set(model, dict_with(Numbers({2, 3}, 5, c10::kDouble))).ok());
+    EXPECT_TRUE(Set(model, DictOf({{"in", nan.clone()},
+                                   {"out", transposed ? nan.t() : nan}}))
+                    .ok());
+    whole.zero_();
+    EXPECT_THAT(Set(model, dict_with(Numbers({2, 3}, 6))).status(),
+                IsStatus(absl::StatusCode::kInvalidArgument,
+                         "\"out\" and \"in\" are one tensor in the model"));
+    EXPECT_TRUE(at::equal(whole, at::zeros({2, 3})));
+    StateDictOptions options;
+    options.strict = false;
+    const auto keys = Set(model, dict_with(Numbers({2, 3}, 6)), options);
+    ASSERT_TRUE(keys.ok()) << keys.status();
+    EXPECT_THAT(keys->unexpected_keys, ElementsAre("out"));
+    EXPECT_TRUE(at::equal(whole, Numbers({2, 3}, 5)));
+  }
+}
+
+// Only the rank that has the values can tell.
+TEST(TensorKindsTest, TiedNamesWithOtherValuesOnOneRank) {
+  for (const bool strict : {false, true}) {
+    for (const absl::Status& status :
+         test::RunAndLeave(2, [&](Communicator& comm) -> absl::Status {
+           FakeModel model;
+           const at::Tensor whole = at::zeros({2});
+           model.Add("in", whole);
+           model.Add("out", whole);
+           StateDict dict;
+           if (comm.rank() == 1) {
+             dict = DictOf({{"in", Numbers({2}, 5)}, {"out", Numbers({2}, 6)}});
+           }
+           StateDictOptions options = Full();
+           options.strict = strict;
+           DSD_ASSIGN_OR_RETURN(
+               const IncompatibleKeys keys,
+               SourceSession(&model, {}, &comm, options).SetModel(dict));
+           DSD_REQUIRE(at::equal(whole, Numbers({2}, 5)));
+           DSD_REQUIRE(keys.unexpected_keys.empty() == (comm.rank() == 0));
+           return absl::OkStatus();
+         })) {
+      if (strict) {
+        EXPECT_THAT(status, IsStatus(absl::StatusCode::kInvalidArgument,
+                                     "\"out\" and \"in\" are one tensor"));
+      } else {
+        EXPECT_TRUE(status.ok()) << status;
       }
     }
   }
