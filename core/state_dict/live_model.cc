@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "c10/core/ScalarType.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/tensor/memory_overlap.h"
 #include "dsd/core/tensor/sharding_table.h"
@@ -23,6 +24,16 @@
 namespace dsd {
 
 namespace {
+
+// The offset of an identity: where in the storage, and how it is read there, as
+// another element type or conjugated or negated, which makes another tensor.
+constexpr int64_t kReadings = 1024;  // 256 types, two flags
+
+int64_t OffsetOf(const at::Tensor& tensor) {
+  return kReadings * tensor.storage_offset() +
+         4 * static_cast<int64_t>(tensor.scalar_type()) + 2 * tensor.is_conj() +
+         tensor.is_neg();
+}
 
 // IdentityOf(tensor) == id, at a fraction of the cost.
 bool HasIdentity(const at::Tensor& tensor, const TensorIdentity& id) {
@@ -36,13 +47,17 @@ bool HasIdentity(const at::Tensor& tensor, const TensorIdentity& id) {
   }
   const at::IntArrayRef strides = tensor.strides();
   return id.storage == tensor.storage().unsafeGetStorageImpl() &&
-         id.offset == tensor.storage_offset() &&
+         id.offset == OffsetOf(tensor) &&
          std::equal(strides.begin(), strides.end(), id.strides.begin(),
                     id.strides.end());
 }
 
-// Equal for tensors that have the same elements at the same places.
+// Equal for tensors that have the same elements at the same places, whatever
+// they are read as.
 TensorIdentity UpToOrder(TensorIdentity id) {
+  const auto type = static_cast<c10::ScalarType>(id.offset % kReadings / 4);
+  id.offset = kReadings * (id.offset / kReadings) +
+              static_cast<int64_t>(c10::elementSize(type));
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (size_t d = 0; d < id.strides.size(); ++d) {
     if (id.sizes[d] != 1) dims.emplace_back(id.strides[d], id.sizes[d]);
@@ -84,7 +99,7 @@ TensorIdentity IdentityOf(const at::Tensor& tensor) {
     return id;
   }
   id.storage = tensor.storage().unsafeGetStorageImpl();
-  id.offset = tensor.storage_offset();
+  id.offset = OffsetOf(tensor);
   id.strides.assign(tensor.strides().begin(), tensor.strides().end());
   return id;
 }

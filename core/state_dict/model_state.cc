@@ -440,6 +440,9 @@ absl::Status ModelLoad::Commit() {
       const FqnTable::Aliases& more = model_.table().groups()[follower];
       indices.insert(indices.end(), more.begin(), more.end());
     }
+    // New memory is neither conjugated nor negated.
+    const bool is_conj = model_.tensor(load.group).is_conj();
+    const bool is_neg = model_.tensor(load.group).is_neg();
     for (const size_t index : indices) {
       const FqnTable::Entry& entry = model_.table().entries()[index];
       DSD_RETURN_IF_ERROR(TorchToStatus([&] {
@@ -447,7 +450,12 @@ absl::Status ModelLoad::Commit() {
         const at::Tensor& live = model_.tensor(entry);
         at::Tensor target = load.target.locals()[0];
         if (entry.group != load.group) {
+          if (live.scalar_type() != model_.value(load.group).scalar_type()) {
+            target = target.view(live.scalar_type());
+          }
           target = target.as_strided(live.sizes(), live.strides());
+          if (live.is_conj() != is_conj) target = target.conj();
+          if (live.is_neg() != is_neg) target = target._neg_view();
         }
         // set_data refuses to leave the meta device.
         if (live.is_meta()) {

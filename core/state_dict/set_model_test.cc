@@ -9,9 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "ATen/ops/_neg_view.h"
+#include "ATen/ops/complex.h"
 #include "ATen/ops/empty.h"
 #include "ATen/ops/equal.h"
 #include "ATen/ops/eye.h"
+#include "ATen/ops/imag.h"
 #include "ATen/ops/zeros.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -20,6 +23,7 @@
 #include "dsd/core/state_dict/fake_sources.h"
 #include "dsd/core/state_dict/key_map.h"
 #include "dsd/core/state_dict/source_session.h"
+#include "dsd/core/state_dict/state_dict_ops.h"
 #include "dsd/core/state_dict/test_world.h"
 #include "dsd/core/tensor/sharding_table.h"
 #include "dsd/testing/harness/rank_threads.h"
@@ -591,6 +595,48 @@ TEST(TensorKindsTest, TiedNamesWithOtherValuesAreReported) {
     ASSERT_TRUE(keys.ok()) << keys.status();
     EXPECT_THAT(keys->unexpected_keys, ElementsAre("out"));
     EXPECT_TRUE(at::equal(whole, Numbers({2, 3}, 5)));
+  }
+}
+
+// One memory read in two ways is two tensors, and filled through either.
+TEST(TensorKindsTest, OtherReadingsOfTheSameMemory) {
+  const at::Tensor numbers = Numbers({4}, 1);
+  const at::Tensor z = at::complex(numbers, numbers.add(10));
+  const std::vector<std::pair<at::Tensor, at::Tensor>> pairs = {
+      {numbers.view(c10::kInt), numbers},
+      {z, z.conj()},
+      {at::imag(z), at::imag(z.conj())}};
+  for (const auto& [first, second] : pairs) {
+    const at::Tensor memory = first.resolve_neg().clone();
+    const at::Tensor bits = first.is_complex() ? memory.conj()
+                            : first.scalar_type() == c10::kInt
+                                ? memory.view(c10::kFloat)
+                                : at::_neg_view(memory);
+    for (const bool full : {false, true}) {
+      FakeModel model;
+      model.Add("a", memory);
+      model.Add("b", bits);
+      StateDictOptions options;
+      options.full_state_dict = full;
+      SourceSession session(&model, {}, nullptr, options);
+      const absl::StatusOr<StateDict> dict = session.GetModel();
+      ASSERT_TRUE(dict.ok()) << dict.status();
+      EXPECT_TRUE(at::equal(TensorAt(*dict, "a"), first));
+      EXPECT_EQ(TensorAt(*dict, "b").scalar_type(), second.scalar_type());
+      EXPECT_TRUE(at::equal(TensorAt(*dict, "b").resolve_conj(),
+                            second.resolve_conj()));
+      const absl::StatusOr<StateDict> saved = CloneStateDict(*dict);
+      ASSERT_TRUE(saved.ok()) << saved.status();
+      for (const std::string left_out : {"", "a", "b"}) {
+        memory.zero_();
+        StateDict part = *saved;
+        if (!left_out.empty()) part.Erase(left_out);
+        const auto keys = session.SetModel(part);
+        ASSERT_TRUE(keys.ok()) << keys.status();
+        EXPECT_TRUE(keys->empty());
+        EXPECT_TRUE(at::equal(memory, first)) << left_out;
+      }
+    }
   }
 }
 

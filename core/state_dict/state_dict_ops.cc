@@ -160,8 +160,8 @@ std::string ElementDifference(const at::Tensor& first, const at::Tensor& second,
   if (!HasElements(first) || !HasElements(second) || first.numel() == 0) {
     return "";
   }
-  const at::Tensor a = first.cpu().contiguous();
-  const at::Tensor b = second.cpu().contiguous();
+  const at::Tensor a = first.cpu().resolve_conj().resolve_neg().contiguous();
+  const at::Tensor b = second.cpu().resolve_conj().resolve_neg().contiguous();
   if (a.data_ptr() == b.data_ptr() ||
       std::memcmp(a.data_ptr(), b.data_ptr(), a.nbytes()) == 0) {
     return "";

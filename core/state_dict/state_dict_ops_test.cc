@@ -184,6 +184,25 @@ TEST(StateDictOpsTest, BytesOrTolerance) {
   EXPECT_EQ(Diff(a, b).size(), 2);
 }
 
+// The same bytes, read in another way.
+TEST(StateDictOpsTest, ConjugatedAndNegatedValuesDiffer) {
+  const at::Tensor z = at::complex(at::ones({2}), at::ones({2}));
+  for (const auto& [a, b] :
+       {std::pair(z, z.conj()), std::pair(at::imag(z), at::imag(z.conj()))}) {
+    StateDict first;
+    first.Set("z", Value(TensorValue(a)));
+    StateDict second;
+    second.Set("z", Value(TensorValue(b)));
+    const auto differences = DiffStateDicts(first, second);
+    ASSERT_TRUE(differences.ok()) << differences.status();
+    EXPECT_EQ(differences->size(), 1);
+    second.Set("z", Value(TensorValue(b.clone())));
+    const auto of_clones = DiffStateDicts(first, second);
+    ASSERT_TRUE(of_clones.ok());
+    EXPECT_EQ(of_clones->size(), 1);
+  }
+}
+
 TEST(StateDictOpsTest, KeyOrderCountsIfAsked) {
   StateDict a;
   a.Set("x", Value(1));
