@@ -144,6 +144,7 @@ absl::StatusOr<StateDict> GetModelState(const LiveModel& model,
     }
   };
   absl::flat_hash_map<size_t, Value> extra_states;  // by group: asked once
+  absl::flat_hash_map<std::string, size_t> group_of_key;  // if not everything
   const absl::Span<const FqnTable::Entry> entries = table.entries();
   for (size_t i = 0; i < entries.size(); ++i) {
     constexpr size_t kAhead = 8;
@@ -157,12 +158,17 @@ absl::StatusOr<StateDict> GetModelState(const LiveModel& model,
     }
     absl::Status status;
     scope.ForEachKey(entry, [&](const std::string& key) {
-      if (!scope.is_everything() && dict.contains(key)) {
-        status.Update(absl::InvalidArgumentError(
-            absl::StrCat("without the prefixes of the submodules \"", entry.fqn,
-                         "\" and another tensor have the key \"", key,
-                         "\"; set keep_submodule_prefixes = true")));
-        return;
+      if (!scope.is_everything()) {
+        const auto [it, is_new] = group_of_key.try_emplace(key, entry.group);
+        if (!is_new) {
+          // A module that is registered twice has the same tensor again.
+          if (it->second == entry.group) return;
+          status.Update(absl::InvalidArgumentError(
+              absl::StrCat("without the prefixes of the submodules \"",
+                           entry.fqn, "\" and another tensor have the key \"",
+                           key, "\"; set keep_submodule_prefixes = true")));
+          return;
+        }
       }
       ExtraState* const extra = model.extra_state(entry.group);
       if (extra == nullptr) {

@@ -110,6 +110,28 @@ TEST(SubmodulesTest, WhatWasGotCanBeSetWithTheSameOptions) {
   }
 }
 
+// Its keys without prefixes are those of one module.
+TEST(SubmodulesTest, ModuleThatIsRegisteredTwice) {
+  struct Twice : nn::Module {
+    Twice() {
+      register_module("a", shared.ptr());
+      register_module("b", shared.ptr());
+    }
+    nn::Linear shared{2, 1};
+  };
+  Twice net;
+  const StateDictOptions options = Only({net.shared.get()}, false);
+  const auto dict = GetModelStateDict(net, nullptr, options);
+  ASSERT_TRUE(dict.ok()) << dict.status();
+  EXPECT_THAT(KeysOf(*dict), ElementsAre("weight", "bias"));
+  Twice other;
+  const auto keys = SetModelStateDict(other, *dict, nullptr,
+                                      Only({other.shared.get()}, false));
+  ASSERT_TRUE(keys.ok()) << keys.status();
+  EXPECT_TRUE(keys->empty());
+  EXPECT_TRUE(at::equal(other.shared->weight, net.shared->weight));
+}
+
 TEST(SubmodulesTest, UnknownOnesAndCollisionsAreErrors) {
   Net net;
   Net other;
