@@ -61,6 +61,10 @@ absl::Status GetStateful(absl::Span<const StatefulEntry> entries,
   const int rank = comm == nullptr ? 0 : comm->rank();
   const int size = comm == nullptr ? 1 : comm->size();
   const auto get = [&](const StatefulEntry& entry) -> absl::StatusOr<Value> {
+    if (entry.object == nullptr) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("\"", entry.key, "\": the object is null"));
+    }
     absl::StatusOr<StateDict> state =
         TorchToStatus([&] { return entry.object->GetState(); });
     DSD_RETURN_IF_ERROR(state) << "\"" << entry.key << "\"";
@@ -139,6 +143,11 @@ absl::Status SetStateful(absl::Span<const StatefulEntry> entries,
   absl::Status local;
   for (const StatefulEntry& entry : entries) {
     const std::string key = KeyOf(entry, rank);
+    if (entry.object == nullptr) {
+      local.Update(absl::InvalidArgumentError(
+          absl::StrCat("\"", key, "\": the object is null")));
+      continue;
+    }
     const Value* found = root.Find(key);
     if (found == nullptr) {
       missing.push_back(absl::StrCat("\"", key, "\""));

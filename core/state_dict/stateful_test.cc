@@ -140,6 +140,21 @@ TEST_P(StatefulTest, ErrorOfAnObjectIsEverybodys) {
   }
 }
 
+TEST_P(StatefulTest, NullIsAnError) {
+  for (const bool set : {false, true}) {
+    for (const absl::Status& status :
+         RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+           StateDict root;
+           if (!set) return GetStateful({{"a", nullptr}}, &comm, root);
+           root.Set("a", Value(StateDict()));
+           return SetStateful({{"a", nullptr}}, root, &comm);
+         })) {
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kInvalidArgument,
+                                   "\"a\": the object is null"));
+    }
+  }
+}
+
 TEST_P(StatefulTest, KeysThatAreTakenOrDifferAreErrors) {
   for (const absl::Status& status :
        RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
