@@ -577,9 +577,11 @@ TEST(CheckpointTest, ADirectoryThatRank0DoesNotSee) {
       Each(AllOf(
           IsStatus(absl::StatusCode::kFailedPrecondition, kDir),
           IsStatus(absl::StatusCode::kFailedPrecondition, "rank 2 wrote"))));
-  // Nothing is left anywhere.
-  EXPECT_THAT(*shared.files().List(kDir), IsEmpty());
-  EXPECT_THAT(*apart.files().List(kDir), IsEmpty());
+  // Nothing is left anywhere, not even the directory.
+  for (FakeEnv* const env : {&shared, &apart}) {
+    EXPECT_EQ(env->files().Stat(kDir).status().code(),
+              absl::StatusCode::kNotFound);
+  }
 }
 
 TEST(CheckpointTest, RanksThatDisagree) {

@@ -3,20 +3,28 @@
 // What is left of a save that fails or dies at any operation: the checkpoint
 // that was there or the new one, whole.
 
+#include <stdlib.h>
+
 #include <atomic>
+#include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "dsd/core/base/directory_lock.h"
 #include "dsd/core/base/fake_env.h"
+#include "dsd/core/base/own_files_env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/layout.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/checkpoint/export.h"
+#include "dsd/frontends/checkpoint/save_job.h"
 #include "dsd/frontends/checkpoint/steps.h"
 #include "dsd/frontends/checkpoint/test_state.h"
 #include "dsd/testing/harness/rank_threads.h"
@@ -259,6 +267,193 @@ TEST(FullDiskTest, IsKnownAhead) {
     EXPECT_THAT(status, IsStatus(absl::StatusCode::kResourceExhausted,
                                  "no space left"));
     EXPECT_EQ(writes, 0);
+  }
+}
+
+// Files in memory, on which something happens before the rename to `to`.
+class FilesWithAHook final : public FileSystem {
+ public:
+  FilesWithAHook(FileSystem* files, std::string to, std::function<void()> hook)
+      : files_(*files), to_(std::move(to)), hook_(std::move(hook)) {}
+
+  absl::StatusOr<std::unique_ptr<ReadableFile>> OpenReadable(
+      const std::string& path) override {
+    return files_.OpenReadable(path);
+  }
+  absl::StatusOr<std::unique_ptr<WritableFile>> CreateWritable(
+      const std::string& path) override {
+    return files_.CreateWritable(path);
+  }
+  absl::Status Rename(const std::string& from, const std::string& to) override {
+    if (to == to_) std::exchange(hook_, [] {})();
+    return files_.Rename(from, to);
+  }
+  absl::Status Remove(const std::string& path) override {
+    return files_.Remove(path);
+  }
+  absl::Status CreateDirs(const std::string& path) override {
+    return files_.CreateDirs(path);
+  }
+  absl::StatusOr<std::vector<std::string>> List(
+      const std::string& path) override {
+    return files_.List(path);
+  }
+  absl::StatusOr<FileInfo> Stat(const std::string& path) override {
+    return files_.Stat(path);
+  }
+  absl::Status SyncDir(const std::string& path) override {
+    return files_.SyncDir(path);
+  }
+
+ private:
+  FileSystem& files_;
+  const std::string to_;
+  std::function<void()> hook_;
+};
+
+// Storage without locks, on which two saves begin at the same time: each leaves
+// the other's files alone, and the one that ends last is there.
+TEST(TwoSavesTest, ThatBeginTogetherLeaveTheLastOne) {
+  FakeEnv env;
+  ASSERT_THAT(SaveTo(kDir, 1, env, 3, false), AllOk());
+  TestState early = TestState::Filled(Tensors(1), 0, kOld, Objects(kOld));
+  TestState late = TestState::Filled(Tensors(1), 0, kNew, Objects(kNew));
+  SaveOptions options;
+  options.env = &env;
+  SaveJob early_job(kDir, nullptr, options);
+  std::shared_ptr<const SavePlan> plan;
+  ASSERT_TRUE(early_job.Begin(absl::OkStatus(), early.state(), &plan).ok());
+  FilesWithAHook files(&env.files(), absl::StrCat(kDir, "/.metadata"), [&] {
+    const auto report =
+        early_job.Finish(absl::OkStatus(), early.state().tensors);
+    EXPECT_TRUE(report.ok()) << report.status();
+    EXPECT_EQ(Holds(env), kOld);
+  });
+  OwnFilesEnv late_env(&files);
+  options.env = &late_env;
+  const auto report = Save(kDir, late.state(), nullptr, options);
+  EXPECT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(Holds(env), kNew);
+  // The next one takes away what is of no use.
+  EXPECT_THAT(SaveTo(kDir, 1, env, 4, false), AllOk());
+  EXPECT_EQ(Holds(env), 4u);
+  EXPECT_EQ(env.files().List(kDir)->size(), 3u);
+}
+
+// A save that begins while another one ends takes its files for leftovers: the
+// one that loses them says so.
+TEST(TwoSavesTest, AnIndexThatIsGoneIsNotInPlace) {
+  FakeEnv env;
+  FilesWithAHook files(&env.files(), absl::StrCat(kDir, "/.metadata"), [&] {
+    EXPECT_THAT(SaveTo(kDir, 1, env, kNew, false), AllOk());
+  });
+  OwnFilesEnv own(&files);
+  TestState state = TestState::Filled(Tensors(1), 0, kOld, Objects(kOld));
+  SaveOptions options;
+  options.env = &own;
+  const absl::Status status =
+      Save(kDir, state.state(), nullptr, options).status();
+  EXPECT_THAT(status, IsStatus(absl::StatusCode::kNotFound, kDir));
+  EXPECT_THAT(status.message(), Not(testing::HasSubstr("in place")));
+  EXPECT_EQ(Holds(env), kNew);
+}
+
+TEST(TwoSavesTest, AnExportThatIsGoneIsNotInPlace) {
+  for (const std::string path : {"/e/a.safetensors", "/e/a.pt", "/e/d"}) {
+    SCOPED_TRACE(path);
+    const bool is_directory = path == "/e/d";
+    const Format format =
+        path == "/e/a.pt" ? Format::kTorchArchive : Format::kSafetensors;
+    FakeEnv env;
+    const auto write = [&](uint64_t seed, Env* over) {
+      TestState state = TestState::Filled(Tensors(1), 0, seed);
+      ExportOptions options;
+      options.env = over;
+      options.max_file_bytes = 100;
+      return Export(path, format, state.state(), nullptr, options).status();
+    };
+    FilesWithAHook files(
+        &env.files(),
+        is_directory ? path + "/model.safetensors.index.json" : path,
+        [&] { EXPECT_TRUE(write(kNew, &env).ok()); });
+    OwnFilesEnv own(&files);
+    const absl::Status status = write(kOld, &own);
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kNotFound, path));
+    EXPECT_THAT(status.message(), Not(testing::HasSubstr("in place")));
+    TestState state = TestState::Blank(Tensors(1), 0);
+    LoadOptions options;
+    options.env = &env;
+    const auto loaded = Load(path, state.state(), nullptr, options);
+    EXPECT_TRUE(loaded.ok()) << loaded.status();
+    EXPECT_EQ(state.Difference(kNew), "");
+  }
+}
+
+// Where the storage has locks there is one save at a time.
+TEST(TwoSavesTest, TheSecondIsRefused) {
+  std::string root = absl::StrCat(testing::TempDir(), "/two_saves_XXXXXX");
+  ASSERT_NE(mkdtemp(root.data()), nullptr);
+  FileSystem& files = Env::Real()->files();
+  if (*DirectoryLock::Try(files, root) == nullptr) {
+    GTEST_SKIP() << "no locks on this file system";
+  }
+  const std::string directory = root + "/job/checkpoint";
+  TestState state = TestState::Filled(Tensors(1), 0, kOld);
+  const auto save = [&] {
+    return Save(directory, state.state(), nullptr, {}).status();
+  };
+  const auto write = [&] {
+    return Export(directory, Format::kSafetensors, state.state()).status();
+  };
+  {
+    SaveJob job(directory, nullptr, {});
+    std::shared_ptr<const SavePlan> plan;
+    ASSERT_TRUE(job.Begin(absl::OkStatus(), state.state(), &plan).ok());
+    for (const absl::Status& status : {save(), write()}) {
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                   "is under way"));
+      EXPECT_THAT(status,
+                  IsStatus(absl::StatusCode::kFailedPrecondition, directory));
+    }
+    const auto report = job.Finish(absl::OkStatus(), state.state().tensors);
+    EXPECT_TRUE(report.ok()) << report.status();
+    // It is over, though the job is still there.
+    EXPECT_TRUE(save().ok());
+  }
+  // In the background, too; and what fails leaves no lock.
+  const auto saver = *Saver::Create();
+  ASSERT_TRUE(saver->Start(directory, state.state()).ok());
+  ASSERT_TRUE(saver->Wait().ok());
+  SaveOptions careful;
+  careful.overwrite = false;
+  EXPECT_TRUE(absl::IsAlreadyExists(
+      Save(directory, state.state(), nullptr, careful).status()));
+  EXPECT_TRUE(save().ok());
+  EXPECT_EQ(files.List(directory)->size(), 3u);
+  std::filesystem::remove_all(root);
+}
+
+// What fails leaves no directory that it has made, and no other one goes.
+TEST(FailedSaveTest, TakesItsDirectoriesAway) {
+  for (const bool background : {false, true}) {
+    FakeEnv env;
+    ASSERT_TRUE(env.files().CreateDirs("/there").ok());
+    for (const std::string directory : {"/there", "/there/made/too"}) {
+      env.fake_files().SetCapacity(100);
+      EXPECT_THAT(
+          SaveTo(directory, 2, env, kNew, background),
+          Each(IsStatus(absl::StatusCode::kResourceExhausted, directory)));
+      env.fake_files().SetCapacity(-1);
+      EXPECT_THAT(*env.files().List("/there"), testing::IsEmpty());
+    }
+    // What is refused has made nothing.
+    TestState state = TestState::Filled(Tensors(1), 0, kNew);
+    SaveOptions options;
+    options.env = &env;
+    options.retention = Retention{1, 0};
+    EXPECT_THAT(Save("/there/made", state.state(), nullptr, options).status(),
+                IsStatus(absl::StatusCode::kInvalidArgument, "number"));
+    EXPECT_THAT(*env.files().List("/there"), testing::IsEmpty());
   }
 }
 

@@ -101,11 +101,7 @@ class Converter {
                        "\" cannot be read: ", ListKeys(std::move(keys))));
     }
     DSD_RETURN_IF_ERROR(MakeState());
-    const bool is_new = absl::IsNotFound(fs_.Stat(target_).status());
-    const absl::Status written = Write();
-    // Save leaves a directory that it has made.
-    if (!written.ok() && is_new) fs_.Remove(target_).IgnoreError();
-    DSD_RETURN_IF_ERROR(written);
+    DSD_RETURN_IF_ERROR(Write());
     return std::move(report_);
   }
 

@@ -27,6 +27,7 @@
 #include "dsd/frontends/checkpoint/export_file.h"
 #include "dsd/frontends/checkpoint/file_names.h"
 #include "dsd/frontends/checkpoint/live_state.h"
+#include "dsd/frontends/checkpoint/output_directory.h"
 #include "dsd/frontends/checkpoint/patient_endpoint.h"
 #include "dsd/frontends/checkpoint/record_codec.h"
 #include "dsd/frontends/checkpoint/safetensors/header.h"
@@ -132,9 +133,17 @@ class Exporter {
         deadline_(&env_, options.call),
         rank_(comm == nullptr ? 0 : comm->rank()),
         size_(comm == nullptr ? 1 : comm->size()),
-        what_(absl::StrCat("export to \"", path, "\"")) {}
+        what_(absl::StrCat("export to \"", path, "\"")),
+        output_(&fs_) {}
 
   absl::StatusOr<SaveReport> Run() {
+    absl::StatusOr<SaveReport> report = WriteAndCommit();
+    if (!committed_) output_.RemoveMade();
+    return report;
+  }
+
+ private:
+  absl::StatusOr<SaveReport> WriteAndCommit() {
     const absl::Status prepared = Prepare();
     DSD_RETURN_IF_ERROR(AgreeOnCatalogs(
         comm_, what_, {&catalog_}, Fingerprint(), prepared,
@@ -166,10 +175,11 @@ class Exporter {
       if (!told.ok()) return Undecided(told);
     }
     committed_ = outcome[0] != 0;
+    // Before the ranks hear of each other, so that the directory is empty then.
+    if (!committed_) RemoveOwn();
     const absl::Status verdict = Agree(
         comm_, what_, Digest(), local, [] { return std::string(); },
         deadline_.Left());
-    if (!committed_) RemoveOwn();
     if (!verdict.ok()) {
       return committed_ ? Annotate(verdict,
                                    "the export is in place, but not all of it "
@@ -184,7 +194,6 @@ class Exporter {
     return std::move(report_);
   }
 
- private:
   std::string Final(absl::string_view name) const {
     return JoinFile(directory_, name);
   }
@@ -192,7 +201,7 @@ class Exporter {
     return JoinFile(directory_, TemporaryFile(name, id_));
   }
 
-  // Everything that can fail without having written anything.
+  // Everything that can fail without having written anything but the directory.
   absl::Status Prepare() {
     if (path_.empty()) return absl::InvalidArgumentError("the path is empty");
     DSD_RETURN_IF_ERROR(CheckKeys(state_));
@@ -268,7 +277,25 @@ class Exporter {
             "\"", path_, "\" is a directory, expected the name of a file"));
       }
       if (info.ok() && !options_.overwrite) return taken("a file");
-    } else if (const auto names = fs_.List(path_); names.ok()) {
+      if (rank_ == 0) DSD_RETURN_IF_ERROR(output_.Make(directory_));
+    } else {
+      if (info.ok() && info->kind == FileKind::kRegular) {
+        return absl::FailedPreconditionError(
+            absl::StrCat("\"", path_,
+                         "\" is a file, expected a directory, or a name that "
+                         "ends in ",
+                         kSafetensorsSuffix));
+      }
+      if (rank_ == 0) DSD_RETURN_IF_ERROR(output_.Claim(directory_));
+    }
+    if (single_ && rank_ != 0) return absl::OkStatus();
+    const absl::StatusOr<std::vector<std::string>> names = fs_.List(directory_);
+    if (!names.ok()) return absl::OkStatus();
+    // Those that come later are of exports under way.
+    for (const std::string& name : *names) {
+      if (!NameOfTemporary(name).empty()) old_temporaries_.push_back(name);
+    }
+    if (!single_) {
       for (const std::string& name : *names) {
         if (name == kIndexFile) {
           return absl::FailedPreconditionError(absl::StrCat(
@@ -283,14 +310,7 @@ class Exporter {
       if ((has_old_index_ || !old_files_.empty()) && !options_.overwrite) {
         return taken("a checkpoint");
       }
-    } else if (info.ok() && info->kind == FileKind::kRegular) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("\"", path_,
-                       "\" is a file, expected a directory, or a name that "
-                       "ends in ",
-                       kSafetensorsSuffix));
     }
-    new_directories_ = MissingDirectories(fs_, directory_);
     return absl::OkStatus();
   }
 
@@ -427,7 +447,7 @@ class Exporter {
 
   absl::Status MakeDirectories() {
     NameFiles();
-    return fs_.CreateDirs(directory_);
+    return output_.Make(directory_);
   }
 
   absl::StatusOr<std::unique_ptr<FileFrame>> MakeFrame(const OutputFile& file) {
@@ -651,7 +671,9 @@ class Exporter {
         return absl::FailedPreconditionError(absl::StrCat(
             "rank 0 does not see the ", file.file_bytes, " bytes of \"",
             Final(file.name), "\" that rank ", file.rank, " wrote: \"",
-            directory_, "\" must be one directory shared by all ranks"));
+            directory_,
+            "\" must be one directory shared by all ranks, with one save at a "
+            "time"));
       }
       report_.file_bytes_all += file.file_bytes;
     }
@@ -660,9 +682,7 @@ class Exporter {
       DSD_RETURN_IF_ERROR(WriteIndex(MakeIndex()));
     }
     DSD_RETURN_IF_ERROR(fs_.SyncDir(directory_));
-    for (const std::string& made : new_directories_) {
-      DSD_RETURN_IF_ERROR(fs_.SyncDir(ParentOf(made)));
-    }
+    DSD_RETURN_IF_ERROR(output_.Sync());
     for (const OutputFile& file : files_) {
       DSD_RETURN_IF_ERROR(Rename(file.name, !with_index_));
     }
@@ -697,13 +717,21 @@ class Exporter {
     return fs_.SyncDir(directory_);
   }
 
+  // Whether a rename that reported an error has changed names all the same.
+  bool HasHappened(const std::string& name, const absl::Status& error) {
+    if (!absl::IsNotFound(fs_.Stat(Temporary(name)).status())) return false;
+    // Another export may have removed the temporary name.
+    if (name != kModelIndex) return !absl::IsNotFound(error);
+    const absl::StatusOr<std::string> there =
+        ReadWhole(fs_, Final(name), safetensors::kMaxIndexBytes);
+    if (there.ok()) return *there == index_text_;
+    return !absl::IsNotFound(there.status());
+  }
+
   // `commits`: what is renamed counts from then on.
   absl::Status Rename(const std::string& name, bool commits) {
     const absl::Status renamed = fs_.Rename(Temporary(name), Final(name));
-    // A rename that reports an error may have happened: then the temporary name
-    // is gone.
-    const bool happened =
-        renamed.ok() || absl::IsNotFound(fs_.Stat(Temporary(name)).status());
+    const bool happened = renamed.ok() || HasHappened(name, renamed);
     if (happened && !commits) own_files_.push_back(Final(name));
     committed_ |= happened && commits;
     return renamed;
@@ -725,8 +753,8 @@ class Exporter {
                          fs_.CreateWritable(path));
     own_files_.push_back(path);
     DataFileWriter out(std::move(file), &env_);
-    DSD_RETURN_IF_ERROR(
-        out.Append(safetensors::EncodeIndex(index, report_.payload_bytes_all)));
+    index_text_ = safetensors::EncodeIndex(index, report_.payload_bytes_all);
+    DSD_RETURN_IF_ERROR(out.Append(index_text_));
     return out.Finish();
   }
 
@@ -741,9 +769,7 @@ class Exporter {
     for (const std::string& name : old_files_) {
       if (!current.contains(name)) remove(name);
     }
-    const absl::StatusOr<std::vector<std::string>> names = fs_.List(directory_);
-    if (!names.ok()) return;
-    for (const std::string& name : *names) {
+    for (const std::string& name : old_temporaries_) {
       const absl::string_view of = NameOfTemporary(name);
       if (current.contains(of) || (!single_ && absl::StartsWith(of, "model-") &&
                                    absl::EndsWith(of, kSafetensorsSuffix))) {
@@ -754,10 +780,6 @@ class Exporter {
 
   void RemoveOwn() {
     for (const std::string& path : own_files_) fs_.Remove(path).IgnoreError();
-    // Only if they are empty: the last rank does it.
-    for (const std::string& made : new_directories_) {
-      fs_.Remove(made).IgnoreError();
-    }
   }
 
   // The ranks lost each other. Rank 0 knows whether it has committed.
@@ -787,8 +809,10 @@ class Exporter {
   std::vector<std::string> encoded_;
   bool single_ = false;  // a file, not a directory
   std::string directory_;
-  std::vector<std::string> new_directories_;  // innermost first
+  OutputDirectory output_;
   std::vector<std::string> old_files_;
+  std::vector<std::string> old_temporaries_;  // on rank 0
+  std::string index_text_;                    // the one written last
   bool has_old_index_ = false;
   bool with_index_ = false;
   std::vector<OutputFile> files_;

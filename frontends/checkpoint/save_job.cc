@@ -10,7 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "absl/container/flat_hash_set.h"
 #include "absl/crc/crc32c.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
@@ -120,7 +119,12 @@ SaveJob::SaveJob(const std::string& directory, Communicator* comm,
       deadline_(&env_, options.call),
       rank_(comm == nullptr ? 0 : comm->rank()),
       size_(comm == nullptr ? 1 : comm->size()),
-      what_(absl::StrCat("save to \"", directory, "\"")) {}
+      what_(absl::StrCat("save to \"", directory, "\"")),
+      output_(&files_) {}
+
+SaveJob::~SaveJob() {
+  if (!committed_) output_.RemoveMade();
+}
 
 std::string SaveJob::InDirectory(absl::string_view name) const {
   return JoinFile(directory_, name);
@@ -182,6 +186,14 @@ absl::Status SaveJob::Snapshot(Endpoint* tensors,
 
 absl::StatusOr<SaveReport> SaveJob::Finish(const absl::Status& begun,
                                            Endpoint* tensors) {
+  absl::StatusOr<SaveReport> report = WriteAndCommit(begun, tensors);
+  if (!committed_) output_.RemoveMade();
+  output_.Release();
+  return report;
+}
+
+absl::StatusOr<SaveReport> SaveJob::WriteAndCommit(const absl::Status& begun,
+                                                   Endpoint* tensors) {
   absl::Status local = begun.ok() ? WriteData(tensors) : begun;
   record_.failed = !local.ok();
   absl::StatusOr<std::vector<std::string>> records =
@@ -201,10 +213,11 @@ absl::StatusOr<SaveReport> SaveJob::Finish(const absl::Status& begun,
     report_.payload_bytes_all = outcome[3];
     report_.file_bytes_all = outcome[4];
   }
+  // Before the ranks hear of each other, so that the directory is empty then.
+  if (!committed_) RemoveOwnFiles();
   const absl::Status verdict = Agree(
       comm_, what_, Digest(), local, [] { return std::string(); },
       CommOptions());
-  if (!committed_) RemoveOwnFiles();
   if (!verdict.ok()) {
     return committed_
                ? Annotate(verdict,
@@ -249,13 +262,25 @@ absl::Status SaveJob::Prepare(const State& state, const Digest& fingerprint,
   if (options_.retention.has_value()) {
     DSD_RETURN_IF_ERROR(ParseStep(directory_).status());
   }
+  if (rank_ == 0) DSD_RETURN_IF_ERROR(ClaimDirectory());
   if (!options_.overwrite && files_.Stat(InDirectory(kIndexFile)).ok()) {
     return absl::AlreadyExistsError(absl::StrCat(
         "a checkpoint is there already (\"", InDirectory(kIndexFile),
         "\"); choose another directory or allow overwriting"));
   }
-  // They are synced, too.
-  if (rank_ == 0) new_directories_ = MissingDirectories(files_, directory_);
+  return absl::OkStatus();
+}
+
+// What is there now is what this save replaces. What comes later is not its to
+// remove, nor is it, where the storage has locks, that of another save.
+absl::Status SaveJob::ClaimDirectory() {
+  DSD_RETURN_IF_ERROR(output_.Claim(directory_));
+  const absl::StatusOr<std::vector<std::string>> names =
+      files_.List(directory_);
+  if (!names.ok()) return absl::OkStatus();
+  for (const std::string& name : *names) {
+    if (IsCheckpointFile(name)) old_files_.push_back(name);
+  }
   return absl::OkStatus();
 }
 
@@ -278,7 +303,7 @@ absl::Status SaveJob::ChooseId() {
 }
 
 absl::Status SaveJob::WriteData(Endpoint* tensors) {
-  DSD_RETURN_IF_ERROR(files_.CreateDirs(directory_));
+  DSD_RETURN_IF_ERROR(output_.Make(directory_));
   DSD_RETURN_IF_ERROR(deadline_.Check());
   if (objects_.empty() && plan_->pieces.empty()) return absl::OkStatus();
   const std::string path = InDirectory(DataFile(rank_, 0, id_));
@@ -391,18 +416,13 @@ absl::Status SaveJob::Commit(const std::vector<std::string>& blobs) {
 
   // All names are on storage before the one that makes them count.
   DSD_RETURN_IF_ERROR(files_.SyncDir(directory_));
-  for (const std::string& made : new_directories_) {
-    DSD_RETURN_IF_ERROR(files_.SyncDir(ParentOf(made)));
-  }
+  DSD_RETURN_IF_ERROR(output_.Sync());
   const absl::Status renamed =
       files_.Rename(temporary, InDirectory(kIndexFile));
-  // A rename that reports an error may have happened: then the temporary name
-  // is gone.
-  committed_ =
-      renamed.ok() || absl::IsNotFound(files_.Stat(temporary).status());
+  committed_ = renamed.ok() || IsInPlace(digests, temporary);
   DSD_RETURN_IF_ERROR(renamed);
   DSD_RETURN_IF_ERROR(files_.SyncDir(directory_));
-  RemoveOldFiles(index);
+  RemoveOldFiles();
   if (!options_.retention.has_value()) return absl::OkStatus();
   DSD_ASSIGN_OR_RETURN(const StepName step, ParseStep(directory_));
   DSD_RETURN_IF_ERROR(PointToLatest(step, id_, files_));
@@ -427,7 +447,8 @@ absl::Status SaveJob::CheckFiles(const std::vector<RankRecord>& records,
                     : "does not see \"",
           InDirectory(name), "\", where rank ", rank, " wrote ", expected,
           " bytes: \"", directory_,
-          "\" must be one directory shared by all ranks"));
+          "\" must be one directory shared by all ranks, with one save at a "
+          "time"));
     }
     file_of_rank_[rank] = static_cast<uint32_t>(index->files.size());
     index->files.push_back(name);
@@ -507,17 +528,31 @@ absl::Status SaveJob::WriteIndex(const dcp::Metadata& index,
   return out.Finish();
 }
 
-void SaveJob::RemoveOldFiles(const dcp::Metadata& index) {
-  absl::flat_hash_set<std::string> current(index.files.begin(),
-                                           index.files.end());
-  current.insert(DigestsFile(id_));
-  const absl::StatusOr<std::vector<std::string>> names =
-      files_.List(directory_);
-  if (!names.ok()) return;
-  for (const std::string& name : *names) {
-    if (!IsCheckpointFile(name) || current.contains(name)) continue;
-    if (!files_.Remove(InDirectory(name)).ok())
+bool SaveJob::IsInPlace(const StoredDigests& digests,
+                        const std::string& temporary) {
+  const auto read = [&]() -> absl::StatusOr<uint32_t> {
+    DSD_ASSIGN_OR_RETURN(const std::unique_ptr<ReadableFile> file,
+                         files_.OpenReadable(InDirectory(kIndexFile)));
+    if (file->size_bytes() != digests.index_bytes) return ~digests.index_crc;
+    std::string bytes(digests.index_bytes, '\0');
+    DSD_RETURN_IF_ERROR(file->ReadAt(
+        0, absl::MakeSpan(reinterpret_cast<std::byte*>(bytes.data()),
+                          bytes.size())));
+    return static_cast<uint32_t>(absl::ComputeCrc32c(bytes));
+  };
+  const absl::StatusOr<uint32_t> crc = read();
+  if (crc.ok()) return *crc == digests.index_crc;
+  if (absl::IsNotFound(crc.status())) return false;
+  // It does not say. If the temporary name is gone, files may be in use.
+  return absl::IsNotFound(files_.Stat(temporary).status());
+}
+
+void SaveJob::RemoveOldFiles() {
+  for (const std::string& name : old_files_) {
+    const absl::Status removed = files_.Remove(InDirectory(name));
+    if (!removed.ok() && !absl::IsNotFound(removed)) {
       report_.leftovers.push_back(name);
+    }
   }
 }
 

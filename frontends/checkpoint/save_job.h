@@ -29,6 +29,7 @@
 #include "dsd/frontends/checkpoint/dcp/tensor_item.h"
 #include "dsd/frontends/checkpoint/digests_file.h"
 #include "dsd/frontends/checkpoint/live_state.h"
+#include "dsd/frontends/checkpoint/output_directory.h"
 
 namespace dsd::checkpoint {
 
@@ -47,10 +48,12 @@ class SaveJob {
  public:
   SaveJob(const std::string& directory, Communicator* comm,
           const SaveOptions& options);
+  // Of what was begun nothing is left, unless it was committed.
+  ~SaveJob();
 
-  // Everything that can fail without having written anything, and the agreement
-  // of all ranks. `*plan` is used if it is that of an equal state, and replaced
-  // if not. Collective; all ranks get the same verdict.
+  // Everything that can fail without having written anything but the directory,
+  // and the agreement of all ranks. `*plan` is used if it is that of an equal
+  // state, and replaced if not. Collective; all ranks get the same verdict.
   // `before`: what was wrong on this rank already.
   absl::Status Begin(const absl::Status& before, const State& state,
                      std::shared_ptr<const SavePlan>* plan);
@@ -104,6 +107,9 @@ class SaveJob {
   absl::Status Prepare(const State& state, const Digest& fingerprint,
                        std::vector<std::string>* encoded,
                        std::shared_ptr<const SavePlan>* plan);
+  absl::Status ClaimDirectory();
+  absl::StatusOr<SaveReport> WriteAndCommit(const absl::Status& begun,
+                                            Endpoint* tensors);
   CallOptions CommOptions() const;
   absl::Status Broadcast(absl::Span<int64_t> numbers);
   absl::Status ChooseId();
@@ -121,7 +127,9 @@ class SaveJob {
                          dcp::Metadata* index, StoredDigests* digests);
   absl::Status WriteIndex(const dcp::Metadata& index, const std::string& path,
                           StoredDigests* digests);
-  void RemoveOldFiles(const dcp::Metadata& index);
+  // After a rename that reported an error.
+  bool IsInPlace(const StoredDigests& digests, const std::string& temporary);
+  void RemoveOldFiles();
   void RemoveOwnFiles();
   absl::Status Undecided(const absl::Status& status);
 
@@ -139,7 +147,8 @@ class SaveJob {
   std::vector<EncodedObject> objects_;
   bool in_background_ = false;
   const std::byte* snapshot_ = nullptr;
-  std::vector<std::string> new_directories_;
+  OutputDirectory output_;
+  std::vector<std::string> old_files_;  // on rank 0
   std::string save_id_;
   std::string id_;
   RankRecord record_;

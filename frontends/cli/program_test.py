@@ -122,6 +122,18 @@ class ProgramTest(unittest.TestCase):
     self.assertEqual(done.returncode, 3)
     self.assertIn("ermission denied", done.stderr)
 
+  def test_saves_at_once_into_one_directory(self):
+    for _ in range(5):
+      jobs = [subprocess.Popen([DSD, "convert", "run1", "race", "--to", "dcp", "--overwrite"], cwd=FOLDER,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+      errors = [job.communicate(timeout=120)[1] for job in jobs]
+      self.assertIn(0, [job.returncode for job in jobs], errors)
+      for job, error in zip(jobs, errors):
+        if job.returncode != 0:
+          self.assertIn("another save to \"race\" is under way", error)
+      self.assertEqual(run("verify", "race").returncode, 0)
+      self.assertEqual(len(os.listdir(os.path.join(FOLDER, "race"))), 3)
+
   def test_help(self):
     done = run("--help")
     self.assertEqual(done.returncode, 0)
