@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/plan/plan.h"
@@ -42,6 +44,30 @@ constexpr int64_t kWindowBytes = int64_t{32} << 20;
 
 constexpr char kWholeModel[] = "model.safetensors";
 constexpr char kModelIndex[] = "model.safetensors.index.json";
+
+// Whether exports give this name to a file of a directory; `*has_id`: nobody
+// else does.
+bool IsModelFile(absl::string_view name, bool* has_id) {
+  constexpr size_t kIdSize = 16;
+  *has_id = false;
+  if (!absl::ConsumePrefix(&name, "model") ||
+      !absl::ConsumeSuffix(&name, kSafetensorsSuffix)) {
+    return false;
+  }
+  if (name.size() > kIdSize && name[0] == '-' &&
+      FileId(name.substr(1, kIdSize)) == name.substr(1, kIdSize)) {
+    *has_id = true;
+    name.remove_prefix(1 + kIdSize);
+  }
+  if (name.empty()) return true;
+  const auto is_number = [](absl::string_view text) {
+    return text.size() >= 5 &&
+           text.find_first_not_of("0123456789") == absl::string_view::npos;
+  };
+  const std::vector<absl::string_view> words = absl::StrSplit(name, '-');
+  return words.size() == 4 && words[0].empty() && is_number(words[1]) &&
+         words[2] == "of" && is_number(words[3]);
+}
 
 // One file of an export.
 struct OutputFile {
@@ -295,23 +321,63 @@ class Exporter {
     for (const std::string& name : *names) {
       if (!NameOfTemporary(name).empty()) old_temporaries_.push_back(name);
     }
-    if (!single_) {
-      for (const std::string& name : *names) {
-        if (name == kIndexFile) {
-          return absl::FailedPreconditionError(absl::StrCat(
-              "\"", path_,
-              "\" has a DCP checkpoint; choose another directory"));
-        }
-        if (absl::EndsWith(name, kSafetensorsSuffix) && name[0] != '.') {
-          old_files_.push_back(name);
-        }
-        has_old_index_ |= name == kModelIndex;
+    if (single_) return absl::OkStatus();
+    for (const std::string& name : *names) {
+      if (name == kIndexFile) {
+        return absl::FailedPreconditionError(absl::StrCat(
+            "\"", path_, "\" has a DCP checkpoint; choose another directory"));
       }
-      if ((has_old_index_ || !old_files_.empty()) && !options_.overwrite) {
-        return taken("a checkpoint");
+      has_old_index_ |= name == kModelIndex;
+      if (name[0] != '.' && name != kModelIndex &&
+          (absl::EndsWith(name, kSafetensorsSuffix) ||
+           absl::EndsWith(name, kSafetensorsIndexSuffix))) {
+        taken_.insert(name);
+      }
+    }
+    if ((has_old_index_ || !taken_.empty()) && !options_.overwrite) {
+      return taken("a checkpoint");
+    }
+    return has_old_index_ ? FindOldOfIndex() : FindOldWithoutIndex();
+  }
+
+  // A directory is what its index names: other files are not of this model.
+  absl::Status FindOldOfIndex() {
+    const auto read = [this]() -> absl::StatusOr<safetensors::Index> {
+      DSD_ASSIGN_OR_RETURN(
+          const std::string text,
+          ReadWhole(fs_, Final(kModelIndex), safetensors::kMaxIndexBytes));
+      return safetensors::ParseIndex(text);
+    };
+    const absl::StatusOr<safetensors::Index> index = read();
+    if (!index.ok()) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "which files \"", Final(kModelIndex),
+          "\" names, to be replaced, is not known (", index.status().message(),
+          "); remove it or choose another directory"));
+    }
+    absl::flat_hash_set<absl::string_view> named;
+    for (const auto& [key, file] : index->weight_map) named.insert(file);
+    for (const std::string& name : taken_) {
+      // With an id it was left by an export that was interrupted.
+      bool has_id;
+      if (named.contains(name) || (IsModelFile(name, &has_id) && has_id)) {
+        old_files_.push_back(name);
       }
     }
     return absl::OkStatus();
+  }
+
+  absl::Status FindOldWithoutIndex() {
+    std::vector<std::string> others;
+    for (const std::string& name : taken_) {
+      bool has_id;
+      (IsModelFile(name, &has_id) ? old_files_ : others).push_back(name);
+    }
+    if (others.empty()) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat(
+        "\"", path_, "\" has no ", kModelIndex,
+        ", which would say what to replace, and files of other names: ",
+        ListKeys(std::move(others)), "; choose another directory"));
   }
 
   int64_t BytesOf(size_t tensor) const {
@@ -362,8 +428,6 @@ class Exporter {
     for (const std::string& name : old_files_) {
       with_index_ |= name != kWholeModel;
     }
-    const absl::flat_hash_set<std::string> old(old_files_.begin(),
-                                               old_files_.end());
     for (const bool with_id : {false, true}) {
       bool clash = false;
       for (size_t i = 0; i < files_.size(); ++i) {
@@ -377,7 +441,7 @@ class Exporter {
           name = absl::StrFormat("model%s-%05d-of-%05d%s", id, i + 1,
                                  files_.size(), kSafetensorsSuffix);
         }
-        clash |= with_index_ && old.contains(name);
+        clash |= with_index_ && taken_.count(name) > 0;
       }
       if (!clash) return;
     }
@@ -810,7 +874,8 @@ class Exporter {
   bool single_ = false;  // a file, not a directory
   std::string directory_;
   OutputDirectory output_;
-  std::vector<std::string> old_files_;
+  std::set<std::string> taken_;               // names of files that are there
+  std::vector<std::string> old_files_;        // ... which are replaced
   std::vector<std::string> old_temporaries_;  // on rank 0
   std::string index_text_;                    // the one written last
   bool has_old_index_ = false;

@@ -50,11 +50,12 @@ struct ExportOptions {
 // renamed, the index last. A single file that is replaced changes atomically.
 // Where files of a directory are replaced, the new ones have names of their own
 // and an index, which changes atomically, and the old ones are removed after
-// that.
+// that: those that the index named, or, without one, those of the names above.
 //
 // Errors: as Save; also InvalidArgument for objects where safetensors has no
 // place for them (all named) and dtypes that the format lacks (complex32,
-// complex128); FailedPrecondition for a path of another kind or format. The
+// complex128); FailedPrecondition for a path of another kind or format, and for
+// a directory without an index that has safetensors files of other names. The
 // report's `chunks` are the tensors.
 absl::StatusOr<SaveReport> Export(const std::string& path, Format format,
                                   const State& state,

@@ -587,6 +587,61 @@ TEST_F(ExportTest, ReplacesADirectoryWhateverTheNumberOfFiles) {
   }
 }
 
+// A directory is what its index names: what else lies there is not ours.
+TEST_F(ExportTest, ReplacesOnlyWhatTheIndexNames) {
+  ExportOptions small = Options();
+  small.max_file_bytes = 100;
+  ASSERT_THAT(ExportBy(2, "/m", Format::kSafetensors, small), AllOk());
+  const std::vector<std::string> old = Names("/m");
+  ASSERT_GT(old.size(), 3u);
+  const std::vector<std::string> others = {
+      "adapter_model.safetensors", "consolidated.safetensors",
+      "diffusion.safetensors.index.json", "model.safetensors",
+      "model-00001-of-00002.safetensors"};
+  for (const std::string& name : others) {
+    env_.fake_files().SetContent("/m/" + name, name);
+  }
+  // Of an interrupted export.
+  env_.fake_files().SetContent(
+      "/m/model-0123456789abcdef-00001-of-00002.safetensors", "x");
+  uint64_t seed = 10;
+  for (const ExportOptions& options : {small, Options(), small}) {
+    ASSERT_THAT(ExportBy(2, "/m", Format::kSafetensors, options, ++seed),
+                AllOk());
+    ExpectHas("/m", 1, seed);
+    for (const std::string& name : others) {
+      EXPECT_EQ(env_.fake_files().Content("/m/" + name).value_or(""), name);
+    }
+  }
+  EXPECT_EQ(Names("/m").size(), old.size() + others.size());
+
+  // Without knowing what it names nothing is replaced.
+  env_.fake_files().SetContent("/m/model.safetensors.index.json", "{");
+  const std::vector<std::string> before = Names("/m");
+  EXPECT_THAT(ExportBy(2, "/m", Format::kSafetensors, small),
+              Each(IsStatus(absl::StatusCode::kFailedPrecondition,
+                            "/m/model.safetensors.index.json")));
+  EXPECT_EQ(Names("/m"), before);
+}
+
+TEST_F(ExportTest, RefusesADirectoryOfOtherFilesWithoutAnIndex) {
+  ASSERT_THAT(ExportBy(2, "/m", Format::kSafetensors, Options()), AllOk());
+  env_.fake_files().SetContent("/m/model-00001-of-00002.safetensors", "x");
+  env_.fake_files().SetContent("/m/adapter_model.safetensors", "x");
+  env_.fake_files().SetContent("/m/config.json", "{}");
+  const std::vector<std::string> before = Names("/m");
+  for (const char* const words :
+       {"names: adapter_model.safetensors;", "model.safetensors.index.json"}) {
+    EXPECT_THAT(ExportBy(2, "/m", Format::kSafetensors, Options(), kOtherSeed),
+                Each(IsStatus(absl::StatusCode::kFailedPrecondition, words)));
+  }
+  EXPECT_EQ(Names("/m"), before);
+  ASSERT_TRUE(env_.files().Remove("/m/adapter_model.safetensors").ok());
+  EXPECT_THAT(ExportBy(2, "/m", Format::kSafetensors, Options(), kOtherSeed),
+              AllOk());
+  ExpectHas("/m", 1, kOtherSeed);
+}
+
 // The machine dies at each step: the old one, the new one, or a word that it is
 // not complete; never a mixture.
 TEST_F(ExportTest, ACrashAtAnyStepMixesNothing) {
