@@ -103,11 +103,12 @@ absl::Status CheckWhole(const std::string& directory, Env* env) {
   for (const auto& object : impl.index.objects) count(object.location);
   for (size_t i = 0; i < ends.size(); ++i) {
     const std::string path = JoinFile(directory, impl.index.files[i]);
-    const absl::StatusOr<FileInfo> info = env->files().Stat(path);
-    DSD_RETURN_IF_ERROR(info.status());
-    if (info->size_bytes < ends[i]) {
+    // Of what is read: the name may be a link.
+    DSD_ASSIGN_OR_RETURN(const std::unique_ptr<ReadableFile> file,
+                         env->files().OpenReadable(path));
+    if (file->size_bytes() < ends[i]) {
       return absl::DataLossError(absl::StrCat("\"", path, "\" has ",
-                                              info->size_bytes,
+                                              file->size_bytes(),
                                               " bytes, expected ", ends[i]));
     }
   }

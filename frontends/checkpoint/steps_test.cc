@@ -2,6 +2,9 @@
 
 #include "dsd/frontends/checkpoint/steps.h"
 
+#include <stdlib.h>
+
+#include <filesystem>
 #include <optional>
 #include <string>
 #include <vector>
@@ -112,6 +115,29 @@ TEST(StepsTest, TheNewestWholeOneIsFound) {
                       return FindLatest(kSeries, &comm, {}, &env).status();
                     }),
       ::testing::Each(IsStatus(absl::StatusCode::kNotFound, "step-100/")));
+}
+
+// As in the cache of a hub: what counts is the file that a link points to.
+TEST(StepsTest, FilesMayBeLinks) {
+  std::string root = absl::StrCat(testing::TempDir(), "/steps_test_XXXXXX");
+  ASSERT_NE(mkdtemp(root.data()), nullptr);
+  TestState state = TestState::Filled(Tensors(), 0, 1);
+  ASSERT_TRUE(Save(root + "/stored", state.state()).ok());
+  std::filesystem::create_directory(root + "/step-1");
+  for (const auto& entry :
+       std::filesystem::directory_iterator(root + "/stored")) {
+    const std::string name = entry.path().filename();
+    std::filesystem::create_symlink("../stored/" + name,
+                                    root + "/step-1/" + name);
+  }
+  const auto latest = FindLatest(root + "/step-");
+  ASSERT_TRUE(latest.ok()) << latest.status();
+  EXPECT_EQ(latest->step.number, 1);
+  // A link to nothing is a file that is not there.
+  std::filesystem::remove_all(root + "/stored");
+  EXPECT_THAT(FindLatest(root + "/step-").status(),
+              IsStatus(absl::StatusCode::kNotFound, "step-"));
+  std::filesystem::remove_all(root);
 }
 
 TEST(StepsTest, SavesKeepTheNewestAndEveryNth) {

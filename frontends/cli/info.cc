@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "CLI/CLI.hpp"
+#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "dsd/core/base/env.h"
@@ -70,6 +71,16 @@ int64_t BytesOf(const TensorSpec& spec) {
   return spec.layout.whole().num_elements() * ItemSize(spec.dtype);
 }
 
+// Of what is read: the name may be a link. -1: there is nothing.
+int64_t LengthOf(const std::string& path, FileSystem& file_system) {
+  const auto opened = file_system.OpenReadable(path);
+  if (opened.ok()) return (*opened)->size_bytes();
+  if (absl::IsNotFound(opened.status())) return -1;
+  // It may not be read, but it is there.
+  const auto info = file_system.Stat(path);
+  return info.ok() ? info->size_bytes : -1;
+}
+
 Facts FactsOf(const Checkpoint& stored, FileSystem& file_system) {
   Facts facts;
   for (size_t i = 0; i < stored.catalog().size(); ++i) {
@@ -96,9 +107,8 @@ Facts FactsOf(const Checkpoint& stored, FileSystem& file_system) {
     ++facts.files[object.file].objects;
   }
   for (auto& [name, file] : facts.files) {
-    const auto info =
-        file_system.Stat(absl::StrCat(stored.directory(), "/", name));
-    if (info.ok()) file.file_bytes = info->size_bytes;
+    file.file_bytes =
+        LengthOf(absl::StrCat(stored.directory(), "/", name), file_system);
   }
   return facts;
 }

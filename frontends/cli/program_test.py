@@ -134,6 +134,15 @@ class ProgramTest(unittest.TestCase):
       self.assertEqual(run("verify", "race").returncode, 0)
       self.assertEqual(len(os.listdir(os.path.join(FOLDER, "race"))), 3)
 
+  def test_sizes_are_those_of_what_links_point_to(self):
+    links = os.path.join(FOLDER, "links")
+    os.mkdir(links)
+    for name in os.listdir(os.path.join(FOLDER, "run1")):
+      os.symlink(os.path.join("..", "run1", name), os.path.join(links, name))
+    files = [json.loads(run("info", "--json", directory).stdout)["files"] for directory in ("run1", "links")]
+    self.assertGreater(min(file["file_bytes"] for file in files[0].values()), 1 << 20)
+    self.assertEqual(files[1], files[0])
+
   def test_help(self):
     done = run("--help")
     self.assertEqual(done.returncode, 0)
