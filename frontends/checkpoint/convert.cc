@@ -23,6 +23,13 @@
 namespace dsd::checkpoint {
 namespace {
 
+constexpr char kTargetPayload[] = "dsd.convert.target";
+
+absl::Status OfTarget(absl::Status error) {
+  if (!error.ok()) error.SetPayload(kTargetPayload, {});
+  return error;
+}
+
 // The tensors of a checkpoint under other names and of other dtypes.
 class ConvertedEndpoint final : public Endpoint {
  public:
@@ -38,13 +45,14 @@ class ConvertedEndpoint final : public Endpoint {
 
   const Catalog& catalog() const override { return catalog_; }
 
+  // Whether all that was read could be.
+  bool ok() const { return ok_; }
+
   absl::Status Read(size_t tensor, const Box& box, int64_t begin, int64_t end,
                     DType dtype, absl::Span<std::byte> out) override {
-    DSD_RETURN_IF_ERROR(source_->Read(tensor, box, begin, end, dtype, out));
-    // Before what is written can count.
-    elements_left_ -= end - begin;
-    if (elements_left_ > 0) return absl::OkStatus();
-    return source_->Verify().status();
+    const absl::Status status = ReadSource(tensor, box, begin, end, dtype, out);
+    ok_ = ok_ && status.ok();
+    return status;
   }
 
   absl::Status Write(size_t, const Box&, int64_t, int64_t, DType,
@@ -53,9 +61,19 @@ class ConvertedEndpoint final : public Endpoint {
   }
 
  private:
+  absl::Status ReadSource(size_t tensor, const Box& box, int64_t begin,
+                          int64_t end, DType dtype, absl::Span<std::byte> out) {
+    DSD_RETURN_IF_ERROR(source_->Read(tensor, box, begin, end, dtype, out));
+    // Before what is written can count.
+    elements_left_ -= end - begin;
+    if (elements_left_ > 0) return absl::OkStatus();
+    return source_->Verify().status();
+  }
+
   const std::unique_ptr<CheckpointEndpoint> source_;
   Catalog catalog_;
   int64_t elements_left_ = 0;
+  bool ok_ = true;
 };
 
 class Converter {
@@ -85,7 +103,9 @@ class Converter {
                                        absl::StrAppend(out, DTypeName(dtype));
                                      })));
     }
-    DSD_RETURN_IF_ERROR(CheckTarget());
+    const absl::Status target = CheckTarget();
+    DSD_RETURN_IF_ERROR(absl::IsInvalidArgument(target) ? target
+                                                        : OfTarget(target));
     OpenOptions open;
     open.verify = options_.verify;
     open.env = options_.env;
@@ -101,7 +121,11 @@ class Converter {
                        "\" cannot be read: ", ListKeys(std::move(keys))));
     }
     DSD_RETURN_IF_ERROR(MakeState());
-    DSD_RETURN_IF_ERROR(Write());
+    const absl::Status written = Write();
+    // What a format has no place for is no matter of where it is written.
+    DSD_RETURN_IF_ERROR(tensors_->ok() && !absl::IsInvalidArgument(written)
+                            ? OfTarget(written)
+                            : written);
     return std::move(report_);
   }
 
@@ -291,6 +315,10 @@ std::optional<Format> GuessFormat(absl::string_view path) {
     if (absl::EndsWith(path, suffix)) return Format::kTorchArchive;
   }
   return std::nullopt;
+}
+
+bool IsOfTarget(const absl::Status& error) {
+  return error.GetPayload(kTargetPayload).has_value();
 }
 
 absl::StatusOr<ConvertReport> Convert(const std::string& source,

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/base/call_options.h"
 #include "dsd/core/base/dtype.h"
@@ -52,6 +53,10 @@ struct ConvertReport {
 // The format that the name of a path speaks of: ".safetensors"; ".pt", ".pth",
 // ".bin", ".ckpt" (archives of torch.save). nullopt for others.
 std::optional<Format> GuessFormat(absl::string_view path);
+
+// Whether an error of Convert is one of writing the target, or of what is there
+// already.
+bool IsOfTarget(const absl::Status& error);
 
 // Writes what is at `source` to `target`, of any two formats, by this process
 // alone: whole tensors (DCP: the stored boxes), one after another, in some 50

@@ -27,7 +27,8 @@ constexpr char kFooter[] =
     "  2  wrong arguments\n"
     "  3  no checkpoint there, not complete, or it cannot be opened; diff: not "
     "all\n     could be compared\n"
-    "  4  the output could not be written\n";
+    "  4  the output, or DST of convert, could not be written, or DST is there "
+    "already\n";
 
 std::string UnknownCommand(absl::string_view name) {
   std::vector<absl::string_view> names;

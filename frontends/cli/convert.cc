@@ -100,9 +100,13 @@ absl::Status NameOption(const absl::Status& status) {
               absl::StrContains(status.message(), "allow dropping them")
           ? " (--drop-objects)"
           : "";
-  return hint.empty() ? status
-                      : absl::Status(status.code(),
-                                     absl::StrCat(status.message(), hint));
+  if (hint.empty()) return status;
+  absl::Status named(status.code(), absl::StrCat(status.message(), hint));
+  status.ForEachPayload(
+      [&named](absl::string_view url, const absl::Cord& payload) {
+        named.SetPayload(url, payload);
+      });
+  return named;
 }
 
 absl::StatusOr<ExitCode> RunConvert(const Arguments& arguments,
@@ -114,6 +118,10 @@ absl::StatusOr<ExitCode> RunConvert(const Arguments& arguments,
   const absl::StatusOr<ConvertReport> report =
       checkpoint::Convert(arguments.source, arguments.target, options);
   bar.Wipe();
+  if (absl::IsResourceExhausted(report.status())) {  // of DST: a full disk
+    context.Fail(report.status());
+    return kExitOutput;
+  }
   if (!report.ok()) return NameOption(report.status());
   if (context.json) {
     context.Print({{"source", arguments.source},
@@ -189,8 +197,12 @@ VerbBody DeclareConvert(CLI::App& app) {
   app.add_flag("--no-verify", arguments->no_verify,
                "Do not compare with stored digests");
   app.footer(kNotes);
-  return
-      [arguments](Context& context) { return RunConvert(*arguments, context); };
+  return [arguments](Context& context) -> absl::StatusOr<ExitCode> {
+    const absl::StatusOr<ExitCode> code = RunConvert(*arguments, context);
+    if (!checkpoint::IsOfTarget(code.status())) return code;
+    context.Fail(code.status());
+    return kExitOutput;
+  };
 }
 
 }  // namespace dsd::cli

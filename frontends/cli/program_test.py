@@ -9,6 +9,8 @@ import ctypes
 import json
 import os
 import pty
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -142,6 +144,34 @@ class ProgramTest(unittest.TestCase):
     files = [json.loads(run("info", "--json", directory).stdout)["files"] for directory in ("run1", "links")]
     self.assertGreater(min(file["file_bytes"] for file in files[0].values()), 1 << 20)
     self.assertEqual(files[1], files[0])
+
+  def test_a_target_that_cannot_be_written(self):
+    def convert(target, *options, **how):
+      done = run("convert", "run1", target, "--to=dcp", *options, **how)
+      self.assertIn(target, done.stderr)
+      self.assertEqual(done.stdout, "")
+      return done.returncode
+
+    def with_little_room():
+      signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    self.assertEqual(convert("run2"), 4)  # something is there
+    os.mkdir(os.path.join(FOLDER, "locked"), 0o500)
+    self.assertEqual(convert("locked/new", preexec_fn=obey_permissions), 4)
+    self.assertEqual(convert("locked", preexec_fn=obey_permissions), 4)
+    self.assertEqual(convert("full", preexec_fn=with_little_room), 4)
+    self.assertFalse(os.path.exists(os.path.join(FOLDER, "full")))
+    # What is wrong with the source is another matter.
+    self.assertEqual(run("convert", "nowhere", "new", "--to=dcp").returncode, 3)
+    closed = os.path.join(FOLDER, "closed_files")
+    subprocess.run(["cp", "-r", os.path.join(FOLDER, "run1"), closed], check=True)
+    for name in os.listdir(closed):
+      if name.startswith("__1_"):
+        os.chmod(os.path.join(closed, name), 0)
+    done = run("convert", "closed_files", "new", "--to=dcp", preexec_fn=obey_permissions)
+    self.assertEqual(done.returncode, 3, done.stderr)
+    self.assertFalse(os.path.exists(os.path.join(FOLDER, "new")))
 
   def test_help(self):
     done = run("--help")
