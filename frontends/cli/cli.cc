@@ -28,7 +28,9 @@ constexpr char kFooter[] =
     "  3  no checkpoint there, not complete, or it cannot be opened; diff: not "
     "all\n     could be compared\n"
     "  4  the output, or DST of convert, could not be written, or DST is there "
-    "already\n";
+    "already\n"
+    "  128 + n  convert was stopped by signal n, 130 by Ctrl-C; DST is as it "
+    "was\n";
 
 std::string UnknownCommand(absl::string_view name) {
   std::vector<absl::string_view> names;

@@ -2,6 +2,10 @@
 
 #include "dsd/frontends/checkpoint/convert.h"
 
+#include <signal.h>
+
+#include <atomic>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <utility>
@@ -44,6 +48,50 @@ constexpr char kNotes[] =
     "  '*=model.*'                    adds one\n"
     "  '*.attn.qkv.*=*.attention.*'   replaces a part\n\n"
     "Nothing is at DST until all of it is.";
+
+// SIGINT and SIGTERM while a conversion is under way, which cleans up then. A
+// second one ends the program.
+constexpr int kSignals[] = {SIGINT, SIGTERM};
+
+// A handler may touch these only because they have no lock.
+std::atomic<bool> interrupted = false;
+std::atomic<int> first_signal = 0;
+static_assert(std::atomic<bool>::is_always_lock_free);
+static_assert(std::atomic<int>::is_always_lock_free);
+
+void OnSignal(int signal) {
+  int none = 0;
+  first_signal.compare_exchange_strong(none, signal);
+  interrupted = true;
+}
+
+// Catches them while it lives; one at a time.
+class SignalCatcher {
+ public:
+  SignalCatcher() {
+    interrupted = false;
+    first_signal = 0;
+    for (size_t i = 0; i < std::size(kSignals); ++i) {
+      sigaction(kSignals[i], nullptr, &former_[i]);
+      // A shell that starts a program in the background may want it so.
+      if (former_[i].sa_handler == SIG_IGN) continue;
+      struct sigaction action = {};
+      action.sa_handler = &OnSignal;
+      action.sa_flags = static_cast<int>(SA_RESTART | SA_RESETHAND);
+      sigaction(kSignals[i], &action, nullptr);
+    }
+  }
+  ~SignalCatcher() {
+    for (size_t i = 0; i < std::size(kSignals); ++i) {
+      sigaction(kSignals[i], &former_[i], nullptr);
+    }
+  }
+  SignalCatcher(const SignalCatcher&) = delete;
+  SignalCatcher& operator=(const SignalCatcher&) = delete;
+
+ private:
+  struct sigaction former_[std::size(kSignals)];
+};
 
 struct Arguments {
   std::string source;
@@ -113,6 +161,7 @@ absl::StatusOr<ExitCode> RunConvert(const Arguments& arguments,
                                     Context& context) {
   DSD_ASSIGN_OR_RETURN(ConvertOptions options, OptionsOf(arguments));
   options.env = context.env;
+  options.call.cancel = &interrupted;
   ProgressBar bar(context, "converting");
   options.call.progress = [&](const Progress& progress) { bar.Show(progress); };
   const absl::StatusOr<ConvertReport> report =
@@ -198,7 +247,15 @@ VerbBody DeclareConvert(CLI::App& app) {
                "Do not compare with stored digests");
   app.footer(kNotes);
   return [arguments](Context& context) -> absl::StatusOr<ExitCode> {
+    const SignalCatcher catcher;
     const absl::StatusOr<ExitCode> code = RunConvert(*arguments, context);
+    if (absl::IsCancelled(code.status())) {
+      const int signal = first_signal;
+      context.Fail(absl::CancelledError(
+          absl::StrCat("stopped by signal ", signal, "; \"",
+                       Printable(arguments->target), "\" is as it was")));
+      return static_cast<ExitCode>(128 + signal);  // as shells have it
+    }
     if (!checkpoint::IsOfTarget(code.status())) return code;
     context.Fail(code.status());
     return kExitOutput;

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 DSD = EXAMPLE = FOLDER = None
@@ -172,6 +173,29 @@ class ProgramTest(unittest.TestCase):
     done = run("convert", "closed_files", "new", "--to=dcp", preexec_fn=obey_permissions)
     self.assertEqual(done.returncode, 3, done.stderr)
     self.assertFalse(os.path.exists(os.path.join(FOLDER, "new")))
+
+  def test_a_conversion_that_is_stopped(self):
+    size = 1 << 30
+    header = json.dumps({"t": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with open(os.path.join(FOLDER, "large.safetensors"), "wb") as file:
+      file.write(len(header).to_bytes(8, "little") + header)
+      file.truncate(8 + len(header) + size)
+    for number, target in ((signal.SIGINT, "stopped/dcp"), (signal.SIGTERM, "stopped/dcp"),
+                           (signal.SIGINT, "stopped/t.safetensors"), (signal.SIGTERM, "stopped/t.pt")):
+      # Signals that were ignored stay so.
+      job = subprocess.Popen([DSD, "convert", "large.safetensors", target, "--to",
+                              "torch" if target.endswith(".pt") else target.split("/")[1].split(".")[-1]], cwd=FOLDER,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+      # Until it has begun to write.
+      while job.poll() is None and not any(files for _, _, files in os.walk(os.path.join(FOLDER, "stopped"))):
+        time.sleep(0.001)
+      job.send_signal(number)
+      error = job.communicate(timeout=120)[1]
+      self.assertEqual(job.returncode, 128 + number, error)
+      self.assertIn("is as it was", error)
+      self.assertFalse(os.path.exists(os.path.join(FOLDER, "stopped")))
+    os.remove(os.path.join(FOLDER, "large.safetensors"))
 
   def test_help(self):
     done = run("--help")
