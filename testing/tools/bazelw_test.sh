@@ -46,6 +46,11 @@ expect "a query takes no build options" '<query><//...>' "$(run "$bazelw" query 
 expect "no arguments" '' "$(run "$bazelw")"
 expect "another cache" '<build><--disk_cache=/c><//a>' "$(DSD_DISK_CACHE=/c run "$bazelw" build //a)"
 expect "no cache" '<build><//a>' "$(DSD_DISK_CACHE='' run "$bazelw" build //a)"
+expect "the home's cache" '<build><--disk_cache=/home/.cache/dsd/bazel-disk><//a>' \
+  "$(XDG_CACHE_HOME='' HOME=/home run "$bazelw" build //a)"
+expect "no home" "bazelw: HOME is not set; set it, or DSD_DISK_CACHE to the folder of the disk cache (empty: none)" \
+  "$(XDG_CACHE_HOME='' run "$bazelw" build //a)"
+expect "no home, no cache" '<build><//a>' "$(XDG_CACHE_HOME='' DSD_DISK_CACHE='' run "$bazelw" build //a)"
 expect "continuous integration" "<test>$cache<--config=ci><--build_event_json_file=/e><//a>" \
   "$(CI=true DSD_BUILD_EVENTS=/e run "$bazelw" test //a)"
 expect "Bazel 7" "<test><--noenable_bzlmod>$cache<//a>" "$(FAKE_VERSION=7.4.1 run "$bazelw" test //a)"
