@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Makes a second workspace and builds two programs there against @dsd, one with
-# each backend as the default and one with LibTorch, and a backend.
+# each backend as the default and one with LibTorch, a test, and a backend.
 set -euo pipefail
 
 here=$(dirname "$(realpath "$0")")
@@ -69,6 +69,11 @@ for backend in gloo local; do
   grep -qx 'status: OK' "$TEST_TMPDIR/out"
   grep -qx "backends:.* $backend" "$TEST_TMPDIR/out"
 done
+
+# A test of theirs, linked as Bazel links tests if nothing is said.
+"$bazel" "${startup[@]}" "${build[@]}" --dynamic_mode=default //:embedded_test
+./bazel-bin/embedded_test | tee "$TEST_TMPDIR/out"
+grep -qx 'status: OK' "$TEST_TMPDIR/out"
 
 # A wrong name is refused, and the text says what is there.
 if "$bazel" "${startup[@]}" "${build[@]}" --@dsd//backends:default=carrier_pigeon \

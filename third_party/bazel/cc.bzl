@@ -1,7 +1,7 @@
 """The C++ rules that every package of this project uses.
 
 They add what must be the same everywhere: the include path "dsd/<package>/<file>.h", the warnings, static linking of
-tests. Every header of a target goes into `hdrs`, also one that only the target itself includes: a header in `srcs`
+libraries and tests. Every header of a target goes into `hdrs`, also one that only the target itself includes: a header in `srcs`
 is not found as "dsd/<package>/<file>.h".
 """
 
@@ -33,12 +33,16 @@ def dsd_warning_settings():
         visibility = ["//visibility:public"],
     )
 
-def dsd_cc_library(name, copts = [], **kwargs):
+def dsd_cc_library(name, copts = [], linkstatic = True, **kwargs):
     """A cc_library whose headers are included as "dsd/<package>/<file>.h".
+
+    It is linked statically, also into an embedder's cc_test, for which Bazel otherwise makes a shared library of each
+    target. Such a library would look in vain for what the program has of OpenSSL and Zstandard and does not export.
 
     Args:
       name: the target's name.
       copts: added to the project's own.
+      linkstatic: as for cc_library.
       **kwargs: as for cc_library.
     """
     package = native.package_name()
@@ -46,6 +50,7 @@ def dsd_cc_library(name, copts = [], **kwargs):
         name = name,
         copts = _copts(copts),
         include_prefix = "dsd/" + package if package else "dsd",
+        linkstatic = linkstatic,
         **kwargs
     )
 
