@@ -18,9 +18,9 @@
 //     std::shared_ptr<dsd::FullyShard<torch::nn::LinearImpl>> fc1, fc2;
 //   };
 //   auto context = std::make_shared<dsd::FullyShardContext>(comm.get());
-//   auto net = dsd::MakeFullyShard(std::make_shared<NetImpl>(context),
-//   context); torch::optim::AdamW optimizer(net->parameters());  // of the
-//   shards
+//   auto net =
+//       dsd::MakeFullyShard(std::make_shared<NetImpl>(context), context);
+//   torch::optim::AdamW optimizer(net->parameters());
 //
 // Modules must be wrapped when they are built: a typed member of a finished
 // module cannot be replaced from outside. Wrap inner modules first; a unit has
@@ -83,9 +83,13 @@ class FullyShardBase : public torch::nn::Module, public ModuleWrapper {
 // leaf with the TensorImpl it always had: rows [r * c, (r + 1) * c) of
 // dimension 0, c = ceil(rows / world size), cut at the end (torch.chunk's rule;
 // trailing shards may be short or empty). It is registered in
-// ShardingTable::Global(). Optimizers, gradient clipping, state dicts and
-// checkpoints work on it as it is. Its .grad has the same shape: the sum of all
-// ranks' gradients in rank order times 1 / world size, added to what was there.
+// ShardingTable::Global(). Its .grad has the same shape: the sum of all ranks'
+// gradients in rank order times 1 / world size, added to what was there. State
+// dicts, checkpoints, clip_grad_value_ and optimizers that treat each element
+// by itself (all of torch::optim but LBFGS) work on it as it is. What takes
+// norms or products of whole tensors does not: it would see this rank's rows
+// and give each rank another result. For clip_grad_norm_ there is ClipGradNorm
+// (clip_grad_norm.h); LBFGS must not be used.
 //
 // Collective: all ranks of the context's communicator must build units from
 // equal modules (same parameters and values: seed the generator equally) and
