@@ -6,7 +6,9 @@
 #include <utility>
 
 #include "absl/container/flat_hash_set.h"
+#include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "dsd/core/tensor/torch_boundary.h"
 
 namespace dsd {
 namespace {
@@ -29,12 +31,23 @@ void AddParameters(const torch::nn::Module& module, const std::string& prefix,
   }
 }
 
+std::shared_ptr<internal::ShardUnit> MakeUnit(
+    const torch::nn::Module* inner,
+    std::shared_ptr<FullyShardContext> context) {
+  if (inner == nullptr || context == nullptr) {
+    throw StatusError(absl::InvalidArgumentError(absl::StrCat(
+        "FullyShard: the ", inner == nullptr ? "module" : "FullyShardContext",
+        " is null, expected one")));
+  }
+  return std::make_shared<internal::ShardUnit>(std::move(context),
+                                               inner->name());
+}
+
 }  // namespace
 
 FullyShardBase::FullyShardBase(std::shared_ptr<torch::nn::Module> inner,
                                std::shared_ptr<FullyShardContext> context)
-    : unit_(std::make_shared<internal::ShardUnit>(std::move(context),
-                                                  inner->name())) {
+    : unit_(MakeUnit(inner.get(), std::move(context))) {
   absl::flat_hash_set<const torch::nn::Module*> seen;
   AddParameters(*inner, /*prefix=*/"", seen, *unit_);
   unit_->Shard();

@@ -99,10 +99,11 @@ class FullyShardBase : public torch::nn::Module, public ModuleWrapper {
 // Errors of collectives leave forward() and backward() as StatusError, and
 // FullyShardContext::status() keeps the first. After any exception the
 // parameters are shards again; gradients are then unspecified: clear them.
-// Constructors throw StatusError: InvalidArgument (scalar parameter; two
-// parameters on one storage), FailedPrecondition (a parameter that another unit
-// has: tied parameters need one unit around all their uses), Unimplemented
-// (neither in host memory nor on CUDA; a type that has no ReduceScatter).
+// Constructors throw StatusError: InvalidArgument (no module or no context;
+// scalar parameter; two parameters on one storage), FailedPrecondition (a
+// parameter that another unit has: tied parameters need one unit around all
+// their uses), Unimplemented (neither in host memory nor on CUDA; a type that
+// has no ReduceScatter).
 //
 // On CUDA, gathers and sums go from and to the memory of the device over a
 // backend that moves it (nccl), else through page-locked memory; gradients have
@@ -171,7 +172,9 @@ template <class Signature = void, class M>
 std::shared_ptr<FullyShard<M, Signature>> MakeFullyShard(
     const torch::nn::ModuleHolder<M>& inner,
     std::shared_ptr<FullyShardContext> context) {
-  return MakeFullyShard<Signature, M>(inner.ptr(), std::move(context));
+  return MakeFullyShard<Signature, M>(
+      inner.is_empty() ? std::shared_ptr<M>() : inner.ptr(),
+      std::move(context));
 }
 
 }  // namespace dsd

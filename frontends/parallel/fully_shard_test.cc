@@ -705,6 +705,16 @@ TEST(FullyShardTest, RefusesWhatItCannotShard) {
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(status.message(), AllOf(HasSubstr("\"a\""), HasSubstr("\"b\"")));
 
+  status = status_of(std::shared_ptr<WitnessImpl>());
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("module is null"));
+  status = status_of(nn::Linear(nullptr));
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  status = TorchToStatus(
+      [&] { MakeFullyShard(std::make_shared<WitnessImpl>(), nullptr); });
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("FullyShardContext is null"));
+
   const auto owner = MakeFullyShard(std::make_shared<WitnessImpl>(), context);
   status = status_of(std::make_shared<SharingImpl>(owner->inner()->weight));
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
