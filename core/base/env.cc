@@ -29,18 +29,18 @@ namespace {
 absl::Status ErrnoStatus(int error, absl::string_view what,
                          absl::string_view path) {
   const std::string text = absl::StrCat(what, " \"", path, "\"");
+  // "<text>: <what the system says>"
+  const std::string message(absl::ErrnoToStatus(error, text).message());
   switch (error) {
     case EDQUOT:
     case EFBIG:
-      return absl::ResourceExhaustedError(
-          absl::StrCat(text, ": ", absl::ErrnoToStatus(error, "").message()));
+      return absl::ResourceExhaustedError(message);
     case EIO:
       return absl::UnavailableError(absl::StrCat(text, ": I/O error"));
     case ENOTDIR:
     case EISDIR:
     case ENOTEMPTY:
-      return absl::FailedPreconditionError(
-          absl::StrCat(text, ": ", absl::ErrnoToStatus(error, "").message()));
+      return absl::FailedPreconditionError(message);
     default:
       return absl::ErrnoToStatus(error, text);
   }

@@ -18,6 +18,7 @@ namespace dsd {
 namespace {
 
 using ::testing::ElementsAre;
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
 
 class RealFilesTest : public testing::Test {
@@ -100,6 +101,8 @@ TEST_F(RealFilesTest, NamesPathsInErrors) {
             absl::StatusCode::kFailedPrecondition);
   EXPECT_EQ(files_.CreateDirs("").code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(files_.Remove(dir_).code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(Read(In("x/y"), 0, 1).status().message()),
+              EndsWith(absl::StrCat(In("x/y"), "\": Not a directory")));
 }
 
 TEST_F(RealFilesTest, OpensOnlyRegularFilesAndNeverBlocks) {
