@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <fstream>
+#include <iterator>
 #include <numeric>
 #include <sstream>
 #include <string>
@@ -149,6 +150,32 @@ TEST(CliTest, Summarizes) {
   const Result torn = RunDsd({"info", dir});
   EXPECT_EQ(torn.exit_code, kExitProblems);
   EXPECT_THAT(torn.out, HasSubstr("1, 0 B, 1 MISSING"));
+}
+
+TEST(CliTest, NumbersOutOfRange) {
+  const std::string dir = MakeCheckpoint();
+  const struct {
+    std::vector<std::string> arguments;  // the last one is refused
+    const char* expected;
+  } kCases[] = {
+      {{"info", dir, "--top", "-1"}, "\"-1\", expected a number of 0 or more"},
+      {{"info", dir, "--top", "1.5"},
+       "\"1.5\", expected a number of 0 or more"},
+      {{"plan", dir, "--to", "4", "--moves", "x"},
+       "\"x\", expected a number of 0 or more"},
+      {{"plan", dir, "--to", "4", "--ranks-per-host", "0"},
+       "\"0\", expected a number of 1 or more"},
+      {{"convert", dir, "/tmp/x", "--max-shard-size", "0"},
+       "\"0\", expected a number of 1 or more"},
+      {{"convert", dir, "/tmp/x", "--max-shard-size", "-1"},
+       "\"-1\", expected a number of 1 or more"},
+  };
+  for (const auto& c : kCases) {
+    const Result result = RunDsd(c.arguments);
+    EXPECT_EQ(result.exit_code, kExitUsage);
+    EXPECT_THAT(result.err, AllOf(HasSubstr(*std::prev(c.arguments.end(), 2)),
+                                  HasSubstr(c.expected)));
+  }
 }
 
 TEST(CliTest, ErrorsAreTextAndJson) {

@@ -240,7 +240,7 @@ VerbBody DeclareInfo(CLI::App& app) {
   auto arguments = std::make_shared<Arguments>();
   AddCheckpoint(app, &arguments->directory);
   app.add_option("--top", arguments->top, "How many of the largest tensors, 10")
-      ->check(CLI::NonNegativeNumber);
+      ->check(AtLeast(0));
   return [arguments](Context& context) -> absl::StatusOr<ExitCode> {
     absl::Status problem;
     DSD_ASSIGN_OR_RETURN(const std::shared_ptr<const Checkpoint> stored,

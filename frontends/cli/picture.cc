@@ -134,6 +134,14 @@ absl::Status WritePicture(const Picture& picture, absl::string_view title,
     return absl::OkStatus();
   }
   FileSystem& files = context.env->files();
+  // A rename would put a file in the place of /dev/null.
+  const absl::StatusOr<FileInfo> there = files.Stat(path);
+  if (there.ok() && there->kind != FileKind::kRegular) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("\"", Printable(path),
+                     "\" is there and no regular file; choose another name, "
+                     "or - for the output"));
+  }
   const std::string unfinished =
       absl::StrCat(path, ".", context.env->RandomSeed() % 1000000, ".part");
   const auto write = [&]() -> absl::Status {

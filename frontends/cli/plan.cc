@@ -383,12 +383,12 @@ VerbBody DeclarePlan(CLI::App& app) {
       ->allow_extra_args(false);
   app.add_option("--ranks-per-host", arguments->ranks_per_host,
                  "Ranks on one host; else all are")
-      ->check(CLI::PositiveNumber);
+      ->check(AtLeast(1));
   app.add_option("--match", arguments->match,
                  "Only keys that contain this text");
   app.add_option("--moves", arguments->moves,
                  "Explain so many of the moves, one by one")
-      ->check(CLI::NonNegativeNumber);
+      ->check(AtLeast(0));
   app.add_option("-o,--output", arguments->picture,
                  "Draw it: a file .svg or .html, or - for SVG on the output");
   app.footer(kLayoutHelp);

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <sys/stat.h>
+
 #include <cmath>
 #include <cstdint>
 #include <fstream>
@@ -299,6 +301,22 @@ TEST(PlotTest, OutputThatCannotBeWritten) {
   EXPECT_EQ(RunDsd({"plot", Model()}).exit_code, kExitUsage);
   EXPECT_EQ(RunDsd({"plot", Model(), "-o", testing::TempDir()}).exit_code,
             kExitOutput);
+}
+
+// A file is put in the place of another one only.
+TEST(PlotTest, OutputThatIsNoRegularFile) {
+  const std::string path = absl::StrCat(testing::TempDir(), "/fifo.svg");
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+  for (const RunResult& result :
+       {RunDsd({"plot", Model(), "-o", path}),
+        RunDsd({"plan", Model(), "--to", "4", "-o", path})}) {
+    EXPECT_EQ(result.exit_code, kExitOutput);
+    EXPECT_THAT(result.err,
+                AllOf(HasSubstr(path), HasSubstr("no regular file")));
+  }
+  struct stat info = {};
+  ASSERT_EQ(stat(path.c_str(), &info), 0);
+  EXPECT_TRUE(S_ISFIFO(info.st_mode));
 }
 
 TEST(PlotTest, NothingToDraw) {

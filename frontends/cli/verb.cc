@@ -5,7 +5,9 @@
 #include <variant>
 
 #include "CLI/CLI.hpp"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "dsd/frontends/cli/value_text.h"
 
 namespace dsd::cli {
 
@@ -65,6 +67,20 @@ void AddCheckpoint(CLI::App& app, std::string* directory, const char* name) {
   app.add_option(name, *directory, "The checkpoint's directory or file")
       ->option_text(" ")
       ->required();
+}
+
+CLI::Validator AtLeast(int64_t low) {
+  // The names are those of CLI11's own, which --help shows as N.
+  return CLI::Validator(
+      [low](std::string& text) {
+        int64_t value = 0;
+        if (absl::SimpleAtoi(text, &value) && value >= low) {
+          return std::string();
+        }
+        return absl::StrCat("is \"", Printable(text),
+                            "\", expected a number of ", low, " or more");
+      },
+      low > 0 ? "POSITIVE" : "NONNEGATIVE");
 }
 
 absl::StatusOr<std::shared_ptr<const Checkpoint>> OpenAnyway(

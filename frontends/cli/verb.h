@@ -6,6 +6,7 @@
 #ifndef DSD_FRONTENDS_CLI_VERB_H_
 #define DSD_FRONTENDS_CLI_VERB_H_
 
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <ostream>
@@ -23,6 +24,7 @@
 
 namespace CLI {
 class App;
+class Validator;
 }  // namespace CLI
 
 namespace dsd::cli {
@@ -80,6 +82,9 @@ VerbBody DeclareVerify(CLI::App& app);
 // The positional argument of most verbs, required.
 void AddCheckpoint(CLI::App& app, std::string* directory,
                    const char* name = "checkpoint");
+
+// For options that are whole numbers of `low` (0 or 1) or more.
+CLI::Validator AtLeast(int64_t low);
 
 // Opens what can be opened: without its digests if these are damaged, or do not
 // fit the index, which goes to `problem`.
