@@ -630,8 +630,8 @@ TEST_F(ExportTest, RefusesADirectoryOfOtherFilesWithoutAnIndex) {
   env_.fake_files().SetContent("/m/adapter_model.safetensors", "x");
   env_.fake_files().SetContent("/m/config.json", "{}");
   const std::vector<std::string> before = Names("/m");
-  for (const char* const words :
-       {"names: adapter_model.safetensors;", "model.safetensors.index.json"}) {
+  for (const char* const words : {"names: \"adapter_model.safetensors\";",
+                                  "model.safetensors.index.json"}) {
     EXPECT_THAT(ExportBy(2, "/m", Format::kSafetensors, Options(), kOtherSeed),
                 Each(IsStatus(absl::StatusCode::kFailedPrecondition, words)));
   }
