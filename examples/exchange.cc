@@ -15,6 +15,7 @@
 #include "ATen/core/grad_mode.h"
 #include "ATen/ops/equal.h"
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/state_dict/state_dict_ops.h"
@@ -90,6 +91,11 @@ absl::Status Run(const std::string& folder) {
 
 int main(int argc, char** argv) {
   std::string folder = argc > 1 ? argv[1] : "/tmp/dsd_exchange_XXXXXX";
+  // Under `bazel run` the user's directory is another one than ours.
+  const char* const directory = std::getenv("BUILD_WORKING_DIRECTORY");
+  if (directory != nullptr && !absl::StartsWith(folder, "/")) {
+    folder = absl::StrCat(directory, "/", folder);
+  }
   if (argc <= 1 && mkdtemp(folder.data()) == nullptr) {
     std::cerr << "no temporary folder\n";
     return 1;
