@@ -11,10 +11,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -243,18 +245,24 @@ struct Record {
                        {"digest", DigestHex(digests.whole)},
                        {"digests", keys},
                        {"losses", losses}};
+    const std::string text = absl::StrCat(json.dump(1), "\n");
     // The old one or the new one, whole.
     const std::string temporary = path + ".tmp";
-    std::ofstream file(temporary);
-    file << json.dump(1) << "\n";
-    file.close();
-    std::error_code error;
-    if (file) fs::rename(temporary, path, error);
-    if (!file || error) {
-      fs::remove(temporary, error);
-      return absl::UnavailableError(absl::StrCat("cannot write ", path));
-    }
-    return absl::OkStatus();
+    dsd::FileSystem& files = dsd::Env::Real()->files();
+    files.Remove(temporary).IgnoreError();  // of a run that was killed
+    const auto write = [&]() -> absl::Status {
+      DSD_ASSIGN_OR_RETURN(const std::unique_ptr<dsd::WritableFile> file,
+                           files.CreateWritable(temporary));
+      DSD_RETURN_IF_ERROR(file->WriteAt(
+          0,
+          absl::MakeConstSpan(reinterpret_cast<const std::byte*>(text.data()),
+                              text.size())));
+      DSD_RETURN_IF_ERROR(file->Close());
+      return files.Rename(temporary, path);
+    };
+    const absl::Status status = write();
+    if (!status.ok()) files.Remove(temporary).IgnoreError();
+    return status;
   }
 
   // nullopt if there is no such file.
@@ -587,6 +595,11 @@ absl::Status Job::CompareLosses(int64_t first_step) {
   const double tolerance = same_ranks ? 0 : kLossTolerance;
   const size_t last =
       std::min(first_run_->losses.size(), record_.losses.size());
+  if (last < static_cast<size_t>(first_step)) {
+    std::cout << "The first run ended at step " << last
+              << ": no losses to compare\n";
+    return absl::OkStatus();
+  }
   double worst = 0;
   for (size_t i = first_step - 1; i < last; ++i) {
     const double difference =
@@ -721,12 +734,6 @@ absl::Status RunAll(const Options& options) {
     return RunRanks(options.resume_ranks,
                     RankArguments(options, options.resume));
   }
-  if (options.SaveStep() == options.steps) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--save-step is ", options.save_step,
-                     ", expected less than --steps, which is ", options.steps,
-                     ": the run that resumes goes on from there"));
-  }
   DSD_RETURN_IF_ERROR(RunRanks(options.ranks, RankArguments(options, "")))
       << "first run";
   DSD_RETURN_IF_ERROR(RunRanks(options.resume_ranks,
@@ -743,6 +750,18 @@ std::string UserPath(const std::string& path) {
     absolute = fs::path(directory) / absolute;
   }
   return absolute.lexically_normal().string();
+}
+
+// What at::manual_seed takes.
+CLI::Validator Seed() {
+  return CLI::Validator(
+      [](std::string& text) {
+        uint64_t seed;
+        if (absl::SimpleAtoi(text, &seed)) return std::string();
+        return absl::StrCat("is \"", text, "\", expected a number from 0 to ",
+                            std::numeric_limits<uint64_t>::max());
+      },
+      "");
 }
 
 // Numbers from `low` to `high`.
@@ -767,10 +786,9 @@ std::string DefaultOut() {
   return (parent / absl::StrCat("train_digits-", getuid())).string();
 }
 
-absl::Status Run(Options options, const CLI::App& app,
-                 const StepObserver& observer) {
-  DSD_ASSIGN_OR_RETURN(const dsd::LaunchInfo launch,
-                       dsd::LaunchFromEnvironment(dsd::ProcessEnvironment()));
+// Errors are the user's, in what was on the command line.
+absl::Status CheckArguments(const Options& options, const CLI::App& app,
+                            const dsd::LaunchInfo& launch) {
   if (options.SaveStep() > options.steps) {
     return absl::InvalidArgumentError(
         absl::StrCat("--save-step is ", options.save_step,
@@ -779,6 +797,32 @@ absl::Status Run(Options options, const CLI::App& app,
   if (options.out.empty()) {
     return absl::InvalidArgumentError("--out is empty, expected a folder");
   }
+  if (app.count("--resume") > 0 && options.resume.empty()) {
+    return absl::InvalidArgumentError("--resume is empty, expected a folder");
+  }
+  if (app.count("--backend") > 0) {
+    DSD_RETURN_IF_ERROR(dsd::FindBackend(options.backend));
+  }
+  if (launch.launcher == "none") {
+    if (options.resume.empty() && options.SaveStep() == options.steps) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--save-step is ", options.save_step,
+                       ", expected less than --steps, which is ", options.steps,
+                       ": the run that resumes goes on from there"));
+    }
+    return absl::OkStatus();
+  }
+  if (app.count("--ranks") > 0 || app.count("--resume-ranks") > 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--ranks and --resume-ranks are for runs without a launcher; this is "
+        "rank ",
+        launch.rank, " of ", launch.world_size, " of ", launch.launcher));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Run(Options options, const dsd::LaunchInfo& launch,
+                 const StepObserver& observer) {
   options.out = UserPath(options.out);
   if (!options.resume.empty()) options.resume = UserPath(options.resume);
   if (options.data.empty()) {
@@ -793,15 +837,19 @@ absl::Status Run(Options options, const CLI::App& app,
     options.data = UserPath(options.data);
   }
   if (launch.launcher == "none") return RunAll(options);
-  if (app.count("--ranks") > 0 || app.count("--resume-ranks") > 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--ranks and --resume-ranks are for runs without a launcher; this is "
-        "rank ",
-        launch.rank, " of ", launch.world_size, " of ", launch.launcher));
-  }
   return dsd::Annotate(
       RunRank(options, launch, observer),
       absl::StrCat("rank ", launch.rank, " of ", launch.world_size));
+}
+
+// Tells of an error and returns the exit code. In one write, so that ranks do
+// not mix their lines.
+int Fail(const absl::Status& status, int exit_code) {
+  std::cerr << absl::StrCat(
+                   "train_digits: ", absl::StatusCodeToString(status.code()),
+                   ": ", status.message(), "\n")
+            << std::flush;
+  return exit_code;
 }
 
 }  // namespace
@@ -853,6 +901,7 @@ int TrainDigitsMain(int argc, char** argv, const StepObserver& observer) {
       ->type_name("N,N,");
   app.add_option("--seed", options.seed,
                  "For initial values and the order of the digits.")
+      ->check(Seed())
       ->type_name("N")
       ->capture_default_str();
   app.add_option("--data", options.data,
@@ -870,14 +919,16 @@ int TrainDigitsMain(int argc, char** argv, const StepObserver& observer) {
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? EXIT_SUCCESS : kExitUsage;
   }
-  const absl::Status status = Run(std::move(options), app, observer);
-  if (status.ok()) return EXIT_SUCCESS;
-  // In one write, so that ranks do not mix their lines.
-  std::cerr << absl::StrCat(
-                   "train_digits: ", absl::StatusCodeToString(status.code()),
-                   ": ", status.message(), "\n")
-            << std::flush;
-  return EXIT_FAILURE;
+  const absl::StatusOr<dsd::LaunchInfo> launch =
+      dsd::LaunchFromEnvironment(dsd::ProcessEnvironment());
+  if (!launch.ok()) return Fail(launch.status(), EXIT_FAILURE);
+  absl::Status status = CheckArguments(options, app, *launch);
+  if (!status.ok()) return Fail(status, kExitUsage);
+  status = Run(std::move(options), *launch, observer);
+  if (status.ok() && !std::cout.flush()) {
+    status = absl::UnavailableError("the output could not be written");
+  }
+  return status.ok() ? EXIT_SUCCESS : Fail(status, EXIT_FAILURE);
 }
 
 }  // namespace dsd_examples

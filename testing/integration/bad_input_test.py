@@ -43,10 +43,10 @@ class BadInputTest(unittest.TestCase):
     def copy_good(self):
         shutil.copytree(self.good, self.out)
 
-    def assert_all_fail(self, results, *texts):
+    def assert_all_fail(self, results, *texts, code=1):
         """Each rank ended with an error that has all texts, and not by a signal."""
         for rank, result in enumerate(results):
-            self.assertEqual(result.code, 1, "rank %d: %s" % (rank, result))
+            self.assertEqual(result.code, code, "rank %d: %s" % (rank, result))
             for text in texts:
                 self.assertIn(text, result.err, "rank %d" % rank)
 
@@ -69,15 +69,19 @@ class BadInputTest(unittest.TestCase):
     def test_backend_that_is_not_linked(self):
         command = [PROGRAM, "--out", self.out, "--backend", "carrier_pigeon", "--steps", "4"]
         results = [ranks.run(command)] + ranks.run_ranks(command, 2)
-        self.assert_all_fail(results, 'no backend "carrier_pigeon" is linked', "add //backends/carrier_pigeon to deps")
+        self.assert_all_fail(results, 'no backend "carrier_pigeon" is linked', "add //backends/carrier_pigeon to deps",
+                             code=2)
         self.assertFalse(os.path.exists(self.checkpoint))
 
     def test_unknown_option_and_bad_values(self):
         for args in (["--rank", "2"], ["--ranks", "0"], ["--steps", "many"], ["--save-step", "9", "--steps", "4"],
-                     ["--hidden", "3,x"], ["--timeout", "nan"], ["--steps", "1"]):
-            result = ranks.run([PROGRAM, "--out", self.out, *args])
-            self.assertEqual(result.code, 1 if "--save-step" in args else 2, args)
+                     ["--save-step", "4", "--steps", "4"], ["--hidden", "3,x"], ["--timeout", "nan"], ["--steps", "1"],
+                     ["--seed", "-1"], ["--seed", "18446744073709551616"], ["--seed", "1e30"], ["--seed", "x"],
+                     ["--resume", ""], ["--out", ""]):
+            result = ranks.run([PROGRAM, *args, *([] if "--out" in args else ["--out", self.out])])
+            self.assertEqual(result.code, 2, args)
             self.assertIn(args[0], result.err, args)
+            self.assertFalse(os.path.exists(self.out), args)
 
     def test_rank_without_world_size(self):
         result = ranks.run([PROGRAM, "--out", self.out], env=ranks.clean_environment(RANK="1"))
@@ -87,7 +91,7 @@ class BadInputTest(unittest.TestCase):
 
     def test_ranks_under_a_launcher(self):
         results = ranks.run_ranks([PROGRAM, "--out", self.out, "--ranks", "2"], 2)
-        self.assert_all_fail(results, "--ranks")
+        self.assert_all_fail(results, "--ranks", code=2)
 
     def test_data_that_is_not_there(self):
         self.assert_one_verdict(
@@ -252,6 +256,21 @@ class BadInputTest(unittest.TestCase):
         for cwd in cwds:
             left = os.listdir(os.path.join(cwd, "out", "checkpoint"))
             self.assertNotIn(".metadata", left)
+
+    def test_output_that_cannot_be_written(self):
+        with open("/dev/full", "w", encoding="ascii") as full:
+            process = subprocess.run(
+                [PROGRAM, "--resume", os.path.join(self.good, "checkpoint"), "--resume-ranks", "1", "--steps", "4"],
+                env=ranks.clean_environment(), timeout=ranks.TIMEOUT_S, text=True, stdin=subprocess.DEVNULL, stdout=full,
+                stderr=subprocess.PIPE, check=False)
+        self.assertEqual(process.returncode, 1, process.stderr)
+        self.assertIn("the output could not be written", process.stderr)
+
+    def test_record_that_cannot_be_written(self):
+        """The error says why."""
+        os.makedirs(os.path.join(self.out, "train.json", "in the way"))
+        result = ranks.run([PROGRAM, "--out", self.out, "--ranks", "1", "--steps", "4"])
+        self.assert_all_fail([result], os.path.join(self.out, "train.json"), "directory")
 
     def test_directory_that_cannot_be_made(self):
         with open(self.out, "w", encoding="ascii"):

@@ -88,8 +88,8 @@ class TrainDigitsTest(unittest.TestCase):
         os.mkdir(dumps)
         result = self.train("--ranks", "2", "--steps", "8", "--save-step", "6", DUMP_DIR=dumps, DUMP_STEPS="6")
         self.assertEqual(result.code, 0, result)
-        seed = int(os.environ.get("TEST_SEED", random.randrange(1 << 32)))
-        print("TEST_SEED=%d" % seed)
+        seed = int(os.environ.get("DSD_TEST_SEED") or random.randrange(1 << 32))
+        print("DSD_TEST_SEED=%d" % seed)
         rng = random.Random(seed)
         files = glob.glob(os.path.join(self.checkpoint, "*.distcp"))
         contents = {}
@@ -142,6 +142,16 @@ class TrainDigitsTest(unittest.TestCase):
             self.assertEqual(result.code, 0, result)
         self.assertIn("Continued: losses of steps 5 to 8 on 2 ranks", results[0].out)
         self.assertEqual(results[1].out, "")
+
+    def test_a_run_that_goes_on_after_the_first_has_nothing_to_compare(self):
+        command = [PROGRAM, "--out", self.out, "--save-step", "4"]
+        for result in ranks.run_ranks(command + ["--steps", "4"], 2):
+            self.assertEqual(result.code, 0, result)
+        result = ranks.run([PROGRAM, "--resume", self.checkpoint, "--steps", "6"])
+        self.assertEqual(result.code, 0, result)
+        self.assertIn("as at the save: equal bit for bit", result.out)
+        self.assertIn("The first run ended at step 4: no losses to compare", result.out)
+        self.assertNotIn("Continued", result.out)
 
     def test_on_a_narrow_terminal(self):
         """Each drawing of the progress line fits, so that the next one covers it."""
