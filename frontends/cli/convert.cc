@@ -240,7 +240,7 @@ VerbBody DeclareConvert(CLI::App& app) {
                  "Elements in one safetensors file of a directory, such as "
                  "2GB; default 5GB")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/true))
-      ->check(AtLeast(1));
+      ->check(AtLeast(1).description(""));
   app.add_flag("--drop-objects", arguments->drop_objects,
                "Leave out objects that DST has no place for");
   app.add_flag("--overwrite", arguments->overwrite, "Replace what is at DST");
