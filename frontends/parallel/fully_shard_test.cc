@@ -661,7 +661,7 @@ TEST(FullyShardTest, DeadCommunicatorIsAStatusErrorAndRemembered) {
     const auto unit = MakeFullyShard(Seeded<WitnessImpl>(), context);
     const Tensor x = Batch{0, 0, rank}.Normal({2, 4});
     const Tensor y = unit->forward(x);
-    if (rank == 1) comm.Abort(absl::CancelledError("rank 1 has had enough"));
+    if (rank == 1) comm.Abort(absl::InternalError("rank 1 has had enough"));
     const absl::Status status = TorchToStatus([&] { y.sum().backward(); });
     EXPECT_EQ(status.code(), absl::StatusCode::kAborted);
     EXPECT_THAT(status.message(),
