@@ -224,7 +224,7 @@ class Communicator {
                          const CallOptions& options = {});
 
   // From any thread, idempotent, returns at once: pending and later calls on
-  // every rank end with Aborted and this reason.
+  // every rank end with Aborted (Cancelled, if that is it) and this reason.
   void Abort(const absl::Status& reason);
 
   // Collective. Barrier, then an orderly goodbye: peers do not take the closing
