@@ -259,79 +259,57 @@ TEST(TransferTest, AnErrorOfOneEndpointEndsTheTransferOnAllRanks) {
   }
 }
 
+// What Redistribute returns on two ranks, whose options `prepare` makes.
+std::vector<absl::Status> MoveRowsToColumns(
+    const std::function<void(int, Env*, CallOptions&)>& prepare) {
+  Ranks ranks(2);
+  const std::vector<TensorCase> tensors = {RowsToColumns(2)};
+  return ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+    Side source;
+    Side target;
+    DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+    DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+    TransferOptions options;
+    options.chunk_bytes = 256;
+    prepare(rank, comm.env(), options.call);
+    return Redistribute(source.endpoint, target.endpoint, &comm, options)
+        .status();
+  });
+}
+
 TEST(TransferTest, ACancelOnOneRankEndsItOnAll) {
-  Ranks ranks(2);
-  const std::vector<TensorCase> tensors = {RowsToColumns(2)};
-  std::atomic<bool> cancel = true;
-  const auto statuses =
-      ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
-        Side source;
-        Side target;
-        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
-        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
-        TransferOptions options;
-        options.chunk_bytes = 256;
-        if (rank == 0) options.call.cancel = &cancel;
-        return Redistribute(source.endpoint, target.endpoint, &comm, options)
-            .status();
-      });
-  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kCancelled) << statuses[0];
-  EXPECT_EQ(statuses[1].code(), absl::StatusCode::kCancelled) << statuses[1];
-}
-
-TEST(TransferTest, SoDoesOneInTheMiddle) {
-  Ranks ranks(2);
-  const std::vector<TensorCase> tensors = {RowsToColumns(2)};
-  std::atomic<bool> cancel = false;
-  const auto statuses =
-      ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
-        Side source;
-        Side target;
-        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
-        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
-        TransferOptions options;
-        options.chunk_bytes = 256;
-        if (rank == 0) {
-          options.call.cancel = &cancel;
-          options.call.progress = [&](const Progress& progress) {
-            cancel = progress.bytes_done > 0;
+  for (const bool at_once : {true, false}) {
+    std::atomic<bool> cancel = at_once;
+    const auto statuses =
+        MoveRowsToColumns([&](int rank, Env*, CallOptions& call) {
+          if (rank != 0) return;
+          call.cancel = &cancel;
+          call.progress = [&](const Progress& progress) {
+            if (progress.bytes_done > 0) cancel = true;
           };
-        }
-        return Redistribute(source.endpoint, target.endpoint, &comm, options)
-            .status();
-      });
-  EXPECT_EQ(statuses[0].code(), absl::StatusCode::kCancelled) << statuses[0];
-  EXPECT_EQ(statuses[1].code(), absl::StatusCode::kCancelled) << statuses[1];
+        });
+    for (const absl::Status& status : statuses) {
+      EXPECT_EQ(status.code(), absl::StatusCode::kCancelled) << status;
+    }
+  }
 }
 
-// Agreeing and moving have one deadline. A rank whose time is over by half when
-// the others agree does not begin anew.
+// Agreeing and moving have one deadline: a rank that has waited for the other
+// to agree does not begin anew.
 TEST(TransferTest, TheDeadlineIsThatOfTheWholeCall) {
-  Ranks ranks(2);
-  const std::vector<TensorCase> tensors = {RowsToColumns(2)};
   const auto statuses =
-      ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
-        Side source;
-        Side target;
-        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
-        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
-        TransferOptions options;
-        options.chunk_bytes = 256;
-        const auto pause = [&] {
-          comm.env()->SleepUntil(comm.env()->Now() + absl::Milliseconds(700));
-        };
+      MoveRowsToColumns([](int rank, Env* env, CallOptions& call) {
         if (rank == 0) {
-          options.call.timeout = absl::Seconds(1);
-        } else {
-          pause();
-          bool paused = false;
-          options.call.progress = [&, paused](const Progress&) mutable {
-            if (!paused) pause();
-            paused = true;
-          };
+          call.timeout = absl::Seconds(1);
+          return;
         }
-        return Redistribute(source.endpoint, target.endpoint, &comm, options)
-            .status();
+        const auto pause = [env] {
+          env->SleepUntil(env->Now() + absl::Milliseconds(700));
+        };
+        pause();
+        call.progress = [pause, paused = false](const Progress&) mutable {
+          if (!std::exchange(paused, true)) pause();
+        };
       });
   EXPECT_FALSE(statuses[0].ok());
 }
