@@ -225,7 +225,9 @@ bool WaitFor(int fd, const std::atomic<bool>& abort) {
       }
       SleepBriefly();
     }
-    if (ok && write(fd, &comm->rank, sizeof(int)) != sizeof(int)) ok = false;
+    if (ok && send(fd, &comm->rank, sizeof(int), MSG_NOSIGNAL) != sizeof(int)) {
+      ok = false;
+    }
     comm->sockets[peer] = fd;
   }
   for (int i = comm->rank + 1; i < comm->ranks && ok; ++i) {
