@@ -285,9 +285,13 @@ absl::Status UseAndAbort(RankContext& rank, const Group& group) {
   }
   {
     DSD_ASSIGN_OR_RETURN(const auto comm, ConnectOverProcessGroup(group));
-    DSD_RETURN_IF_ERROR(comm->Barrier());
-    if (rank.rank() == 1) comm->Abort(absl::UnknownError("on purpose"));
-    const absl::Status status = comm->Barrier();
+    // Rank 0 may hear of the abort in the first barrier, which rank 1 leaves.
+    absl::Status status = comm->Barrier();
+    if (rank.rank() == 1) {
+      DSD_RETURN_IF_ERROR(status);
+      comm->Abort(absl::UnknownError("on purpose"));
+    }
+    if (status.ok()) status = comm->Barrier();
     if (!absl::IsAborted(status)) {
       return absl::InternalError(absl::StrCat("barrier: ", status.ToString()));
     }
