@@ -1,33 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What Gloo does not do, and what this file therefore does: it does not wake a
-// wait when a peer dies in the middle of a message (Cancel does, by aborting
-// each wait); it must not lose a buffer that an open connection may still write
-// to (the connections are closed first); its own time limits are one per wait,
-// also while connecting, and close every connection (so a deadline is final
-// here, too); it aborts the process if a message is longer than the receive
-// (Communicator's tags make that impossible); it closes connections one per
-// tick of its event loop (so the loop is kept busy then).
+// What Gloo does not do, and what this file therefore does: it does not connect
+// safely (ConnectPeers does; PeerPair takes the connections over); it does not
+// wake a wait when a peer dies in the middle of a message (Cancel does, by
+// aborting each wait); it must not lose a buffer that an open connection may
+// still write to (the connections are closed first); its own time limits are
+// one per wait and close every connection (so a deadline is final here, too);
+// it closes connections one per tick of its event loop (so the loop is kept
+// busy then).
 
 #include "dsd/backends/gloo/gloo_backend.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <gloo/common/error.h>
-#include <gloo/transport/context.h>
-#include <gloo/transport/pair.h>
 #include <gloo/transport/tcp/attr.h>
+#include <gloo/transport/tcp/context.h>
 #include <gloo/transport/tcp/device.h>
 #include <gloo/transport/tcp/loop.h>
+#include <gloo/transport/tcp/pair.h>
 #include <gloo/transport/unbound_buffer.h>
+#include <netdb.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -38,6 +45,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "dsd/backends/gloo/peer_connections.h"
 #include "dsd/backends/gloo/sigpipe_block.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
@@ -47,9 +55,11 @@
 namespace dsd {
 namespace {
 
+namespace tcp = ::gloo::transport::tcp;
 using ::gloo::transport::UnboundBuffer;
 
 constexpr char kInterfaceVariable[] = "GLOO_SOCKET_IFNAME";
+constexpr char kTransportVariable[] = "GLOO_DEVICE_TRANSPORT";
 
 // Gloo's texts start with "[file:line] ".
 std::string TextOf(const std::exception& error) {
@@ -80,9 +90,9 @@ absl::Status Guard(absl::StatusCode code, absl::string_view what, Body body) {
 
 // Gloo waits for a tick of the event loop for each connection that it closes:
 // 10 ms if nothing happens. While one of these lives the loop does not rest.
-class BusyLoop final : public ::gloo::transport::tcp::Handler {
+class BusyLoop final : public tcp::Handler {
  public:
-  explicit BusyLoop(::gloo::transport::tcp::Device& device)
+  explicit BusyLoop(tcp::Device& device)
       : device_(device), event_(eventfd(1, EFD_NONBLOCK | EFD_CLOEXEC)) {
     // Without it everything is only slower.
     registered_ = event_.valid() &&
@@ -98,12 +108,79 @@ class BusyLoop final : public ::gloo::transport::tcp::Handler {
     }).IgnoreError();
   }
 
-  void handleEvents(int) override {}  // it stays readable
+  // It stays readable. Newer trees of Gloo call the second.
+  void handleEvents(int) {}
+  void handleEvents(tcp::Loop&, int) {}
 
  private:
-  ::gloo::transport::tcp::Device& device_;
+  tcp::Device& device_;
   const Socket event_;
   bool registered_;
+};
+
+// A connection that was made elsewhere. Gloo's constructor listens; nobody
+// hears of that port, and Adopt follows at once.
+class PeerPair final : public tcp::Pair {
+ public:
+  // Called by the event loop with what it is that the peer sends.
+  using OnGarbage = std::function<void(int peer, const std::string& text)>;
+
+  PeerPair(tcp::Context* context, tcp::Device* device, int peer,
+           const OnGarbage& on_garbage)
+      : Pair(context, device, peer, context->getTimeout()),
+        on_garbage_(on_garbage) {}
+
+  // `socket` may be closed afterwards.
+  void Adopt(const Socket& socket) {
+    const std::lock_guard<std::mutex> lock(m_);
+    // In the place of the listening socket, which closes it.
+    const int fd = fd_ < 0 ? fcntl(socket.fd(), F_DUPFD_CLOEXEC, 0)
+                           : dup3(socket.fd(), fd_, O_CLOEXEC);
+    if (fd < 0) throw std::runtime_error(std::strerror(errno));
+    fd_ = fd;
+    // What Gloo asks for is less than what the kernel comes to by itself.
+    sendBufferSize_ = std::numeric_limits<size_t>::max();
+    changeState(CONNECTED);
+    device_->registerDescriptor(fd_, EPOLLIN, this);
+  }
+
+  void handleEvents(int events) {
+    const std::unique_lock<std::mutex> lock(m_, std::try_to_lock);
+    if (!lock) {
+      // A thread posts a message, or has lost its core while it does: give it
+      // this one.
+      usleep(kPauseMicroseconds);
+      return;
+    }
+    if (state_ != CONNECTED) return;
+    try {
+      handleReadWrite(events);
+    } catch (const std::exception& error) {
+      // Gloo would end the process.
+      if (ex_ == nullptr) signalException(TextOf(error));
+      on_garbage_(rank_, TextOf(error));
+    }
+  }
+  // Newer trees of Gloo.
+  void handleEvents(tcp::Loop&, int events) { handleEvents(events); }
+
+ private:
+  static constexpr int kPauseMicroseconds = 20;
+
+  const OnGarbage on_garbage_;
+};
+
+class PeerContext final : public tcp::Context {
+ public:
+  using Context::Context;
+
+  void Adopt(int peer, const Socket& socket,
+             const PeerPair::OnGarbage& on_garbage) {
+    auto pair =
+        std::make_unique<PeerPair>(this, device_.get(), peer, on_garbage);
+    pair->Adopt(socket);
+    pairs_[peer] = std::move(pair);
+  }
 };
 
 class GlooEngine final : public Engine {
@@ -128,24 +205,32 @@ class GlooEngine final : public Engine {
  private:
   class Batch;
 
-  absl::Status OpenDevice(absl::Time deadline);
-  absl::Status ConnectPairs(absl::Time deadline);
+  // Returns the number of its interface.
+  absl::StatusOr<std::string> OpenDevice(absl::Time deadline);
   std::chrono::milliseconds TimeLeft(absl::Time deadline) const {
     const absl::Duration left =
         std::max(deadline - options_.env->Now(), absl::ZeroDuration());
     return absl::ToChronoMilliseconds(absl::Ceil(left, absl::Milliseconds(1)));
   }
+  // Ends all calls, now and later, with `status`.
+  void End(const absl::Status& status);
+  // What ended them; OK if nothing did.
+  absl::Status HowEnded() {
+    absl::MutexLock lock(&mu_);
+    return end_;
+  }
   // Closes all connections, once. After it no memory is touched through them.
   void Close();
 
   const EngineOptions options_;
-  std::shared_ptr<::gloo::transport::tcp::Device> device_;
+  std::shared_ptr<tcp::Device> device_;
   // Set by Connect with all its pairs, constant afterwards.
-  std::shared_ptr<::gloo::transport::Context> context_;
+  std::shared_ptr<PeerContext> context_;
 
   absl::Mutex mu_;
-  std::atomic<bool> cancelled_{false};
-  bool connecting_ ABSL_GUARDED_BY(mu_) = false;
+  std::atomic<bool> ended_{false};
+  absl::Status end_ ABSL_GUARDED_BY(mu_);
+  std::optional<Waker> waker_ ABSL_GUARDED_BY(mu_);  // while connecting
   absl::flat_hash_set<UnboundBuffer*> buffers_ ABSL_GUARDED_BY(mu_);
   absl::Mutex close_mu_;
   bool closed_ ABSL_GUARDED_BY(close_mu_) = false;
@@ -208,8 +293,8 @@ class GlooEngine::Batch final : public EngineBatch {
  private:
   absl::Status WaitFor(Op& op, absl::Time deadline) {
     if (op.done) return absl::OkStatus();
-    // Cancel after this look leaves a mark in the buffer that ends the wait.
-    if (engine_->cancelled_) return CancelledStatus();
+    // End after this look leaves a mark in the buffer that ends the wait.
+    if (engine_->ended_) return engine_->HowEnded();
     bool completed = false;
     const absl::Status status = Guard(
         absl::StatusCode::kUnavailable,
@@ -224,7 +309,7 @@ class GlooEngine::Batch final : public EngineBatch {
       op.done = true;
       return status;
     }
-    if (engine_->cancelled_ || status.ok()) return CancelledStatus();
+    if (engine_->ended_) return engine_->HowEnded();
     if (engine_->options_.env->Now() >= deadline) {
       return absl::DeadlineExceededError(status.message());
     }
@@ -235,8 +320,15 @@ class GlooEngine::Batch final : public EngineBatch {
   std::vector<Op> ops_;
 };
 
-absl::Status GlooEngine::OpenDevice(absl::Time deadline) {
-  ::gloo::transport::tcp::attr attr;
+absl::StatusOr<std::string> GlooEngine::OpenDevice(absl::Time deadline) {
+  const char* const transport = getenv(kTransportVariable);
+  if (transport != nullptr && absl::StrContains(transport, "TLS")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(kTransportVariable, "=", transport,
+                     ": this backend does not encrypt; unset it, or use a "
+                     "network that does (VPN, IPsec)"));
+  }
+  tcp::attr attr;
   std::string why;
   const char* const interface = getenv(kInterfaceVariable);
   if (!options_.bind_address.empty()) {
@@ -257,93 +349,58 @@ absl::Status GlooEngine::OpenDevice(absl::Time deadline) {
   }
   // The event loop's thread inherits the mask.
   const SigpipeBlock block;
-  return Guard(absl::StatusCode::kInvalidArgument,
-               absl::StrCat("open a network device (", why, ")"), [&] {
-                 device_ =
-                     std::dynamic_pointer_cast<::gloo::transport::tcp::Device>(
-                         ::gloo::transport::tcp::CreateDevice(attr));
-                 if (device_ == nullptr)
-                   throw std::runtime_error("no TCP device");
-               });
-}
-
-absl::Status GlooEngine::ConnectPairs(absl::Time deadline) {
-  const int size = options_.world_size;
-  std::vector<std::string> addresses(size);
-  std::shared_ptr<::gloo::transport::Context> context;
-  DSD_RETURN_IF_ERROR(
-      Guard(absl::StatusCode::kUnavailable, "listen for the other ranks", [&] {
-        context = device_->createContext(options_.rank, size);
-        context->setTimeout(TimeLeft(deadline));
-        for (int peer = 0; peer < size; ++peer) {
-          if (peer == options_.rank) continue;
-          const std::vector<char> bytes =
-              context->createPair(peer)->address().bytes();
-          addresses[peer].assign(bytes.begin(), bytes.end());
-        }
+  char number[NI_MAXHOST];
+  DSD_RETURN_IF_ERROR(Guard(
+      absl::StatusCode::kInvalidArgument,
+      absl::StrCat("open a network device (", why, ")"), [&] {
+        const tcp::attr found = tcp::CreateDeviceAttr(attr);
+        const int error = getnameinfo(
+            reinterpret_cast<const sockaddr*>(&found.ai_addr), found.ai_addrlen,
+            number, sizeof(number), nullptr, 0, NI_NUMERICHOST);
+        if (error != 0) throw std::runtime_error(gai_strerror(error));
+        device_ = std::dynamic_pointer_cast<tcp::Device>(CreateDevice(found));
+        if (device_ == nullptr) throw std::runtime_error("no TCP device");
       }));
-  {
-    absl::MutexLock lock(&mu_);
-    context_ = std::move(context);
-    connecting_ = true;
-  }
-  for (int peer = 0; peer < size; ++peer) {
-    if (peer == options_.rank) continue;
-    DSD_RETURN_IF_ERROR(
-        options_.store->Set(absl::StrCat("gloo/", options_.rank, "/", peer),
-                            addresses[peer], deadline));
-  }
-  for (int peer = 0; peer < size; ++peer) {
-    if (peer == options_.rank) continue;
-    if (cancelled_) return CancelledStatus();
-    const absl::StatusOr<std::string> address = options_.store->Get(
-        absl::StrCat("gloo/", peer, "/", options_.rank), deadline);
-    if (absl::IsDeadlineExceeded(address.status())) {
-      return absl::DeadlineExceededError(
-          absl::StrCat("rank ", peer, " has not said where it listens"));
-    }
-    DSD_RETURN_IF_ERROR(address);
-    const absl::Status status =
-        Guard(absl::StatusCode::kUnavailable,
-              absl::StrCat("connect to rank ", peer), [&] {
-                context_->getPair(peer)->connect(
-                    std::vector<char>(address->begin(), address->end()));
-              });
-    if (options_.env->Now() >= deadline) {
-      return absl::DeadlineExceededError(
-          absl::StrCat("no connection to rank ", peer, " in time"));
-    }
-    if (cancelled_) return CancelledStatus();
-    DSD_RETURN_IF_ERROR(status);
-  }
-  return absl::OkStatus();
+  return std::string(number);
 }
 
 absl::Status GlooEngine::Connect(absl::Time deadline) {
-  DSD_RETURN_IF_ERROR(OpenDevice(deadline));
-  absl::Mutex mu;
-  bool over = false;
-  // Gloo's limit for one connection would count anew for each.
-  const std::unique_ptr<EnvThread> limit =
-      options_.env->StartThread("dsd_gloo_limit", [&] {
-        absl::MutexLock lock(&mu);
-        if (!options_.env->Await(mu, absl::Condition(&over), deadline)) {
-          Cancel();
-        }
-      });
-  const absl::Status status = ConnectPairs(deadline);
+  DSD_ASSIGN_OR_RETURN(const std::string host, OpenDevice(deadline));
+  Waker* waker;
   {
     absl::MutexLock lock(&mu_);
-    connecting_ = false;
+    if (ended_) return end_;
+    DSD_ASSIGN_OR_RETURN(waker_, Waker::Create());
+    waker = &*waker_;
   }
-  absl::MutexLock lock(&mu);
-  over = true;
-  return status;
+  absl::StatusOr<std::vector<Socket>> connections =
+      ConnectPeers(options_, host, ended_, *waker, deadline);
+  {
+    absl::MutexLock lock(&mu_);
+    waker_.reset();
+  }
+  DSD_RETURN_IF_ERROR(connections);
+  const PeerPair::OnGarbage on_garbage = [this](int peer,
+                                                const std::string& text) {
+    End(absl::UnavailableError(absl::StrCat(
+        "rank ", peer, " sends what is no message of Gloo's: ", text)));
+  };
+  return Guard(absl::StatusCode::kUnavailable, "take connections over", [&] {
+    const auto context = std::make_shared<PeerContext>(device_, options_.rank,
+                                                       options_.world_size);
+    for (int peer = 0; peer < options_.world_size; ++peer) {
+      if (peer != options_.rank) {
+        context->Adopt(peer, (*connections)[peer], on_garbage);
+      }
+      (*connections)[peer].Close();
+    }
+    context_ = context;
+  });
 }
 
 absl::StatusOr<std::unique_ptr<EngineBatch>> GlooEngine::Start(
     absl::Span<const EngineSend> sends, absl::Span<const EngineRecv> recvs) {
-  if (cancelled_) return CancelledStatus();
+  if (ended_) return HowEnded();
   const SigpipeBlock block;
   auto batch = std::make_unique<Batch>(this);
   for (const EngineRecv& recv : recvs) {
@@ -358,23 +415,21 @@ absl::StatusOr<std::unique_ptr<EngineBatch>> GlooEngine::Start(
   return batch;
 }
 
-void GlooEngine::Cancel() {
-  bool connecting;
-  {
-    absl::MutexLock lock(&mu_);
-    cancelled_ = true;
-    connecting = connecting_;
-    for (UnboundBuffer* buffer : buffers_) {
-      buffer->abortWaitRecv();
-      buffer->abortWaitSend();
-    }
+void GlooEngine::Cancel() { End(CancelledStatus()); }
+
+void GlooEngine::End(const absl::Status& status) {
+  absl::MutexLock lock(&mu_);
+  end_ = status;
+  ended_ = true;
+  if (waker_.has_value()) waker_->Wake();
+  for (UnboundBuffer* buffer : buffers_) {
+    buffer->abortWaitRecv();
+    buffer->abortWaitSend();
   }
-  // Nothing else ends a connect.
-  if (connecting) Close();
 }
 
 void GlooEngine::Close() {
-  cancelled_ = true;
+  if (!ended_) Cancel();
   absl::MutexLock lock(&close_mu_);
   if (std::exchange(closed_, true)) return;
   const BusyLoop busy(*device_);

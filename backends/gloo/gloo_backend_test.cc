@@ -5,22 +5,25 @@
 
 #include "dsd/backends/gloo/gloo_backend.h"
 
-#include <netinet/in.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <cstring>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
+#include "dsd/backends/gloo/peer_connections.h"
 #include "dsd/backends/gloo/sigpipe_block.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/comm/communicator.h"
+#include "dsd/core/comm/socket.h"
 #include "dsd/testing/harness/abort_storm.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
@@ -48,37 +51,69 @@ TEST(GlooBackendTest, AbortsAtRandomTimesLeaveNothingBehind) {
   test::AbortStorm(options);
 }
 
-// A rank that dies right after it has connected: its connection is gone before
-// it is accepted. That is an error here and not the end of the process.
-TEST(GlooBackendTest, APeerThatVanishesWhileItConnectsIsAnError) {
-  for (int round = 0; round < 100; ++round) {
-    Env* const env = Env::Real();
-    const absl::Time deadline = env->Now() + absl::Seconds(30);
+// Rank 0 over Gloo, rank 1 by hand.
+class OtherEndTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
     EngineOptions options;
     options.world_size = 2;
-    options.env = env;
-    options.store = MakeInProcessStore(env);
+    options.env = Env::Real();
+    options.store = MakeInProcessStore(options.env);
     absl::StatusOr<std::unique_ptr<Engine>> engine =
         GlooBackend().create(options);
     ASSERT_TRUE(engine.ok()) << engine.status();
-    std::thread connecting([&] { (*engine)->Connect(deadline).IgnoreError(); });
-    // Gloo's address begins with the socket's.
-    std::string address = *options.store->Get("gloo/0/1", deadline);
-    sockaddr_in name;
-    ASSERT_GE(address.size(), sizeof(name));
-    std::memcpy(&name, address.data(), sizeof(name));
-    const int peer = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    const linger reset = {1, 0};
-    setsockopt(peer, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
-    EXPECT_EQ(connect(peer, reinterpret_cast<sockaddr*>(&name), sizeof(name)),
-              0);
-    close(peer);
-    // The side with the higher port is the one that connects.
-    name.sin_port = 0xffff;
-    std::memcpy(address.data(), &name, sizeof(name));
-    EXPECT_TRUE(options.store->Set("gloo/1/0", address, deadline).ok());
+    engine_ = *std::move(engine);
+    absl::Status connected;
+    std::thread connecting([&] { connected = engine_->Connect(deadline()); });
+    options.rank = 1;
+    const std::atomic<bool> cancelled{false};
+    Waker waker = *Waker::Create();
+    absl::StatusOr<std::vector<Socket>> sockets =
+        ConnectPeers(options, "127.0.0.1", cancelled, waker, deadline());
     connecting.join();
+    ASSERT_TRUE(sockets.ok()) << sockets.status();
+    ASSERT_EQ(connected, absl::OkStatus());
+    other_end_ = std::move((*sockets)[0]);
   }
+
+  absl::Time deadline() { return Env::Real()->Now() + absl::Seconds(30); }
+
+  absl::Status Receive(size_t size) {
+    std::vector<std::byte> bytes(size);
+    EngineRecv recv;
+    recv.peer = 1;
+    recv.tag = 7;
+    recv.data = absl::MakeSpan(bytes);
+    absl::StatusOr<std::unique_ptr<EngineBatch>> batch =
+        engine_->Start({}, {recv});
+    if (!batch.ok()) return batch.status();
+    return (*batch)->Wait(deadline());
+  }
+
+  std::unique_ptr<Engine> engine_;
+  Socket other_end_;
+};
+
+TEST_F(OtherEndTest, APeerThatGoesIsAnError) {
+  other_end_.Close();
+  EXPECT_EQ(Receive(10).code(), absl::StatusCode::kUnavailable);
+}
+
+// Gloo believes what it reads. That is an error and not the end of the process,
+// whether the receive was posted before or not.
+TEST_F(OtherEndTest, GarbageIsAnError) {
+  // What Gloo puts before a message: size, kind, tag, offset, length, offset.
+  const std::vector<uint64_t> longer = {48 + 100, 1, 7, 0, 100, 0};
+  std::string text(reinterpret_cast<const char*>(longer.data()), 48);
+  text += std::string(100, 'x');
+  std::thread sending([&] {
+    EXPECT_EQ(other_end_.WriteAll(Env::Real(), text, deadline()),
+              absl::OkStatus());
+  });
+  const absl::Status status = Receive(10);
+  sending.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1"));
 }
 
 TEST(GlooBackendTest, AnAddressThatIsNotHereIsNamed) {
@@ -106,6 +141,18 @@ TEST(GlooBackendTest, AnInterfaceThatIsNotHereIsNamed) {
   }
   EXPECT_EQ(loopback[0], absl::OkStatus());
   EXPECT_EQ(loopback[1], absl::OkStatus());
+}
+
+TEST(GlooBackendTest, EncryptionThatIsAskedForIsNotLeftOut) {
+  setenv("GLOO_DEVICE_TRANSPORT", "TCP_TLS", 1);
+  const std::vector<absl::Status> results =
+      RunThreads([](Communicator& comm) { return comm.Barrier(); });
+  unsetenv("GLOO_DEVICE_TRANSPORT");
+  for (const absl::Status& status : results) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+    EXPECT_THAT(std::string(status.message()),
+                HasSubstr("GLOO_DEVICE_TRANSPORT=TCP_TLS"));
+  }
 }
 
 TEST(SigpipeBlockTest, ABrokenConnectionDoesNotEndTheProcess) {

@@ -71,7 +71,6 @@ def _impl(ctx):
         tree = ctx.path(".")
     ctx.file("gloo/config.h", _config(ctx, tree))
     ctx.file("WORKSPACE", "workspace(name = \"gloo\")\n")
-    ctx.template("dsd_peer_name.h", ctx.attr._peer_name)
     ctx.template("BUILD.bazel", ctx.attr._build_file)
 
 gloo = repository_rule(
@@ -79,7 +78,6 @@ gloo = repository_rule(
     attrs = dict(
         PYPI_ATTRS,
         _build_file = attr.label(default = Label("//third_party/gloo:gloo.BUILD")),
-        _peer_name = attr.label(default = Label("//third_party/gloo:dsd_peer_name.h")),
     ),
     environ = ["GLOO_ROOT"],
 )
