@@ -3,6 +3,7 @@
 #include "dsd/core/state_dict/live_model.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -15,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "c10/core/ScalarType.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/state_dict/threads.h"
 #include "dsd/core/tensor/memory_overlap.h"
 #include "dsd/core/tensor/sharding_table.h"
 #include "dsd/core/tensor/tensor_memory.h"
@@ -104,20 +106,32 @@ TensorIdentity IdentityOf(const at::Tensor& tensor) {
   return id;
 }
 
-absl::StatusOr<bool> LiveModel::HasSameTensors() const {
+absl::StatusOr<bool> LiveModel::HasSameTensors(Env* env) const {
   if (tables_built_ == 0) return false;
   bool same = true;
   size_t slot = 0;
   DSD_RETURN_IF_ERROR(source_->ForEachTensor([&](const at::Tensor& tensor) {
-    same = same && slot < tensors_.size() && tensor.is_same(tensors_[slot]) &&
-           HasIdentity(tensor, identities_[slot]);
+    same = same && slot < tensors_.size() && tensor.is_same(tensors_[slot]);
     ++slot;
   }));
-  return same && slot == tensors_.size();
+  if (!same || slot != tensors_.size()) return false;
+  std::atomic<bool> differs{false};
+  DSD_RETURN_IF_ERROR(
+      ForRanges(env, ThreadsFor(tensors_.size()), tensors_.size(),
+                [&](size_t begin, size_t end) {
+                  constexpr size_t kAhead = 8;
+                  for (size_t i = begin; i < end && !differs; ++i) {
+                    if (i + kAhead < end) PrefetchTensor(tensors_[i + kAhead]);
+                    if (!HasIdentity(tensors_[i], identities_[i]))
+                      differs = true;
+                  }
+                  return absl::OkStatus();
+                }));
+  return !differs;
 }
 
 absl::Status LiveModel::Refresh(Mover& mover) {
-  DSD_ASSIGN_OR_RETURN(const bool same_tensors, HasSameTensors());
+  DSD_ASSIGN_OR_RETURN(const bool same_tensors, HasSameTensors(mover.env()));
   DSD_ASSIGN_OR_RETURN(std::vector<ExtraState*> extra_states,
                        source_->ExtraStates());
   const int64_t revision = source_->revision();
@@ -152,30 +166,29 @@ absl::Status LiveModel::Refresh(Mover& mover) {
   ++version_;
   values_are_current_ = false;
   shardings_ = shardings;
-  values_.clear();
-  values_.reserve(table_.groups().size());
+  const size_t num_groups = table_.groups().size();
+  values_.assign(num_groups, TensorValue(at::Tensor()));
+  DSD_RETURN_IF_ERROR(ForRanges(
+      mover.env(), ThreadsFor(num_groups), num_groups,
+      [&](size_t begin, size_t end) {
+        constexpr size_t kAhead = 8;
+        for (size_t group = begin; group < end; ++group) {
+          if (group + kAhead < end && extra_state(group + kAhead) == nullptr) {
+            PrefetchTensor(tensor(group + kAhead));
+          }
+          if (extra_state(group) != nullptr) continue;
+          // As detach(), without the dispatcher, most of its time.
+          values_[group] = TensorValue(tensor(group).tensor_data());
+        }
+        return absl::OkStatus();
+      }));
   std::optional<Holder> self;
   if (mover.comm() != nullptr) self = mover.rank();
-  constexpr size_t kAhead = 8;
-  for (size_t group = 0; group < table_.groups().size(); ++group) {
-    if (group + kAhead < table_.groups().size() &&
-        extra_state(group + kAhead) == nullptr) {
-      PrefetchTensor(tensor(group + kAhead));
-    }
-    if (extra_state(group) != nullptr) {
-      values_.push_back(TensorValue(at::Tensor()));
-      continue;
-    }
-    // As detach(), without the dispatcher, most of its time.
-    DSD_ASSIGN_OR_RETURN(at::Tensor alias, TorchToStatus([&] {
-                           return tensor(group).tensor_data();
-                         }));
+  for (size_t group = 0; shardings_ != 0 && group < num_groups; ++group) {
+    if (extra_state(group) != nullptr) continue;
     std::optional<Sharding> sharding =
         ShardingTable::Global().Find(tensor(group));
-    if (!sharding.has_value()) {
-      values_.push_back(TensorValue(std::move(alias)));
-      continue;
-    }
+    if (!sharding.has_value()) continue;
     if (!self.has_value()) self = sharding->holder;
     if (sharding->holder != *self) {
       return absl::FailedPreconditionError(absl::StrCat(
@@ -187,14 +200,14 @@ absl::Status LiveModel::Refresh(Mover& mover) {
           "; use the communicator whose ranks the model was sharded over"));
     }
     absl::StatusOr<TensorValue> value =
-        TensorValue::Sharded(*std::move(sharding), std::move(alias));
+        TensorValue::Sharded(*std::move(sharding), values_[group].locals()[0]);
     if (!value.ok()) {
       return absl::FailedPreconditionError(absl::StrCat(
           "\"", fqn(group), "\" is not a shard at the moment (",
           value.status().message(),
           "); get and set between steps, not between forward and backward"));
     }
-    values_.push_back(*std::move(value));
+    values_[group] = *std::move(value);
   }
   mover.set_self(self.value_or(0));
   values_are_current_ = true;

@@ -15,6 +15,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "dsd/core/base/env.h"
 #include "dsd/core/fqn/fqn_table.h"
 #include "dsd/core/fqn/module_tree.h"
 #include "dsd/core/state_dict/mover.h"
@@ -90,7 +91,7 @@ class LiveModel {
 
  private:
   // Whether the source's are tensors_, at the same memory in the same shape.
-  absl::StatusOr<bool> HasSameTensors() const;
+  absl::StatusOr<bool> HasSameTensors(Env* env) const;
 
   ModelSource* source_;
   FqnTable table_;

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -34,6 +36,16 @@ void AddKeys(const char* title, const std::vector<std::string>& keys,
 }
 
 }  // namespace
+
+void MismatchReport::Add(MismatchReport other) {
+  const auto move_to = [](std::vector<std::string>& to,
+                          std::vector<std::string>& from) {
+    std::move(from.begin(), from.end(), std::back_inserter(to));
+  };
+  move_to(missing_state, other.missing_state);
+  move_to(unexpected_state, other.unexpected_state);
+  move_to(misfits, other.misfits);
+}
 
 absl::Status MismatchReport::ToStatus(bool strict) const {
   std::vector<std::string> sections;

@@ -25,6 +25,9 @@ struct MismatchReport {
   // What may explain unexpected keys; empty if nothing.
   std::string hint;
 
+  // What `other` says about the optimizer and about values.
+  void Add(MismatchReport other);
+
   // InvalidArgument that lists it all; OK if nothing is wrong. Missing and
   // unexpected keys are wrong only if `strict`.
   absl::Status ToStatus(bool strict) const;

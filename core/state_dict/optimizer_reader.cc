@@ -17,6 +17,7 @@
 #include "dsd/core/state_dict/optimizer_dict.h"
 #include "dsd/core/tensor/sharding_table.h"
 #include "dsd/core/tensor/tensor_memory.h"
+#include "dsd/core/tensor/torch_boundary.h"
 
 namespace dsd {
 namespace {
@@ -187,13 +188,10 @@ void OptimizerReader::KeepCount(const std::vector<StateField>& fields,
   }
 }
 
-absl::StatusOr<StateDict> OptimizerReader::ReadParam(const LiveModel& model,
-                                                     const Group& group,
-                                                     size_t index,
-                                                     size_t model_group,
-                                                     Param& param) {
+absl::StatusOr<StateDict> OptimizerReader::ReadParam(
+    const LiveModel& model, const Group& group, size_t index,
+    size_t model_group, StateDict entries, Param& param) {
   const OptimizerSource& optimizer = *group.optimizer;
-  DSD_ASSIGN_OR_RETURN(StateDict entries, optimizer.State(group.index, index));
   param.live = true;
   if (!entries.empty() || param.trainable) {
     const auto is_missing = [&](const StateField& field) {
@@ -230,55 +228,67 @@ absl::StatusOr<StateDict> OptimizerReader::ReadParam(const LiveModel& model,
   return entries;
 }
 
-absl::Status OptimizerReader::ReadAll(
-    const LiveModel& model, absl::Span<OptimizerSource* const> optimizers) {
+absl::Status OptimizerReader::LookAtAll(
+    absl::Span<OptimizerSource* const> optimizers) {
   groups_.clear();
-  ParameterOwners owners(model);
-  StateDict state;
-  Value::List group_dicts;
   for (OptimizerSource* const optimizer : optimizers) {
     for (size_t index = 0; index < optimizer->num_groups(); ++index) {
-      Group group;
+      Group& group = groups_.emplace_back();
       group.optimizer = optimizer;
       group.index = index;
-      DSD_RETURN_IF_ERROR(CheckGroupState(model, *optimizer, index));
       DSD_ASSIGN_OR_RETURN(group.hyperparameters,
                            optimizer->Hyperparameters(index));
       DSD_ASSIGN_OR_RETURN(group.fields,
                            optimizer->StateFields(group.hyperparameters));
-      const absl::Span<const at::Tensor> params = optimizer->params(index);
-      std::vector<size_t> all;
-      optimizer->FindChangedStates(index, group.marks, all);
-      group.params.reserve(params.size());
-      state.Reserve(state.size() + params.size());
-      Value::List names;
-      names.reserve(params.size());
-      for (size_t i = 0; i < params.size(); ++i) {
-        PrefetchParams(model, params, i);
+      optimizer->FindChangedStates(index, group.marks, group.changed);
+      const size_t size = optimizer->params(index).size();
+      group.states.reserve(size);
+      for (size_t i = 0; i < size; ++i) {
         PrefetchStates(*optimizer, index, i);
-        DSD_ASSIGN_OR_RETURN(const bool is_new,
-                             owners.Add(*optimizer, index, i));
-        Param& param = group.params.emplace_back(
-            Param{params[i].unsafeGetTensorImpl(), kNoEntry, !is_new,
-                  params[i].requires_grad(), true, nullptr, 0, 0});
-        if (!is_new) continue;
-        const std::string& fqn = model.fqn(owners.model_group());
-        names.push_back(Value(fqn));
-        DSD_ASSIGN_OR_RETURN(
-            StateDict entries,
-            ReadParam(model, group, i, owners.model_group(), param));
-        if (entries.empty()) continue;
-        param.entry = static_cast<uint32_t>(state.size());
-        state.Append(fqn, Value(std::move(entries)));
+        DSD_ASSIGN_OR_RETURN(StateDict state, optimizer->State(index, i));
+        group.states.push_back(std::move(state));
       }
-      DSD_ASSIGN_OR_RETURN(
-          StateDict group_dict,
-          GroupDict(*optimizer, index, group.hyperparameters, names.size()));
-      group_dict.Append(kParamsKey, Value(std::move(names)));
-      group_dict.Share();
-      group_dicts.push_back(Value(std::move(group_dict)));
-      groups_.push_back(std::move(group));
     }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status OptimizerReader::ReadAll(const LiveModel& model) {
+  ParameterOwners owners(model);
+  StateDict state;
+  Value::List group_dicts;
+  for (Group& group : groups_) {
+    const OptimizerSource& optimizer = *group.optimizer;
+    DSD_RETURN_IF_ERROR(CheckGroupState(model, optimizer, group.index));
+    const absl::Span<const at::Tensor> params = optimizer.params(group.index);
+    group.params.reserve(params.size());
+    state.Reserve(state.size() + params.size());
+    Value::List names;
+    names.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+      PrefetchParams(model, params, i);
+      DSD_ASSIGN_OR_RETURN(const bool is_new,
+                           owners.Add(optimizer, group.index, i));
+      Param& param = group.params.emplace_back(
+          Param{params[i].unsafeGetTensorImpl(), kNoEntry, !is_new,
+                params[i].requires_grad(), true, nullptr, 0, 0});
+      if (!is_new) continue;
+      const std::string& fqn = model.fqn(owners.model_group());
+      names.push_back(Value(fqn));
+      DSD_ASSIGN_OR_RETURN(StateDict entries,
+                           ReadParam(model, group, i, owners.model_group(),
+                                     std::move(group.states[i]), param));
+      if (entries.empty()) continue;
+      param.entry = static_cast<uint32_t>(state.size());
+      state.Append(fqn, Value(std::move(entries)));
+    }
+    group.states = {};
+    DSD_ASSIGN_OR_RETURN(
+        StateDict group_dict,
+        GroupDict(optimizer, group.index, group.hyperparameters, names.size()));
+    group_dict.Append(kParamsKey, Value(std::move(names)));
+    group_dict.Share();
+    group_dicts.push_back(Value(std::move(group_dict)));
   }
   dict_ = StateDict();
   dict_.Append(kStateKey, Value(std::move(state)));
@@ -288,12 +298,7 @@ absl::Status OptimizerReader::ReadAll(
 }
 
 bool OptimizerReader::HasSameParameters(
-    const LiveModel& model,
     absl::Span<OptimizerSource* const> optimizers) const {
-  if (model.tables_built() != tables_built_ ||
-      ShardingTable::Global().generation() != shardings_) {
-    return false;
-  }
   size_t at = 0;
   for (OptimizerSource* const optimizer : optimizers) {
     for (size_t index = 0; index < optimizer->num_groups(); ++index, ++at) {
@@ -314,50 +319,65 @@ bool OptimizerReader::HasSameParameters(
   return at == groups_.size();
 }
 
-absl::Status OptimizerReader::ReadChanges(const LiveModel& model, bool* all) {
-  struct Change {
-    uint32_t entry;
-    StateDict state;
-  };
-  std::vector<Change> changes;
+absl::StatusOr<bool> OptimizerReader::LookForChanges(
+    absl::Span<OptimizerSource* const> optimizers) {
+  if (!HasSameParameters(optimizers)) return false;
   std::vector<size_t> changed_states;
   for (Group& group : groups_) {
     DSD_ASSIGN_OR_RETURN(const ObjectDict hyperparameters,
                          group.optimizer->Hyperparameters(group.index));
-    if (!(hyperparameters == group.hyperparameters)) {
-      *all = true;
-      return absl::OkStatus();
-    }
+    if (!(hyperparameters == group.hyperparameters)) return false;
     const absl::Span<const at::Tensor> params =
         group.optimizer->params(group.index);
     changed_states.clear();
     group.optimizer->FindChangedStates(group.index, group.marks,
                                        changed_states);
     auto next_changed = changed_states.begin();
-    const bool most_changed = 2 * changed_states.size() > params.size();
+    group.changed.clear();
     constexpr size_t kAhead = 16;
     for (size_t i = 0; i < params.size(); ++i) {
-      if (most_changed) {
-        PrefetchParams(model, params, i);
-        PrefetchStates(*group.optimizer, group.index, i);
-      } else if (i + kAhead < params.size()) {
+      if (i + kAhead < params.size()) {
         PrefetchBytes(group.params[i + kAhead].count, sizeof(c10::TensorImpl));
       }
       const bool changed =
           next_changed != changed_states.end() && *next_changed == i;
       if (changed) ++next_changed;
-      Param& param = group.params[i];
+      const Param& param = group.params[i];
       if (param.duplicate) continue;
       if (param.entry == kNoEntry) {
         if (!changed && params[i].requires_grad() == param.trainable) continue;
-        *all = true;
-        return absl::OkStatus();
+        return false;
       }
-      if (param.live && !changed && param.IsCountAsItWas()) continue;
+      if (!param.live || changed || !param.IsCountAsItWas()) {
+        group.changed.push_back(i);
+      }
+    }
+  }
+  return true;
+}
+
+absl::Status OptimizerReader::ReadChanges(const LiveModel& model, bool* all) {
+  struct Change {
+    uint32_t entry;
+    StateDict state;
+  };
+  std::vector<Change> changes;
+  for (Group& group : groups_) {
+    const absl::Span<const at::Tensor> params =
+        group.optimizer->params(group.index);
+    const bool most_changed = 2 * group.changed.size() > params.size();
+    for (const size_t i : group.changed) {
+      if (most_changed) {
+        PrefetchParams(model, params, i);
+        PrefetchStates(*group.optimizer, group.index, i);
+      }
+      Param& param = group.params[i];
       param.trainable = params[i].requires_grad();
       DSD_ASSIGN_OR_RETURN(const size_t model_group, model.GroupOf(params[i]));
       DSD_ASSIGN_OR_RETURN(StateDict entries,
-                           ReadParam(model, group, i, model_group, param));
+                           group.optimizer->State(group.index, i));
+      DSD_ASSIGN_OR_RETURN(entries, ReadParam(model, group, i, model_group,
+                                              std::move(entries), param));
       if (entries.empty()) {
         *all = true;
         return absl::OkStatus();
@@ -374,15 +394,39 @@ absl::Status OptimizerReader::ReadChanges(const LiveModel& model, bool* all) {
   return absl::OkStatus();
 }
 
+void OptimizerReader::Look(absl::Span<OptimizerSource* const> optimizers) {
+  const bool may_be_changes = std::exchange(is_current_, false);
+  looked_ = Looked::kNot;
+  look_status_ = TorchToStatus([&]() -> absl::Status {
+    if (may_be_changes) {
+      DSD_ASSIGN_OR_RETURN(const bool enough, LookForChanges(optimizers));
+      if (enough) {
+        looked_ = Looked::kForChanges;
+        return absl::OkStatus();
+      }
+    }
+    DSD_RETURN_IF_ERROR(LookAtAll(optimizers));
+    looked_ = Looked::kAtAll;
+    return absl::OkStatus();
+  });
+}
+
 absl::StatusOr<StateDict> OptimizerReader::Read(
     const LiveModel& model, absl::Span<OptimizerSource* const> optimizers) {
-  bool all = !HasSameParameters(model, optimizers);
-  absl::Status status;
-  if (!all) status = ReadChanges(model, &all);
-  if (all) status = ReadAll(model, optimizers);
-  tables_built_ = status.ok() ? model.tables_built() : -1;
-  shardings_ = ShardingTable::Global().generation();
-  DSD_RETURN_IF_ERROR(status);
+  if (looked_ == Looked::kNot && look_status_.ok()) Look(optimizers);
+  DSD_RETURN_IF_ERROR(std::exchange(look_status_, absl::OkStatus()));
+  const Looked looked = std::exchange(looked_, Looked::kNot);
+  const uint64_t shardings = ShardingTable::Global().generation();
+  bool all = looked == Looked::kAtAll ||
+             model.tables_built() != tables_built_ || shardings != shardings_;
+  if (!all) DSD_RETURN_IF_ERROR(ReadChanges(model, &all));
+  if (all) {
+    if (looked != Looked::kAtAll) DSD_RETURN_IF_ERROR(LookAtAll(optimizers));
+    DSD_RETURN_IF_ERROR(ReadAll(model));
+  }
+  tables_built_ = model.tables_built();
+  shardings_ = shardings;
+  is_current_ = true;
   return dict_;
 }
 

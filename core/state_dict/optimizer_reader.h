@@ -72,6 +72,11 @@ void PrefetchStates(const OptimizerSource& optimizer, size_t group,
 // Thread-compatible.
 class OptimizerReader {
  public:
+  // The half of Read that needs no model: what the optimizers have now. It may
+  // run at the same time as what changes neither them nor this. What it finds,
+  // errors too, is for the next Read, which otherwise looks itself.
+  void Look(absl::Span<OptimizerSource* const> optimizers);
+
   // The nested dict of all `optimizers`: aliases of live state, and in tensors
   // of its own what a parameter's state would be before the first step, where
   // it is missing (for parameters that are not trained only where a part of it
@@ -109,24 +114,34 @@ class OptimizerReader {
     std::vector<StateField> fields;
     std::vector<Param> params;
     std::vector<uint64_t> marks;  // see OptimizerSource::FindChangedStates
+    // What Look has found, by parameter: states, or which are to be read again.
+    std::vector<StateDict> states;
+    std::vector<size_t> changed;
   };
+  enum class Looked { kNot, kForChanges, kAtAll };
 
-  absl::Status ReadAll(const LiveModel& model,
-                       absl::Span<OptimizerSource* const> optimizers);
+  absl::Status LookAtAll(absl::Span<OptimizerSource* const> optimizers);
+  // False if it must be all.
+  absl::StatusOr<bool> LookForChanges(
+      absl::Span<OptimizerSource* const> optimizers);
+  absl::Status ReadAll(const LiveModel& model);
   // Sets *all if that is not enough.
   absl::Status ReadChanges(const LiveModel& model, bool* all);
-  bool HasSameParameters(const LiveModel& model,
-                         absl::Span<OptimizerSource* const> optimizers) const;
+  bool HasSameParameters(absl::Span<OptimizerSource* const> optimizers) const;
   // Sets `count`, or takes back `live` if that cannot say it.
   static void KeepCount(const std::vector<StateField>& fields,
                         const StateDict& entries, Param& param);
-  // The state of a parameter; sets `live`.
+  // The state of a parameter, of which `entries` is what there is; sets `live`.
   static absl::StatusOr<StateDict> ReadParam(const LiveModel& model,
                                              const Group& group, size_t index,
-                                             size_t model_group, Param& param);
+                                             size_t model_group,
+                                             StateDict entries, Param& param);
 
   StateDict dict_;  // shared with the dicts that Read has returned
   std::vector<Group> groups_;
+  bool is_current_ = false;  // dict_, as of the last look
+  Looked looked_ = Looked::kNot;
+  absl::Status look_status_;
   int64_t tables_built_ = -1;
   uint64_t shardings_ = 0;
 };

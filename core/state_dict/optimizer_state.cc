@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <utility>
@@ -13,14 +14,17 @@
 
 #include "ATen/core/Tensor.h"
 #include "ATen/ops/empty_like.h"
+#include "absl/container/btree_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/synchronization/mutex.h"
 #include "c10/core/ScalarType.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/state_dict/threads.h"
 #include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
@@ -444,18 +448,41 @@ void OptimizerLoad::CheckState(const GroupLoad& group,
   }
 }
 
-absl::Status OptimizerLoad::Prepare(std::vector<TensorPair>& pairs) {
+absl::Status OptimizerLoad::Prepare(Env* env, int threads,
+                                    std::vector<TensorPair>& pairs) {
+  // Of a range of parameters.
+  struct Prepared {
+    std::vector<TensorPair> pairs;
+    std::vector<TensorPair> free_form;
+  };
   std::vector<TensorPair> free_form;
   for (GroupLoad& group : groups_) {
+    absl::Mutex mu;
+    absl::btree_map<size_t, Prepared> prepared;  // by the begin of the range
+    const auto prepare = [&](size_t begin, size_t end) -> absl::Status {
+      Prepared mine;
+      mine.pairs.reserve((end - begin) * group.fields.size());
+      for (size_t i = begin; i < end; ++i) {
+        ParamLoad& param = group.params[i];
+        PrefetchStates(*group.optimizer, group.group, param.param);
+        PrefetchLoaded(group.params, i);
+        if (param.loaded == nullptr) continue;
+        const absl::Status status =
+            PrepareParam(group, param, mine.pairs, mine.free_form);
+        DSD_RETURN_IF_ERROR(status)
+            << "optimizer state of \"" << model_.fqn(param.model_group) << "\"";
+      }
+      const absl::MutexLock lock(&mu);
+      prepared.emplace(begin, std::move(mine));
+      return absl::OkStatus();
+    };
+    DSD_RETURN_IF_ERROR(ForRanges(env, threads, group.params.size(), prepare));
     pairs.reserve(pairs.size() + group.params.size() * group.fields.size());
-    for (size_t i = 0; i < group.params.size(); ++i) {
-      ParamLoad& param = group.params[i];
-      PrefetchStates(*group.optimizer, group.group, param.param);
-      PrefetchLoaded(group.params, i);
-      if (param.loaded == nullptr) continue;
-      const absl::Status status = PrepareParam(group, param, pairs, free_form);
-      DSD_RETURN_IF_ERROR(status)
-          << "optimizer state of \"" << model_.fqn(param.model_group) << "\"";
+    for (auto& [begin, part] : prepared) {
+      std::move(part.pairs.begin(), part.pairs.end(),
+                std::back_inserter(pairs));
+      std::move(part.free_form.begin(), part.free_form.end(),
+                std::back_inserter(free_form));
     }
   }
   if (free_form.empty()) return absl::OkStatus();

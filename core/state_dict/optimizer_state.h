@@ -16,6 +16,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
+#include "dsd/core/base/env.h"
 #include "dsd/core/state_dict/live_model.h"
 #include "dsd/core/state_dict/local_copy.h"
 #include "dsd/core/state_dict/mismatch_report.h"
@@ -49,8 +50,8 @@ class OptimizerLoad {
                      const StateDict* model_dict = nullptr);
 
   // Makes the tensors that will be the new state and adds them to `pairs` with
-  // their sources.
-  absl::Status Prepare(std::vector<TensorPair>& pairs);
+  // their sources. In up to `threads` threads.
+  absl::Status Prepare(Env* env, int threads, std::vector<TensorPair>& pairs);
 
   // Gives the filled tensors and the hyperparameters to the optimizers.
   absl::Status Commit();

@@ -34,6 +34,7 @@
 #include "dsd/core/state_dict/optimizer_state.h"
 #include "dsd/core/state_dict/outline.h"
 #include "dsd/core/state_dict/state_dict_ops.h"
+#include "dsd/core/state_dict/threads.h"
 #include "dsd/core/state_dict/verify_replicas.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/tensor/torch_boundary.h"
@@ -368,6 +369,19 @@ std::optional<int> SourceSession::SourceRank() const {
   return options_.broadcast_from_rank0 ? 0 : options_.source_rank;
 }
 
+int SourceSession::WalkThreads() const {
+  size_t num_params = 0;
+  for (const OptimizerSource* const optimizer : optimizers_) {
+    for (size_t group = 0; group < optimizer->num_groups(); ++group) {
+      const absl::Span<const at::Tensor> params = optimizer->params(group);
+      // The current device and its stream are of the thread.
+      if (!params.empty() && !params[0].is_cpu()) return 1;
+      num_params += params.size();
+    }
+  }
+  return ThreadsFor(num_params);
+}
+
 absl::Status SourceSession::Describe(Parts parts,
                                      ModelAndOptimizerStateDict& out) {
   DSD_RETURN_IF_ERROR(CheckOptions(parts));
@@ -376,24 +390,47 @@ absl::Status SourceSession::Describe(Parts parts,
         absl::StrCat("values are unspecified since a set failed half-way (",
                      poisoned_.message(), "); set a state dict first"));
   }
-  DSD_RETURN_IF_ERROR(live_.Refresh(mover_));
+  const bool has_optimizers = parts.optimizer && !optimizers_.empty();
+  const int threads = has_optimizers ? WalkThreads() : 1;
+  absl::Status status;
+  RunBoth(
+      mover_.env(), threads,
+      [&] { status = TorchToStatus([&] { return live_.Refresh(mover_); }); },
+      [&] {
+        if (has_optimizers) optimizer_reader_.Look(optimizers_);
+      });
+  DSD_RETURN_IF_ERROR(status);
+  // Aliases of the same tensors make the same dict. Extra states and whether a
+  // parameter is frozen are asked anew.
+  const bool is_kept = !options_.ignore_frozen_params &&
+                       !live_.has_extra_states() &&
+                       model_version_ == live_.version();
+  absl::StatusOr<StateDict> model = StateDict();
+  absl::StatusOr<StateDict> optimizer = StateDict();
+  RunBoth(
+      mover_.env(), parts.model && !is_kept ? threads : 1,
+      [&] {
+        if (parts.model && !is_kept) {
+          model = TorchToStatus([&] { return GetModelState(live_, options_); });
+        }
+      },
+      [&] {
+        if (has_optimizers) {
+          optimizer = TorchToStatus(
+              [&] { return optimizer_reader_.Read(live_, optimizers_); });
+        }
+      });
+  DSD_RETURN_IF_ERROR(model.status());
+  DSD_RETURN_IF_ERROR(optimizer.status());
   if (parts.model) {
-    // Aliases of the same tensors make the same dict. Extra states and whether
-    // a parameter is frozen are asked anew.
-    const bool is_kept = !options_.ignore_frozen_params &&
-                         !live_.has_extra_states() &&
-                         model_version_ == live_.version();
     if (!is_kept) {
-      DSD_ASSIGN_OR_RETURN(model_dict_, GetModelState(live_, options_));
+      model_dict_ = *std::move(model);
       model_dict_.Share();
       model_version_ = live_.version();
     }
     out.model = model_dict_;
   }
-  if (parts.optimizer && !optimizers_.empty()) {
-    DSD_ASSIGN_OR_RETURN(out.optimizer,
-                         optimizer_reader_.Read(live_, optimizers_));
-  }
+  out.optimizer = *std::move(optimizer);
   return absl::OkStatus();
 }
 
@@ -621,14 +658,26 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
           MapOptimizerKeys(*optimizer, options_.key_map, live_.table()));
       optimizer = &attempt->mapped_optimizer;
     }
-    if (model != nullptr) {
-      DSD_RETURN_IF_ERROR(
-          attempt->model_load.Match(*model, joint, attempt->report));
-    }
-    if (optimizer != nullptr) {
-      DSD_RETURN_IF_ERROR(
-          attempt->optimizer_load.Parse(*optimizer, attempt->report, model));
-    }
+    MismatchReport of_optimizer;
+    absl::Status matched;
+    absl::Status parsed;
+    RunBoth(
+        mover_.env(),
+        model != nullptr && optimizer != nullptr ? WalkThreads() : 1,
+        [&] {
+          if (model == nullptr) return;
+          matched = attempt->model_load.Match(*model, joint, attempt->report);
+        },
+        [&] {
+          if (optimizer == nullptr) return;
+          parsed = TorchToStatus([&] {
+            return attempt->optimizer_load.Parse(*optimizer, of_optimizer,
+                                                 model);
+          });
+        });
+    DSD_RETURN_IF_ERROR(matched);
+    DSD_RETURN_IF_ERROR(parsed);
+    attempt->report.Add(std::move(of_optimizer));
     if (model != nullptr && attempt->report.misfits.empty()) {
       DSD_ASSIGN_OR_RETURN(const KeyScope scope,
                            KeyScope::Create(live_.table(), options_));
@@ -653,7 +702,8 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
       DSD_RETURN_IF_ERROR(attempt->model_load.Prepare(pairs));
     }
     if (optimizer != nullptr) {
-      DSD_RETURN_IF_ERROR(attempt->optimizer_load.Prepare(pairs));
+      DSD_RETURN_IF_ERROR(
+          attempt->optimizer_load.Prepare(mover_.env(), WalkThreads(), pairs));
     }
     DSD_RETURN_IF_ERROR(CheckHolders(pairs, mover_));
     if (joint != nullptr) {

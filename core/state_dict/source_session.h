@@ -119,6 +119,8 @@ class SourceSession {
   std::optional<int> SourceRank() const;
   absl::StatusOr<ModelAndOptimizerStateDict> GetParts(Parts parts,
                                                       const CallOptions& call);
+  // For walks over the model beside one over the optimizers.
+  int WalkThreads() const;
   absl::Status Describe(Parts parts, ModelAndOptimizerStateDict& out);
   // Null: the part is left out.
   absl::StatusOr<IncompatibleKeys> SetParts(absl::string_view what,

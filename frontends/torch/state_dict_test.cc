@@ -12,10 +12,13 @@
 #include <vector>
 
 #include "ATen/Context.h"
+#include "ATen/Parallel.h"
 #include "ATen/ops/empty.h"
 #include "ATen/ops/equal.h"
+#include "ATen/ops/full_like.h"
 #include "ATen/ops/linear.h"
 #include "ATen/ops/ones.h"
+#include "ATen/ops/ones_like.h"
 #include "ATen/ops/zeros.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -588,6 +591,116 @@ TEST(SessionTest, SeveralOptimizers) {
   ASSERT_TRUE(dict.ok()) << dict.status();
   EXPECT_TRUE(SetOptimizerStateDict(net, both, *dict).ok());
   EXPECT_TRUE(SetOptimizerStateDict(net, second, *dict).ok());
+}
+
+// So many tensors that threads walk over them: what comes out is what one
+// thread finds.
+class ManyTensorsTest : public ::testing::TestWithParam<int> {
+ protected:
+  ManyTensorsTest() { at::set_num_threads(GetParam()); }
+  ~ManyTensorsTest() override { at::set_num_threads(before_); }
+
+  struct Job {
+    Job() {
+      for (int i = 0; i < 5000; ++i) {
+        auto layer = std::make_shared<nn::LinearImpl>(1, 2);
+        layers.push_back(layer);
+        model.register_module(absl::StrCat("l", i), layer);
+      }
+      optimizer = std::make_unique<optim::AdamW>(model.parameters());
+      Step();
+    }
+    void Step() {
+      for (at::Tensor& param : model.parameters()) {
+        param.mutable_grad() = at::ones_like(param);
+      }
+      optimizer->step();
+    }
+    nn::Module model;
+    std::vector<std::shared_ptr<nn::LinearImpl>> layers;
+    std::unique_ptr<optim::AdamW> optimizer;
+  };
+
+ private:
+  const int before_ = at::get_num_threads();
+};
+INSTANTIATE_TEST_SUITE_P(Threads, ManyTensorsTest, ::testing::Values(1, 2, 4));
+
+TEST_P(ManyTensorsTest, GetsFindEachChange) {
+  Job job;
+  const auto session = StateDictSession::Create(job.model, *job.optimizer);
+  ASSERT_TRUE(session.ok()) << session.status();
+  const auto get = [&] {
+    const auto got = (*session)->Get();
+    EXPECT_TRUE(got.ok()) << got.status();
+    // A new session has no memory.
+    const auto anew = GetStateDict(job.model, *job.optimizer);
+    EXPECT_TRUE(anew.ok()) << anew.status();
+    ExpectEqual(got->model, anew->model);
+    ExpectEqual(got->optimizer, anew->optimizer);
+    return *got;
+  };
+  EXPECT_EQ(get().model.size(), 10000);
+  get();
+  job.Step();
+  get();
+  for (const size_t i : {0, 2500, 4999}) {
+    at::Tensor& weight = job.layers[i]->weight;
+    {
+      // Other memory for the same tensor.
+      weight.set_data(at::full_like(weight, 7));
+      EXPECT_EQ(get().model.size(), 10000);
+    }
+    auto& state = static_cast<optim::AdamWParamState&>(
+        *job.optimizer->state().at(weight.unsafeGetTensorImpl()));
+    state.step(1000 + i);
+    get();
+    state.exp_avg(at::full_like(weight, 5));
+    get();
+  }
+  // Of another shape; its moments do not matter to a get.
+  job.layers[3000]->register_buffer("late", at::zeros({1}));
+  EXPECT_TRUE(get().model.contains("l3000.late"));
+  EXPECT_EQ((*session)->stats().tables_built, 5);
+}
+
+TEST_P(ManyTensorsTest, SetsListWhatIsWrongWithBothParts) {
+  Job from;
+  auto dicts = *GetStateDict(from.model, *from.optimizer);
+  Job to;
+  ASSERT_TRUE(
+      SetStateDict(to.model, *to.optimizer, dicts.model, dicts.optimizer).ok());
+  const auto now = *GetStateDict(to.model, *to.optimizer);
+  ExpectEqual(now.model, dicts.model);
+  ExpectEqual(now.optimizer, dicts.optimizer);
+
+  dicts.model.Set("l7.bias", TensorValue(at::zeros({3})));
+  dicts.model.Set("nobody", TensorValue(at::zeros({1})));
+  StateDict& state = *dicts.optimizer.Find("state")->get_if<StateDict>();
+  state.Find("l9.bias")->get_if<StateDict>()->Set("exp_avg",
+                                                  TensorValue(at::zeros({3})));
+  const absl::Status status =
+      SetStateDict(to.model, *to.optimizer, dicts.model, dicts.optimizer)
+          .status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("unexpected keys (1): \"nobody\""),
+                    HasSubstr("l7.bias"), HasSubstr("l9.bias.exp_avg")));
+}
+
+TEST_P(ManyTensorsTest, AnErrorOfTheOptimizerLeavesTheNextGetRight) {
+  Job job;
+  const auto session = StateDictSession::Create(job.model, *job.optimizer);
+  ASSERT_TRUE((*session)->Get().ok());
+  // A parameter that is not the model's.
+  job.optimizer->param_groups()[0].params().push_back(at::ones({1}));
+  EXPECT_FALSE((*session)->Get().ok());
+  job.Step();
+  job.optimizer->param_groups()[0].params().pop_back();
+  const auto got = (*session)->Get();
+  ASSERT_TRUE(got.ok()) << got.status();
+  ExpectEqual(got->optimizer,
+              *GetOptimizerStateDict(job.model, *job.optimizer));
 }
 
 }  // namespace

@@ -334,7 +334,6 @@ Json Of(const Json& peer, const char* name) {
 
 int Run(const std::string& peer, bool quick, bool with_peer, bool peer_set,
         const std::string& only) {
-  at::set_num_threads(1);
   const Size small = quick ? Size{58, 16} : Size{58, 256};
   Table table(with_peer);
   for (const int times : {1, 4}) {

@@ -125,6 +125,7 @@ def local(layers, experts, with_set):
 
 
 def gather_rank(rank, world_size, layers, experts, runs, folder):
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank,
         world_size=world_size)
@@ -178,7 +179,6 @@ def gather(world_size, layers, experts, runs):
 
 
 def main():
-    torch.set_num_threads(1)
     what, *rest = sys.argv[1:]
     with_set = "--set" in rest
     sizes = [int(a) for a in rest if a != "--set"]
