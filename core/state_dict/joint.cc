@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/string_view.h"
@@ -93,6 +95,12 @@ bool IsDeclaration(const Value& value) {
                            ? nullptr
                            : tuple->items[0].get_if<Opaque>();
   return marker != nullptr && marker->type_name == kMarker;
+}
+
+bool IsDeclarationOfShards(const Value& value) {
+  if (!IsDeclaration(value)) return false;
+  const auto* kind = value.get_if<Value::Tuple>()->items[2].get_if<int64_t>();
+  return kind != nullptr && *kind != kReplicated;
 }
 
 // Of values without tensors.
@@ -240,7 +248,10 @@ class Joiner {
       absl::StatusOr<Value> declared = Declare(tree, "");
       local.Update(declared.status());
       if (declared.ok()) {
-        absl::StatusOr<std::string> encoded = EncodeOutline(*declared);
+        Value::List both = {ToList(replicas_)};
+        both.push_back(*std::move(declared));
+        absl::StatusOr<std::string> encoded =
+            EncodeOutline(Value(std::move(both)));
         local.Update(encoded.status());
         if (encoded.ok()) bytes = *std::move(encoded);
       }
@@ -257,10 +268,15 @@ class Joiner {
     // From here on every rank computes the same.
     Value joint{StateDict()};
     for (size_t rank = 0; rank < all.size(); ++rank) {
-      absl::StatusOr<Value> declared =
+      absl::StatusOr<Value> sent =
           DecodeOutline(all[rank], DeviceMesh::Iota({1}));
-      DSD_RETURN_IF_ERROR(declared) << what_ << ": rank " << rank;
-      Merge(*std::move(declared), "", static_cast<int>(rank), joint);
+      DSD_RETURN_IF_ERROR(sent) << what_ << ": rank " << rank;
+      auto* const both = sent->get_if<Value::List>();
+      if (both == nullptr || both->size() != 2) return Malformed();
+      DSD_ASSIGN_OR_RETURN(std::vector<int64_t> replicas,
+                           ToNumbers((*both)[0]));
+      replicas_of_.push_back(std::move(replicas));
+      Merge(std::move((*both)[1]), "", static_cast<int>(rank), joint);
     }
     DSD_RETURN_IF_ERROR(Resolve(joint, ""));
     if (!misfits_.empty()) {
@@ -325,7 +341,7 @@ class Joiner {
 
   // Remembers that `rank` has what is declared below `value`.
   void Note(const Value& value, const std::string& path, int rank) {
-    if (IsDeclaration(value)) {
+    if (IsDeclaration(value) || value.is<TensorValue>()) {
       ranks_of_[path].push_back(rank);
     } else if (const auto* dict = value.get_if<StateDict>()) {
       for (size_t i = 0; i < dict->size(); ++i) {
@@ -368,7 +384,8 @@ class Joiner {
                IsParamGroups(path)) {
       AppendGroups(*groups, path, *into.get_if<Value::List>());
     } else if (!from.is_container() || !into.is_container()) {
-      return;  // an object: that of the first rank
+      // An object, or one element: that of the first rank.
+      if (into.is<TensorValue>()) ranks_of_[path].push_back(rank);
     } else {
       Note(from, path, rank);
     }
@@ -376,6 +393,17 @@ class Joiner {
 
   static bool IsParamGroups(const std::string& path) {
     return path == "param_groups" || path == "optim.param_groups";
+  }
+
+  // In either form.
+  static bool IsOptimizer(const StateDict& dict) {
+    for (size_t i = 0; i < dict.size(); ++i) {
+      const std::string key = dict.key_text(i);
+      if (key == "param_groups" || absl::StartsWith(key, "param_groups.")) {
+        return true;
+      }
+    }
+    return false;
   }
 
   // A parameter that several ranks have is in the group of the first of them.
@@ -436,25 +464,46 @@ class Joiner {
     return kept > 0;
   }
 
+  // Whether one of `holders` is not among `ranks` (ascending), which goes into
+  // the report then.
+  bool IsLacking(const std::string& path, const std::vector<int64_t>& holders,
+                 const std::vector<int>& ranks) {
+    std::vector<int64_t> lacking;
+    for (const int64_t holder : holders) {
+      if (!std::binary_search(ranks.begin(), ranks.end(), holder)) {
+        lacking.push_back(holder);
+      }
+    }
+    if (lacking.empty()) return false;
+    misfits_.push_back(absl::StrCat(
+        "\"", path, "\" is missing on rank ", absl::StrJoin(lacking, ", "),
+        " and is on rank ", absl::StrJoin(ranks, ", "),
+        "; what it is replicated over is in replica_ranks"));
+    return true;
+  }
+
+  // The key without what comes after its last dot.
+  static absl::string_view ParentOf(absl::string_view key) {
+    const size_t dot = key.rfind('.');
+    return dot == absl::string_view::npos ? "" : key.substr(0, dot);
+  }
+
+  // Where a tensor of one element may be.
+  enum class Place {
+    kOnReplicas,     // on all replicas of a rank that has it
+    kInOptimizer,    // the same, unless it is a count of shards
+    kWithParameter,  // wherever its parameter, which may be sharded, is
+    kInParamGroups,  // in a list, in which other ranks have other groups
+  };
+
   // Puts tensors in the place of declarations.
-  absl::Status Resolve(Value& value, const std::string& path) {
+  absl::Status Resolve(Value& value, const std::string& path,
+                       Place place = Place::kOnReplicas) {
     if (IsDeclaration(value)) {
       const std::vector<int>& ranks = ranks_of_[path];
       absl::StatusOr<Declared> declared = FromDeclaration(value, ranks);
       DSD_RETURN_IF_ERROR(declared) << what_ << ": \"" << path << "\"";
-      std::vector<int64_t> lacking;
-      for (const int64_t holder : declared->holders) {
-        if (std::find(ranks.begin(), ranks.end(), holder) == ranks.end()) {
-          lacking.push_back(holder);
-        }
-      }
-      if (!lacking.empty()) {
-        misfits_.push_back(absl::StrCat(
-            "\"", path, "\" is missing on rank ", absl::StrJoin(lacking, ", "),
-            " and is on rank ", absl::StrJoin(ranks, ", "),
-            "; what it is replicated over is in replica_ranks"));
-        return absl::OkStatus();
-      }
+      if (IsLacking(path, declared->holders, ranks)) return absl::OkStatus();
       const auto own = own_.find(path);
       absl::StatusOr<TensorValue> tensor =
           own == own_.end()
@@ -466,21 +515,53 @@ class Joiner {
     }
     if (value.is<TensorValue>()) {
       // Of one element: this rank's own, if it has it.
+      if (place == Place::kInParamGroups) return absl::OkStatus();
       const auto own = own_.find(path);
       if (own != own_.end()) value = Value(own->second);
+      if (place == Place::kWithParameter) return absl::OkStatus();
+      const std::vector<int>& ranks = ranks_of_[path];
+      const auto [holders, is_new] = holders_by_ranks_.try_emplace(ranks);
+      if (is_new) {
+        std::set<int64_t> replicas;
+        for (const int rank : ranks) {
+          replicas.insert(replicas_of_[rank].begin(), replicas_of_[rank].end());
+        }
+        holders->second.assign(replicas.begin(), replicas.end());
+      }
+      IsLacking(path, holders->second, ranks);
       return absl::OkStatus();
     }
     if (auto* dict = value.get_if<StateDict>()) {
+      if (place == Place::kOnReplicas && IsOptimizer(*dict)) {
+        place = Place::kInOptimizer;
+      }
+      // Parameters whose state is sharded: in the flat form beginnings of keys,
+      // in the nested one what has all of this dict.
+      absl::flat_hash_set<std::string> sharded;
       for (size_t i = 0; i < dict->size(); ++i) {
-        DSD_RETURN_IF_ERROR(
-            Resolve(dict->value(i), Under(path, dict->key_text(i))));
+        if (IsDeclarationOfShards(dict->value(i))) {
+          sharded.emplace(ParentOf(dict->key_text(i)));
+        }
+      }
+      for (size_t i = 0; i < dict->size(); ++i) {
+        const std::string key = dict->key_text(i);
+        const std::string below = Under(path, key);
+        Place place_below = place;
+        if (place == Place::kInOptimizer &&
+            (absl::StartsWith(key, "param_groups.") ||
+             sharded.contains(ParentOf(key)))) {
+          place_below = Place::kWithParameter;
+        }
+        DSD_RETURN_IF_ERROR(Resolve(dict->value(i), below, place_below));
       }
       return absl::OkStatus();
     }
+    if (IsParamGroups(path)) place = Place::kInParamGroups;
     std::vector<Value>* items = value.get_if<Value::List>();
     if (auto* tuple = value.get_if<Value::Tuple>()) items = &tuple->items;
     for (size_t i = 0; items != nullptr && i < items->size(); ++i) {
-      DSD_RETURN_IF_ERROR(Resolve((*items)[i], Under(path, absl::StrCat(i))));
+      DSD_RETURN_IF_ERROR(
+          Resolve((*items)[i], Under(path, absl::StrCat(i)), place));
     }
     return absl::OkStatus();
   }
@@ -491,6 +572,9 @@ class Joiner {
   const CallClock& clock_;
   absl::flat_hash_map<std::string, TensorValue> own_;
   absl::flat_hash_map<std::string, std::vector<int>> ranks_of_;
+  std::vector<std::vector<int64_t>> replicas_of_;  // by rank
+  // Of ranks that have something: all that are replicas of one of them.
+  absl::flat_hash_map<std::vector<int>, std::vector<int64_t>> holders_by_ranks_;
   // Parameters in groups of an optimizer dict, by its path.
   absl::flat_hash_map<std::string, absl::flat_hash_set<std::string>> listed_;
   std::vector<std::string> misfits_;
@@ -557,13 +641,17 @@ absl::StatusOr<std::vector<TensorPair>> JoinPairs(
   absl::Status status = local;
   for (const TensorPair& pair : mine) {
     const auto path = path_of.find(pair.source.id());
-    if (path == path_of.end()) {
+    StateDict entry;
+    if (path != path_of.end()) {
+      entry.Set("source", Value(path->second));
+    } else if (HasOneElement(pair.source)) {
+      // [1] of the dict for what has no dimension here.
+      entry.Set("source", Value(pair.source));
+    } else {
       status.Update(absl::InternalError(
           absl::StrCat("\"", pair.name.Text(), "\" is not from the dict")));
       continue;
     }
-    StateDict entry;
-    entry.Set("source", Value(path->second));
     entry.Set("target", Value(pair.target));
     pairs.Set(pair.name.Text(), Value(std::move(entry)));
   }
@@ -576,11 +664,16 @@ absl::StatusOr<std::vector<TensorPair>> JoinPairs(
     const Value* target = entry == nullptr ? nullptr : entry->Find("target");
     const auto* path =
         source == nullptr ? nullptr : source->get_if<std::string>();
-    const auto* tensor =
+    const auto* from =
+        source == nullptr ? nullptr : source->get_if<TensorValue>();
+    const auto* to =
         target == nullptr ? nullptr : target->get_if<TensorValue>();
-    const auto from = path == nullptr ? at_path.end() : at_path.find(*path);
-    if (tensor == nullptr || from == at_path.end()) return Malformed();
-    out.push_back({joint.key_text(i), from->second, *tensor});
+    if (path != nullptr) {
+      const auto found = at_path.find(*path);
+      from = found == at_path.end() ? nullptr : &found->second;
+    }
+    if (from == nullptr || to == nullptr) return Malformed();
+    out.push_back({joint.key_text(i), *from, *to});
   }
   return out;
 }

@@ -24,7 +24,7 @@ namespace dsd {
 // layouts on all ranks: plain ones are whole on each of `replica_ranks` of the
 // rank that declares them (null: on whatever ranks declare them); those of one
 // element are sent by value. This rank's memory is used where it has the
-// tensor.
+// tensor. Counts and hyperparameters are wherever their parameter is.
 //
 // Collective. Costs messages and time in the number of all ranks' tensors.
 // Errors, the same on every rank: `local` of any rank; InvalidArgument for

@@ -313,25 +313,137 @@ TEST_P(JointTest, ParameterInTwoGroupsOfOneRankIsStillAnError) {
 
 TEST_P(JointTest, KeyThatIsTrulyMissingIsNamedWithItsRank) {
   if (ranks() < 4) GTEST_SKIP() << "needs two ranks per stage";
-  for (const bool set : {false, true}) {
-    for (const absl::Status& status :
-         RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
-           Stage stage(comm, 0);
-           FakeModel less;
-           for (const auto& [name, whole] : Stage::Whole(stage.stage, 0)) {
-             if (comm.rank() == 3 && name == "s1.plain") continue;
-             less.Add(name, whole);
-           }
-           SourceSession session(&less, {}, &comm, stage.options);
-           return set ? session.SetModel(Stage::WholeDict(0)).status()
-                      : session.GetModel().status();
-         })) {
-      EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
-                                   "s1.plain\" is missing on rank 3 and is on "
-                                   "rank 2"));
+  // The second one has one element.
+  for (const std::string missing : {"s1.plain", "s1.scale"}) {
+    for (const bool set : {false, true}) {
+      for (const absl::Status& status :
+           RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+             Stage stage(comm, 0);
+             FakeModel less;
+             for (const auto& [name, whole] : Stage::Whole(stage.stage, 0)) {
+               if (comm.rank() == 3 && name == missing) continue;
+               less.Add(name, whole);
+             }
+             SourceSession session(&less, {}, &comm, stage.options);
+             return set ? session.SetModel(Stage::WholeDict(0)).status()
+                        : session.GetModel().status();
+           })) {
+        EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                     absl::StrCat("\"model.", missing,
+                                                  "\" is missing on rank 3 and "
+                                                  "is on rank 2")));
+      }
     }
   }
 }
+
+// Counts of a shard are where the shard is, whatever plain tensors are
+// replicated over.
+TEST_P(JointTest, CountsNeedNotBeOnAllReplicas) {
+  for (const bool flat : {false, true}) {
+    EXPECT_THAT(
+        RunRankThreads(
+            ranks(),
+            [&](Communicator& comm) -> absl::Status {
+              Stage stage(comm, 0);
+              FakeModel model;
+              FakeOptimizer optimizer;
+              model.Add("everywhere", Numbers({1}).requires_grad_());
+              optimizer.groups.push_back({{model.tensor(0)}, {}});
+              optimizer.groups[0].hyperparameters.Set("lr", Object(0.5));
+              const int first = stage.stage * ranks() / 2;
+              const DeviceMesh mesh = DeviceMesh::Iota({ranks() / 2}, first);
+              optimizer.groups[0].params.push_back(model.AddShard(
+                  absl::StrCat("expert", stage.stage),
+                  Numbers({4, 2}).requires_grad_(),
+                  *Layout::FromPlacements({4, 2}, mesh, {Shard(0)}),
+                  comm.rank()));
+              for (const at::Tensor& param : optimizer.groups[0].params) {
+                StateDict& state = optimizer.StateOf(param);
+                state.Set("step", Value(TensorValue(Numbers({}, 3))));
+                state.Set("moment", Value(TensorValue(param.detach().mul(2))));
+              }
+              StateDictOptions options = Full();
+              options.flatten_optimizer_state_dict = flat;
+              for (int rank = 0; rank < ranks(); ++rank) {
+                options.replica_ranks.push_back(rank);
+              }
+              SourceSession session(&model, {&optimizer}, &comm, options);
+              DSD_ASSIGN_OR_RETURN(const StateDict dict,
+                                   session.GetOptimizer());
+              return session.SetOptimizer(dict);
+            }),
+        AllOk())
+        << flat;
+  }
+}
+
+// Dicts of PyTorch before 0.4 have [1] where there is no dimension now.
+TEST_P(JointTest, OldScalarsFillThoseWithoutDimensions) {
+  EXPECT_THAT(
+      RunRankThreads(
+          ranks(),
+          [&](Communicator& comm) -> absl::Status {
+            Stage stage(comm, 0);
+            const std::string name = absl::StrCat("s", stage.stage, ".zero");
+            stage.model.Add(name, Numbers({}));
+            StateDict dict;
+            if (comm.rank() == ranks() - 1) {
+              dict = Stage::WholeDict(70);
+              dict.Set("s0.zero", Value(TensorValue(Numbers({1}, 7))));
+              dict.Set("s1.zero", Value(TensorValue(Numbers({1}, 8))));
+            }
+            SourceSession session(&stage.model, {}, &comm, stage.options);
+            DSD_RETURN_IF_ERROR(session.SetModel(dict));
+            DSD_REQUIRE(at::equal(stage.model.tensor(stage.model.size() - 1),
+                                  Numbers({}, 7 + stage.stage)));
+            return absl::OkStatus();
+          }),
+      AllOk());
+}
+
+// Learning rates may be tensors, and groups have other numbers in the joint
+// dict.
+TEST_P(JointTest, TensorsInGroupsStayWithTheirGroups) {
+  EXPECT_THAT(
+      RunRankThreads(
+          ranks(),
+          [&](Communicator& comm) -> absl::Status {
+            FakeModel model;
+            FakeOptimizer optimizer;
+            StateDict dict;
+            StateDict states;
+            Value::List groups;
+            for (int i = 0; i <= comm.rank(); ++i) {
+              const std::string fqn = absl::StrCat("p", comm.rank(), ".", i);
+              model.Add(fqn, Numbers({2}).requires_grad_());
+              optimizer.groups.push_back({{model.tensor(i)}, {}});
+              StateDict state;
+              state.Set("step", Value(int64_t{1}));
+              state.Set("moment", Value(TensorValue(Numbers({2}))));
+              states.Set(fqn, Value(std::move(state)));
+              StateDict group;
+              group.Set("lr",
+                        Value(TensorValue(Numbers({}, 10 * comm.rank() + i))));
+              group.Set("params", Value(Value::List{Value(fqn)}));
+              groups.push_back(Value(std::move(group)));
+            }
+            dict.Set("state", Value(std::move(states)));
+            dict.Set("param_groups", Value(std::move(groups)));
+            StateDictOptions options;
+            options.replica_ranks = {comm.rank()};
+            DSD_RETURN_IF_ERROR(
+                SourceSession(&model, {&optimizer}, &comm, options)
+                    .SetOptimizer(dict));
+            for (int i = 0; i <= comm.rank(); ++i) {
+              DSD_REQUIRE(*optimizer.groups[i].hyperparameters.Find("lr") ==
+                          Object(static_cast<double>(10 * comm.rank() + i)));
+            }
+            return absl::OkStatus();
+          }),
+      AllOk());
+}
+
 
 TEST_P(JointTest, MissingAndUnexpectedKeysAreThoseOfTheWholeJob) {
   for (const absl::Status& status :

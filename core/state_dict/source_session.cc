@@ -745,8 +745,11 @@ SourceSession::JoinAndTry(absl::string_view what, bool contributes,
                             ? Value(true)
                             : Value(live_.value(entry.group)));
   }
-  DSD_ASSIGN_OR_RETURN(live, JoinDicts(what, absl::OkStatus(), live,
-                                       &options_.replica_ranks, mover_, clock));
+  StateDict live_root;
+  live_root.Set(kModelKey, Value(std::move(live)));
+  DSD_ASSIGN_OR_RETURN(live_root,
+                       JoinDicts(what, absl::OkStatus(), live_root,
+                                 &options_.replica_ranks, mover_, clock));
   StateDict mine;
   if (contributes && model != nullptr) mine.Set(kModelKey, Value(*model));
   if (contributes && optimizer != nullptr) {
@@ -764,7 +767,8 @@ SourceSession::JoinAndTry(absl::string_view what, bool contributes,
     optimizer = dicts.Find(kOptimizerKey)->get_if<StateDict>();
   }
   std::unique_ptr<Attempt> attempt =
-      TrySet(what, absl::OkStatus(), model, optimizer, &live);
+      TrySet(what, absl::OkStatus(), model, optimizer,
+             live_root.Find(kModelKey)->get_if<StateDict>());
   DSD_ASSIGN_OR_RETURN(
       std::vector<TensorPair> pairs,
       JoinPairs(what, attempt->prepared.status, attempt->joint_pairs, dicts,
