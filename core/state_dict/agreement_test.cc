@@ -144,6 +144,19 @@ TEST(DisagreementTest, OptionsOfAFullGetAreNamed) {
             "false for the ranks [0, 1, 2, 3] on ranks 0, 1, 2");
 }
 
+TEST(DisagreementTest, OneRankVerifiesAndTheOthersDoNot) {
+  ExpectAll(RunAndLeave(4,
+                        [](Communicator& comm) {
+                          const auto model = Many(-1, -1, {});
+                          StateDictOptions options = Full();
+                          options.verify_replicas = comm.rank() == 3;
+                          return SourceSession(model.get(), {}, &comm, options)
+                              .GetModel()
+                              .status();
+                        }),
+            "rank 3: with verify_replicas");
+}
+
 TEST(DisagreementTest, ManyDifferencesAreCut) {
   for (const absl::Status& status : RunAndLeave(2, [](Communicator& comm) {
          FakeModel model;
@@ -259,6 +272,52 @@ TEST_P(VerifyReplicasTest, DictsOfSeveralRanksMustBeEqual) {
     EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
                                  "differ in \"model.plain\""));
   }
+}
+
+// Some ranks give what the others are to have.
+TEST_P(VerifyReplicasTest, DictsOfSomeRanksMustBeEqual) {
+  if (ranks() < 4) return;
+  for (const std::string other : {"plain", "scalar"}) {
+    for (const absl::Status& status :
+         RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+           const auto model = World::Make(ranks(), comm.rank());
+           StateDict dict;
+           if (comm.rank() < 2) dict = World::WholeDict(50);
+           if (comm.rank() == 1) {
+             const at::Tensor value = test::TensorAt(dict, other);
+             dict.Set(other, Value(TensorValue(value.add(1))));
+           }
+           StateDictOptions options = Full();
+           options.verify_replicas = true;
+           SourceSession session(model.get(), {}, &comm, options);
+           const absl::Status status = session.SetModel(dict).status();
+           DSD_RETURN_IF_ERROR(World::Check(*model, ranks(), comm.rank(), 0));
+           return status;
+         })) {
+      EXPECT_THAT(status,
+                  IsStatus(absl::StatusCode::kFailedPrecondition,
+                           absl::StrCat("differ in \"model.", other, "\"")));
+    }
+  }
+}
+
+// What nobody uses may differ.
+TEST_P(VerifyReplicasTest, UnexpectedKeysAreNotCompared) {
+  EXPECT_THAT(
+      RunRankThreads(
+          ranks(),
+          [&](Communicator& comm) -> absl::Status {
+            const auto model = World::Make(ranks(), comm.rank());
+            StateDict dict = World::WholeDict(50);
+            dict.Set("unknown", Value(Numbers({3}, comm.rank())));
+            StateDictOptions options = Full();
+            options.verify_replicas = true;
+            options.strict = false;
+            DSD_RETURN_IF_ERROR(
+                SourceSession(model.get(), {}, &comm, options).SetModel(dict));
+            return World::Check(*model, ranks(), comm.rank(), 50);
+          }),
+      AllOk());
 }
 
 class StagedTest : public VerifyReplicasTest {};

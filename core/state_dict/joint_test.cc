@@ -444,6 +444,60 @@ TEST_P(JointTest, TensorsInGroupsStayWithTheirGroups) {
       AllOk());
 }
 
+TEST_P(JointTest, VerifyReplicasComparesAllOfTheDicts) {
+  if (ranks() < 4) GTEST_SKIP() << "needs two ranks per stage";
+  for (const std::string other :
+       {"", "model.s1.plain", "model.s1.scale", "optim.state.s1.plain.step",
+        "optim.state.gone.moment", "optim.param_groups.1.lr"}) {
+    for (const absl::Status& status :
+         RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+           Stage from(comm, 70);
+           DSD_ASSIGN_OR_RETURN(ModelAndOptimizerStateDict dicts,
+                                SourceSession(&from.model, {&from.optimizer},
+                                              &comm, from.options)
+                                    .Get());
+           const bool is_odd = comm.rank() == 3;
+           const double number = is_odd ? 5 : 4;
+           StateDict& states =
+               *dicts.optimizer.Find("state")->get_if<StateDict>();
+           // No parameter has it any more.
+           StateDict gone;
+           gone.Set(
+               "moment",
+               Value(TensorValue(Numbers(
+                   {2}, other == "optim.state.gone.moment" ? number : 4))));
+           states.Set("gone", Value(std::move(gone)));
+           if (is_odd && other == "model.s1.plain") {
+             dicts.model.Set("s1.plain", Value(TensorValue(Numbers({3, 2}))));
+           } else if (is_odd && other == "model.s1.scale") {
+             dicts.model.Set("s1.scale", Value(TensorValue(Numbers({1}))));
+           } else if (is_odd && other == "optim.state.s1.plain.step") {
+             states.Find("s1.plain")
+                 ->get_if<StateDict>()
+                 ->Set("step", Value(9));
+           } else if (is_odd && other == "optim.param_groups.1.lr") {
+             (*dicts.optimizer.Find("param_groups")->get_if<Value::List>())[1]
+                 .get_if<StateDict>()
+                 ->Set("lr", Value(9.0));
+           }
+           Stage to(comm, 0);
+           to.options.verify_replicas = true;
+           const absl::Status status =
+               SourceSession(&to.model, {&to.optimizer}, &comm, to.options)
+                   .Set(dicts.model, dicts.optimizer)
+                   .status();
+           DSD_RETURN_IF_ERROR(to.Check(comm, other.empty() ? 70 : 0));
+           return status;
+         })) {
+      if (other.empty()) {
+        EXPECT_TRUE(status.ok()) << status;
+        continue;
+      }
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                   absl::StrCat("differ in \"", other, "\"")));
+    }
+  }
+}
 
 TEST_P(JointTest, MissingAndUnexpectedKeysAreThoseOfTheWholeJob) {
   for (const absl::Status& status :

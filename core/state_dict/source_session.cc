@@ -38,7 +38,6 @@
 #include "dsd/core/state_dict/verify_replicas.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/tensor/torch_boundary.h"
-#include "dsd/core/value/tree.h"
 
 namespace dsd {
 namespace {
@@ -333,6 +332,25 @@ absl::Status SharePart(const std::vector<int>& holders, const Mover& mover,
   return absl::OkStatus();
 }
 
+// What a rank gives to a set, but for keys that are not used. Null: nothing.
+StateDict UsedPart(const StateDict* model, const StateDict* optimizer,
+                   const KeyMap& key_map,
+                   const std::vector<std::string>& unexpected_keys) {
+  const absl::flat_hash_set<absl::string_view> unexpected(
+      unexpected_keys.begin(), unexpected_keys.end());
+  StateDict used;
+  for (size_t i = 0; model != nullptr && i < model->size(); ++i) {
+    const std::string key = model->key_text(i);
+    const std::string name = key_map == nullptr ? key : key_map(key);
+    if (name.empty() || unexpected.contains(name)) continue;
+    used.Set(model->key(i), model->value(i));
+  }
+  StateDict root;
+  root.Set(kModelKey, Value(std::move(used)));
+  if (optimizer != nullptr) root.Set(kOptimizerKey, Value(*optimizer));
+  return root;
+}
+
 // The verdict of a call that cannot end well.
 absl::Status Refusal(absl::Status verdict) {
   return verdict.ok() ? absl::InternalError("ranks first disagree, then agree")
@@ -586,46 +604,17 @@ struct SourceSession::Attempt {
   std::vector<TensorPair> joint_pairs;  // of this rank, before they are joined
   // From memory of their own to the live tensors, if options.staged.
   std::vector<TensorPair> staged_pairs;
-  StateDict sources;  // by name, if options.verify_replicas
   TensorEndpoint source;
   TensorEndpoint target;
   Digest parameters;
   Mover::Prepared prepared;
 
-  // What is set without being moved: hyperparameters, counts, extra states.
-  void AddObjects(const char* part, const StateDict& dict) {
-    const std::vector<std::string>& unexpected = report.model.unexpected_keys;
-    const absl::flat_hash_set<absl::string_view> unused(unexpected.begin(),
-                                                        unexpected.end());
-    for (size_t i = 0; i < dict.size(); ++i) {
-      const std::string key = dict.key_text(i);
-      if (part == absl::string_view(kModelKey) && unused.contains(key)) {
-        continue;
-      }
-      VisitTree<TensorValue>(
-          dict.value(i), [&](const TreePath& path, const Value& value) {
-            const auto* const tensor = value.get_if<TensorValue>();
-            const bool is_count =
-                tensor != nullptr && tensor->is_plain() && tensor->defined() &&
-                Box::Whole(tensor->shape()).num_elements() == 1;
-            if (tensor != nullptr && !is_count) return;
-            const std::string below = TreePathText(path);
-            sources.Set(
-                absl::StrCat(part, ".", key, below.empty() ? "" : ".", below),
-                value);
-          });
-    }
-  }
-
   // What is done to all pairs before they are moved.
   absl::Status Complete(const StateDictOptions& options,
                         std::vector<TensorPair>& pairs) {
     DSD_RETURN_IF_ERROR(DetachSources(pairs));
+    if (!options.staged) return absl::OkStatus();
     for (TensorPair& pair : pairs) {
-      if (options.verify_replicas) {
-        sources.Set(pair.name.Text(), Value(pair.source));
-      }
-      if (!options.staged) continue;
       absl::StatusOr<TensorValue> memory =
           MapLocalTensors(pair.target, [](const at::Tensor& local) {
             return TorchToStatus([&] { return at::empty_like(local); });
@@ -693,10 +682,6 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
       }
     }
     DSD_RETURN_IF_ERROR(attempt->report.ToStatus(options_.strict));
-    if (options_.verify_replicas && joint == nullptr) {
-      if (model != nullptr) attempt->AddObjects(kModelKey, *model);
-      if (optimizer != nullptr) attempt->AddObjects(kOptimizerKey, *optimizer);
-    }
     std::vector<TensorPair> pairs;
     if (model != nullptr) {
       DSD_RETURN_IF_ERROR(attempt->model_load.Prepare(pairs));
@@ -813,6 +798,8 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
   mine.local_code = local.code();
   mine.has_extra_states = model != nullptr && live_.has_extra_states();
   if (may_skip_model && !mine.has_model) model = nullptr;
+  const StateDict* const own_model = model;
+  const StateDict* const own_optimizer = optimizer;
 
   // Ranks that all have what they need say so, and what they found, in one
   // message.
@@ -889,8 +876,14 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
     }
   }
 
-  if (options_.verify_replicas) {
-    DSD_RETURN_IF_ERROR(VerifyReplicas(what, absl::OkStatus(), attempt->sources,
+  // Of one rank there is nothing to compare.
+  if (options_.verify_replicas && world_size > 1 && !chosen.has_value()) {
+    const absl::StatusOr<StateDict> used = TorchToStatus([&] {
+      return UsedPart(own_model, own_optimizer, options_.key_map,
+                      attempt->report.model.unexpected_keys);
+    });
+    DSD_RETURN_IF_ERROR(VerifyReplicas(what, used.status(),
+                                       used.value_or(StateDict()),
                                        options_.replica_ranks, mover_, clock));
   }
 

@@ -126,9 +126,9 @@ struct StateDictOptions {
   DTypePolicy dtype_policy = DTypePolicy::kDefault;
 
   // Full get and set: what several ranks hold alike (plain tensors, replicated
-  // shards, objects; in a set those of the dicts) is compared before anything
-  // moves; FailedPrecondition names what differs and where. Reads all of it.
-  // Without it any holder is believed.
+  // shards, objects; in a set those of the dicts, but for unexpected keys) is
+  // compared before anything moves; FailedPrecondition names what differs and
+  // where. Reads all of it. Without it any holder is believed.
   bool verify_replicas = false;
 
   // Set: values go into memory of their own, and from there into the live

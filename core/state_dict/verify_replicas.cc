@@ -58,14 +58,15 @@ struct Piece {
 
 class Collector {
  public:
-  // `group`: of ranks that have the same plain tensors.
+  // `group`: of ranks that have the same numbers under one path.
   explicit Collector(std::string group) : group_(std::move(group)) {}
 
   absl::Status Add(const std::string& path, const Value& value) {
     const auto* tensor = value.get_if<TensorValue>();
     if (tensor == nullptr) {
       DSD_ASSIGN_OR_RETURN(const std::string bytes, EncodeOutline(value));
-      PutPlain(path, DigestBuilder().Add(bytes).Finish());
+      Put(absl::StrCat("\"", path, "\""), absl::StrCat(path, "\n", group_),
+          DigestBuilder().Add(bytes).Finish());
       return absl::OkStatus();
     }
     if (!tensor->defined()) return absl::OkStatus();
@@ -74,7 +75,10 @@ class Collector {
     for (const TensorValue::Part& part : parts) {
       DSD_RETURN_IF_ERROR(TorchToStatus([&] {
         if (tensor->is_plain()) {
-          PutPlain(path, ContentOf(part.view));
+          const bool is_one = Box::Whole(tensor->shape()).num_elements() == 1;
+          Put(absl::StrCat("\"", path, "\""),
+              absl::StrCat(path, "\n", is_one ? group_ : ""),
+              ContentOf(part.view));
           return;
         }
         tensor->layout().ForEachCell(part.box, [&](const Cell& cell) {
@@ -97,10 +101,6 @@ class Collector {
   const std::vector<Piece>& pieces() const { return pieces_; }
 
  private:
-  void PutPlain(const std::string& path, const Digest& content) {
-    Put(absl::StrCat("\"", path, "\""), absl::StrCat(path, "\n", group_),
-        content);
-  }
   void Put(std::string name, const std::string& key, const Digest& content) {
     pieces_.push_back({std::move(name),
                        Short(DigestBuilder().Add(key).Finish()),
@@ -127,6 +127,10 @@ absl::Status VerifyReplicas(absl::string_view what, absl::Status local,
                             std::vector<int> replica_ranks, const Mover& mover,
                             const CallClock& clock) {
   if (mover.world_size() == 1) return local;
+  // Other ranks may not have come for this.
+  DSD_RETURN_IF_ERROR(Agree(
+      mover.comm(), what, DigestBuilder().Add("verify replicas").Finish(),
+      local, [] { return "with verify_replicas"; }, clock.Left()));
   std::sort(replica_ranks.begin(), replica_ranks.end());
   Collector collector(absl::StrJoin(replica_ranks, ","));
   VisitTree<TensorValue>(Value(root),

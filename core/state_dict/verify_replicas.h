@@ -16,9 +16,9 @@ namespace dsd {
 
 // Compares content digests of everything in `root` that more than one rank has:
 // plain tensors and objects of one path, and the cells of sharded tensors that
-// have several holders. Plain tensors and objects are compared among the ranks
-// that give the same `replica_ranks` (empty: all). Collective; 32 bytes per
-// tensor or object are sent.
+// have several holders. Objects and tensors of one element are compared among
+// the ranks that give the same `replica_ranks` (empty: all). Collective; 32
+// bytes per tensor or object are sent.
 // Errors, the same on every rank: `local` of any rank; FailedPrecondition that
 // names what differs and the ranks.
 absl::Status VerifyReplicas(absl::string_view what, absl::Status local,
