@@ -157,6 +157,47 @@ TEST(DisagreementTest, OneRankVerifiesAndTheOthersDoNot) {
             "rank 3: with verify_replicas");
 }
 
+// State that is set without being moved, of dicts that are not taken strictly.
+TEST(DisagreementTest, OptimizerStateThatOneRankLacksOrHasMoreOf) {
+  for (const bool lacks : {true, false}) {
+    const std::vector<absl::Status> statuses =
+        RunAndLeave(2, [&](Communicator& comm) -> absl::Status {
+          const auto model = Many(-1, -1, {});
+          model->tensor(0).requires_grad_();
+          FakeOptimizer optimizer;
+          optimizer.groups.push_back({{model->tensor(0)}, {}});
+          StateDict& live = optimizer.StateOf(model->tensor(0));
+          live.Set("step", Value(1));
+          live.Set("moment", Value(Numbers({4})));
+          StateDictOptions options;
+          options.strict = false;
+          SourceSession session(model.get(), {&optimizer}, &comm, options);
+          DSD_ASSIGN_OR_RETURN(const StateDict got, session.GetOptimizer());
+          StateDict dict = got;
+          StateDict& state = *dict.Find("state")
+                                  ->get_if<StateDict>()
+                                  ->Find("p0")
+                                  ->get_if<StateDict>();
+          state.Set("step", Value(5));
+          if (comm.rank() == 1) {
+            if (lacks) {
+              state.Erase(std::string("step"));
+            } else {
+              state.Set("more", Value(1));
+            }
+          }
+          const absl::Status status = session.SetOptimizer(dict);
+          DSD_REQUIRE(*live.Find("step")->get_if<int64_t>() == 1);
+          DSD_RETURN_IF_ERROR(session.GetOptimizer());
+          return status;
+        });
+    ExpectAll(statuses, lacks ? "missing optimizer state [p0.step] and "
+                                "unexpected optimizer state [] on rank 1"
+                              : "missing optimizer state [] and unexpected "
+                                "optimizer state [p0.more] on rank 1");
+  }
+}
+
 TEST(DisagreementTest, ManyDifferencesAreCut) {
   for (const absl::Status& status : RunAndLeave(2, [](Communicator& comm) {
          FakeModel model;

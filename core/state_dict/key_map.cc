@@ -3,8 +3,10 @@
 #include "dsd/core/state_dict/key_map.h"
 
 #include <cstddef>
+#include <set>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
@@ -15,6 +17,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/fqn/module_wrapper.h"
 
@@ -179,6 +182,57 @@ absl::StatusOr<StateDict> MapOptimizerKeys(const StateDict& dict,
     }
   }
   return out;
+}
+
+std::vector<std::string> RenamesOf(
+    const StateDict* model, const StateDict* optimizer, const KeyMap& map,
+    absl::FunctionRef<bool(const std::string& name, bool of_optimizer)>
+        counts) {
+  std::set<std::string> renames;
+  const auto add = [&](absl::string_view from, bool of_optimizer) {
+    const std::string to = map(from);
+    if (to.empty() || to == from || !counts(to, of_optimizer)) return;
+    renames.insert(absl::StrCat("\"", from, "\" to \"", to, "\""));
+  };
+  for (size_t i = 0; model != nullptr && i < model->size(); ++i) {
+    add(model->key_text(i), /*of_optimizer=*/false);
+  }
+  if (optimizer == nullptr) return {renames.begin(), renames.end()};
+  for (size_t i = 0; i < optimizer->size(); ++i) {
+    const std::string key = optimizer->key_text(i);
+    const Value& value = optimizer->value(i);
+    if (const auto* states = value.get_if<StateDict>(); key == "state") {
+      for (size_t k = 0; states != nullptr && k < states->size(); ++k) {
+        const auto* const fqn = std::get_if<std::string>(&states->key(k));
+        if (fqn != nullptr) add(*fqn, /*of_optimizer=*/true);
+      }
+    } else if (const auto* groups = value.get_if<Value::List>();
+               key == "param_groups" && groups != nullptr) {
+      for (const Value& group : *groups) {
+        const auto* const dict = group.get_if<StateDict>();
+        const Value* const params =
+            dict == nullptr ? nullptr : dict->Find("params");
+        const auto* const names =
+            params == nullptr ? nullptr : params->get_if<Value::List>();
+        for (size_t k = 0; names != nullptr && k < names->size(); ++k) {
+          const auto* const fqn = (*names)[k].get_if<std::string>();
+          if (fqn != nullptr) add(*fqn, /*of_optimizer=*/true);
+        }
+      }
+    } else {
+      // Flat: any beginning may be an FQN.
+      absl::string_view rest = key;
+      if (!absl::ConsumePrefix(&rest, "state.") &&
+          !absl::ConsumePrefix(&rest, "param_groups.")) {
+        continue;
+      }
+      for (size_t dot = rest.find('.'); dot != absl::string_view::npos;
+           dot = rest.find('.', dot + 1)) {
+        add(rest.substr(0, dot), /*of_optimizer=*/true);
+      }
+    }
+  }
+  return {renames.begin(), renames.end()};
 }
 
 }  // namespace dsd

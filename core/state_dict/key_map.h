@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/fqn/fqn_table.h"
 #include "dsd/core/state_dict/state_dict.h"
@@ -35,6 +36,13 @@ absl::StatusOr<StateDict> MapModelKeys(const StateDict& dict,
 absl::StatusOr<StateDict> MapOptimizerKeys(const StateDict& dict,
                                            const KeyMap& map,
                                            const FqnTable& table);
+
+// What the map makes of the FQNs in both dicts (null: none), as texts
+// "\"old\" to \"new\"", ascending: of names that it changes and for whose new
+// name `counts` holds. Equal for two maps that do the same to these dicts.
+std::vector<std::string> RenamesOf(
+    const StateDict* model, const StateDict* optimizer, const KeyMap& map,
+    absl::FunctionRef<bool(const std::string& name, bool of_optimizer)> counts);
 
 }  // namespace dsd
 

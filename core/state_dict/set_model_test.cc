@@ -221,6 +221,71 @@ TEST(KeyMapTest, FunctionsCountByTheNamesTheyGive) {
   }
 }
 
+// Both maps fit the model.
+TEST(KeyMapTest, RanksWithOtherMapsDisagree) {
+  enum How { kEverywhere, kOnRank0, kJoint };
+  enum Part { kModel, kNested, kFlat };
+  for (const How how : {kEverywhere, kOnRank0, kJoint}) {
+    for (const Part part : {kModel, kNested, kFlat}) {
+      for (const bool same : {false, true}) {
+        const std::vector<absl::Status> statuses =
+            test::RunAndLeave(2, [&](Communicator& comm) -> absl::Status {
+              FakeModel model;
+              FakeOptimizer optimizer;
+              optimizer.groups.emplace_back();
+              for (const char* name : {"a", "b"}) {
+                model.Add(name, at::zeros({2}).requires_grad_());
+                const at::Tensor& param = model.tensor(model.size() - 1);
+                optimizer.groups[0].params.push_back(param);
+                StateDict& state = optimizer.StateOf(param);
+                state.Set("step", Value(1));
+                state.Set("moment", Value(Numbers({2}, model.size())));
+              }
+              optimizer.groups[0].hyperparameters.Set("lr", Object(0.5));
+              StateDictOptions options = Full();
+              options.flatten_optimizer_state_dict = part == kFlat;
+              DSD_ASSIGN_OR_RETURN(
+                  StateDict dict,
+                  SourceSession(&model, {&optimizer}, nullptr, options)
+                      .GetOptimizer());
+              if (part == kModel) {
+                dict = DictOf({{"a", Numbers({2}, 3)}, {"b", Numbers({2}, 5)}});
+              }
+              if (how == kOnRank0 && comm.rank() != 0) dict = StateDict();
+              if (how == kJoint) options.replica_ranks = {0, 1};
+              if (same || comm.rank() == 1) {
+                options.key_map = RenameKeys({{"a", "b"}, {"b", "a"}});
+              }
+              SourceSession session(&model, {&optimizer}, &comm, options);
+              const absl::Status status = part == kModel
+                                              ? session.SetModel(dict).status()
+                                              : session.SetOptimizer(dict);
+              const at::Tensor& first =
+                  part == kModel
+                      ? model.tensor(0)
+                      : TensorAt(optimizer.StateOf(model.tensor(0)), "moment");
+              const double expected =
+                  part == kModel ? (same ? 5 : 0) : (same ? 2 : 1);
+              DSD_REQUIRE(first[0].item<double>() == expected);
+              return status;
+            });
+        for (const absl::Status& status : statuses) {
+          EXPECT_EQ(status, statuses[0]);
+          if (same) {
+            EXPECT_TRUE(status.ok()) << status << how << part;
+            continue;
+          }
+          EXPECT_THAT(status,
+                      IsStatus(absl::StatusCode::kFailedPrecondition,
+                               "renamed by key_map [\"a\" to \"b\", \"b\" to "
+                               "\"a\"] on rank 1"))
+              << how << part;
+        }
+      }
+    }
+  }
+}
+
 // A dict made by state_dict() of a DDP, compiled or checkpointed model.
 TEST(KeyMapTest, PrefixesOfWrappersAreReportedAndCanBeStripped) {
   FakeModel model;

@@ -574,19 +574,33 @@ struct SourceSession::Attempt {
 
   // What ranks may differ in, beside the tensors.
   std::string Describe() const {
-    const auto keys = [](const std::vector<std::string>& list) {
+    std::string text =
+        absl::StrCat(sets_model ? "a model dict" : "no model dict",
+                     sets_optimizer ? " and an optimizer dict" : "");
+    const auto add = [&](const char* title,
+                         const std::vector<std::string>& list) {
       constexpr size_t kShown = 20;
-      return absl::StrCat(
-          "[",
-          absl::StrJoin(list.begin(),
-                        list.begin() + std::min(list.size(), kShown), ", "),
-          list.size() > kShown ? ", ...]" : "]");
+      const size_t shown = std::min(list.size(), kShown);
+      absl::StrAppend(&text, title, " [",
+                      absl::StrJoin(list.begin(), list.begin() + shown, ", "),
+                      "]");
+      if (shown == list.size()) return;
+      DigestBuilder all;
+      AddTo(all, list);
+      absl::StrAppend(&text, " and ", list.size() - shown, " more (",
+                      all.Finish().Hex().substr(0, 8), ")");
     };
-    return absl::StrCat(sets_model ? "a model dict" : "no model dict",
-                        sets_optimizer ? " and an optimizer dict" : "",
-                        " with missing keys ", keys(report.model.missing_keys),
-                        " and unexpected keys ",
-                        keys(report.model.unexpected_keys));
+    // In a joint set each rank has a report of its own.
+    if (!is_joint) {
+      add(" with missing keys", report.model.missing_keys);
+      add(" and unexpected keys", report.model.unexpected_keys);
+      if (sets_optimizer) {
+        add(", missing optimizer state", report.missing_state);
+        add(" and unexpected optimizer state", report.unexpected_state);
+      }
+    }
+    if (!renames.empty()) add(", renamed by key_map", renames);
+    return text;
   }
 
   // The dicts under the model's names, if there is a key map.
@@ -594,6 +608,8 @@ struct SourceSession::Attempt {
   StateDict mapped_optimizer;
   bool sets_model = false;
   bool sets_optimizer = false;
+  bool is_joint = false;
+  std::vector<std::string> renames;  // of the key map
   MismatchReport report;
   // Whose values are not those of an earlier name of the same tensor. Ranks see
   // what is in their memory, so they need not agree.
@@ -634,6 +650,9 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
       std::make_unique<Attempt>(live_, optimizers_, options_, mover_);
   attempt->sets_model = model != nullptr;
   attempt->sets_optimizer = optimizer != nullptr;
+  attempt->is_joint = joint != nullptr;
+  const StateDict* const unmapped_model = model;
+  const StateDict* const unmapped_optimizer = optimizer;
   const auto prepare = [&]() -> absl::Status {
     DSD_RETURN_IF_ERROR(local);
     if (options_.key_map != nullptr && model != nullptr) {
@@ -667,6 +686,21 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
     DSD_RETURN_IF_ERROR(matched);
     DSD_RETURN_IF_ERROR(parsed);
     attempt->report.Add(std::move(of_optimizer));
+    if (options_.key_map != nullptr) {
+      // Ranks may have other keys of what is not used.
+      const std::vector<std::string>& unexpected =
+          attempt->report.model.unexpected_keys;
+      const absl::flat_hash_set<absl::string_view> unused(unexpected.begin(),
+                                                          unexpected.end());
+      attempt->renames = RenamesOf(
+          unmapped_model, unmapped_optimizer, options_.key_map,
+          [&](const std::string& name, bool of_optimizer) {
+            // Of a joint set all ranks have the same dicts.
+            return joint != nullptr ||
+                   (of_optimizer ? live_.table().Find(name).has_value()
+                                 : !unused.contains(name));
+          });
+    }
     if (model != nullptr && attempt->report.misfits.empty()) {
       DSD_ASSIGN_OR_RETURN(const KeyScope scope,
                            KeyScope::Create(live_.table(), options_));
@@ -710,9 +744,14 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
       .Add(static_cast<int64_t>(attempt->sets_model))
       .Add(static_cast<int64_t>(attempt->sets_optimizer));
   if (joint == nullptr) {
-    AddTo(parameters, attempt->report.model.missing_keys);
-    AddTo(parameters, attempt->report.model.unexpected_keys);
+    for (const std::vector<std::string>* keys :
+         {&attempt->report.model.missing_keys,
+          &attempt->report.model.unexpected_keys,
+          &attempt->report.missing_state, &attempt->report.unexpected_state}) {
+      AddTo(parameters, *keys);
+    }
   }
+  AddTo(parameters, attempt->renames);
   attempt->parameters = parameters.Finish();
   attempt->prepared = mover_.Prepare(attempt->source, attempt->target, status);
   return attempt;

@@ -115,6 +115,7 @@ struct StateDictOptions {
   std::vector<int> replica_ranks;
 
   // Set: applied to the FQNs of both dicts before anything else. Null: none.
+  // Ranks whose maps give the dicts' keys other names disagree.
   KeyMap key_map;
 
   // Set: live tensors of the model get new memory (of this device; of host
