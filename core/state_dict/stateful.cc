@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
@@ -26,13 +27,14 @@ std::string KeyOf(const StatefulEntry& entry, int rank) {
              : absl::StrCat(entry.key, "@rank", rank);
 }
 
-absl::Status AddNew(const std::string& key, Value value, StateDict& root) {
-  if (root.contains(key)) {
-    return absl::AlreadyExistsError(
-        absl::StrCat("the dict has the key \"", key, "\" already"));
+// Adds to what is wrong already; the first error's code counts.
+void AddError(const absl::Status& error, absl::Status& all) {
+  if (all.ok()) {
+    all = error;
+  } else if (!error.ok()) {
+    all = absl::Status(all.code(),
+                       absl::StrCat(all.message(), "; ", error.message()));
   }
-  root.Set(key, std::move(value));
-  return absl::OkStatus();
 }
 
 // Plain tensors in memory of their own.
@@ -60,75 +62,80 @@ absl::Status GetStateful(absl::Span<const StatefulEntry> entries,
                          const CallOptions& call) {
   const int rank = comm == nullptr ? 0 : comm->rank();
   const int size = comm == nullptr ? 1 : comm->size();
-  const auto get = [&](const StatefulEntry& entry) -> absl::StatusOr<Value> {
+  absl::Status local;
+  DigestBuilder keys;
+  absl::flat_hash_set<std::string> taken;
+  for (const StatefulEntry& entry : entries) {
+    keys.Add(entry.key).Add(static_cast<int64_t>(entry.scope));
     if (entry.object == nullptr) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("\"", entry.key, "\": the object is null"));
+      AddError(absl::InvalidArgumentError(
+                   absl::StrCat("\"", entry.key, "\": the object is null")),
+               local);
     }
+    const bool per_rank = entry.scope == StatefulEntry::kPerRank;
+    for (int from = 0; from < (per_rank ? size : 1); ++from) {
+      const std::string key = KeyOf(entry, from);
+      if (root.contains(key) || !taken.insert(key).second) {
+        AddError(absl::AlreadyExistsError(absl::StrCat(
+                     "the dict has the key \"", key, "\" already")),
+                 local);
+      }
+    }
+  }
+  // Before any object is asked, which may communicate itself.
+  constexpr char kWhat[] = "get stateful objects";
+  DSD_RETURN_IF_ERROR(Agree(
+      comm, kWhat, keys.Finish(), local,
+      [&] {
+        return absl::StrCat(
+            "keys ",
+            absl::StrJoin(entries, ", ",
+                          [](std::string* out, const StatefulEntry& entry) {
+                            absl::StrAppend(out, "\"", entry.key, "\"",
+                                            entry.scope == StatefulEntry::kJob
+                                                ? " (of the job)"
+                                                : "");
+                          }));
+      },
+      call));
+  StateDict mine;    // of this rank
+  StateDict of_job;  // by key
+  for (const StatefulEntry& entry : entries) {
     absl::StatusOr<StateDict> state =
         TorchToStatus([&] { return entry.object->GetState(); });
-    DSD_RETURN_IF_ERROR(state) << "\"" << entry.key << "\"";
-    return Value(*std::move(state));
-  };
-  StateDict mine;
-  absl::Status local;
-  bool per_rank = false;
-  std::vector<Value> of_job;
-  for (const StatefulEntry& entry : entries) {
-    absl::StatusOr<Value> state = get(entry);
-    local.Update(state.status());
+    AddError(Annotate(state.status(), absl::StrCat("\"", entry.key, "\"")),
+             local);
     if (!state.ok()) continue;
-    if (entry.scope == StatefulEntry::kPerRank) {
-      per_rank = true;
-      mine.Set(entry.key, *std::move(state));
-    } else {
-      of_job.push_back(*std::move(state));
-    }
+    (entry.scope == StatefulEntry::kPerRank ? mine : of_job)
+        .Set(entry.key, Value(*std::move(state)));
   }
-  for (const StatefulEntry& entry : entries) {
-    per_rank |= entry.scope == StatefulEntry::kPerRank;
-  }
-  std::vector<Value> all = {Value(mine)};
-  if (per_rank && size > 1) {
-    DigestBuilder keys;
-    for (const StatefulEntry& entry : entries) {
-      keys.Add(entry.key).Add(static_cast<int64_t>(entry.scope));
+  DSD_RETURN_IF_ERROR(Agree(
+      comm, kWhat, Digest(), local, [] { return std::string(); }, call));
+  std::vector<Value> all;
+  for (int from = 0; from < size; ++from) {
+    if (mine.empty() || size == 1) {
+      all.push_back(Value(mine));
+      continue;
     }
-    DSD_RETURN_IF_ERROR(Agree(
-        comm, "get stateful objects", keys.Finish(), local,
-        [&] {
-          return absl::StrCat(
-              "keys ",
-              absl::StrJoin(entries, ", ",
-                            [](std::string* out, const StatefulEntry& entry) {
-                              absl::StrAppend(out, "\"", entry.key, "\"");
-                            }));
-        },
-        call));
-    all.clear();
-    for (int from = 0; from < size; ++from) {
-      DSD_ASSIGN_OR_RETURN(Value state,
-                           ShareOutline(from == rank ? Value(mine) : Value(),
-                                        {from}, *comm, call));
-      all.push_back(std::move(state));
+    DSD_ASSIGN_OR_RETURN(
+        Value state, ShareOutline(from == rank ? Value(mine) : Value(), {from},
+                                  *comm, call));
+    // The same keys, by agreement.
+    if (!state.is<StateDict>() ||
+        state.get_if<StateDict>()->size() != mine.size()) {
+      return absl::DataLossError(
+          absl::StrCat("rank ", from, " sent other states than it said"));
     }
+    all.push_back(std::move(state));
   }
-  DSD_RETURN_IF_ERROR(local);
-  size_t next_of_job = 0;
   for (const StatefulEntry& entry : entries) {
     if (entry.scope == StatefulEntry::kJob) {
-      DSD_RETURN_IF_ERROR(
-          AddNew(entry.key, std::move(of_job[next_of_job++]), root));
+      root.Set(entry.key, std::move(*of_job.Find(entry.key)));
       continue;
     }
     for (int from = 0; from < size; ++from) {
-      auto* states = all[from].get_if<StateDict>();
-      Value* state = states == nullptr ? nullptr : states->Find(entry.key);
-      if (state == nullptr) {
-        return absl::DataLossError(
-            absl::StrCat("rank ", from, " sent no state \"", entry.key, "\""));
-      }
-      DSD_RETURN_IF_ERROR(AddNew(KeyOf(entry, from), *state, root));
+      root.Set(KeyOf(entry, from),
+               std::move(*all[from].get_if<StateDict>()->Find(entry.key)));
     }
   }
   return absl::OkStatus();
@@ -144,8 +151,9 @@ absl::Status SetStateful(absl::Span<const StatefulEntry> entries,
   for (const StatefulEntry& entry : entries) {
     const std::string key = KeyOf(entry, rank);
     if (entry.object == nullptr) {
-      local.Update(absl::InvalidArgumentError(
-          absl::StrCat("\"", key, "\": the object is null")));
+      AddError(absl::InvalidArgumentError(
+                   absl::StrCat("\"", key, "\": the object is null")),
+               local);
       continue;
     }
     const Value* found = root.Find(key);
@@ -159,15 +167,16 @@ absl::Status SetStateful(absl::Span<const StatefulEntry> entries,
       status = absl::InvalidArgumentError(
           absl::StrCat("expected a dict, found ", state.kind_name()));
     }
-    local.Update(Annotate(status, absl::StrCat("\"", key, "\"")));
+    AddError(Annotate(status, absl::StrCat("\"", key, "\"")), local);
     if (status.ok()) {
       states.emplace_back(&entry, std::move(*state.get_if<StateDict>()));
     }
   }
-  if (local.ok() && strict && !missing.empty()) {
-    local = absl::NotFoundError(absl::StrCat(
-        "the dict has no ", absl::StrJoin(missing, ", "),
-        "; set strict = false to leave these objects as they are"));
+  if (strict && !missing.empty()) {
+    AddError(absl::NotFoundError(absl::StrCat(
+                 "the dict has no ", absl::StrJoin(missing, ", "),
+                 "; set strict = false to leave these objects as they are")),
+             local);
   }
   const auto agree = [&](const absl::Status& status) {
     return Agree(
@@ -176,9 +185,10 @@ absl::Status SetStateful(absl::Span<const StatefulEntry> entries,
   };
   DSD_RETURN_IF_ERROR(agree(local));
   for (const auto& [entry, state] : states) {
-    local.Update(
+    AddError(
         Annotate(TorchToStatus([&] { return entry->object->SetState(state); }),
-                 absl::StrCat("\"", KeyOf(*entry, rank), "\"")));
+                 absl::StrCat("\"", KeyOf(*entry, rank), "\"")),
+        local);
   }
   return agree(local);
 }

@@ -56,9 +56,10 @@ struct StatefulEntry {
 
 // Puts the states into `root`. All ranks get all keys, so that the dict can be
 // saved: of another rank's state objects and tensors of one element are there,
-// larger tensors stay with their rank. Collective if an entry is per rank.
-// `comm`: null for a world of one. Errors: of GetState, naming the key, on all
-// ranks; AlreadyExists if a key is in `root`.
+// larger tensors stay with their rank. Collective. `comm`: null for a world of
+// one. Errors, the same on all ranks, with `root` as it was: of GetState,
+// naming the key; AlreadyExists if a key is in `root` or twice in `entries`;
+// FailedPrecondition if ranks have other entries.
 absl::Status GetStateful(absl::Span<const StatefulEntry> entries,
                          Communicator* comm, StateDict& root,
                          const CallOptions& call = {});
@@ -67,8 +68,8 @@ absl::Status GetStateful(absl::Span<const StatefulEntry> entries,
 // theirs: otherwise NotFound lists what is missing and on which rank, and
 // nothing has been set. A dict saved by fewer ranks lacks the states of the
 // others: if not `strict`, objects without a state are left alone. Other keys
-// are not looked at. Collective. Errors of SetState name the key and are
-// everybody's; some objects have been set then.
+// are not looked at. Collective; all errors are everybody's. Those of SetState
+// name the key; some objects have been set then.
 absl::Status SetStateful(absl::Span<const StatefulEntry> entries,
                          const StateDict& root, Communicator* comm,
                          bool strict = true, const CallOptions& call = {});

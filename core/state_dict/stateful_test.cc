@@ -140,6 +140,79 @@ TEST_P(StatefulTest, ErrorOfAnObjectIsEverybodys) {
   }
 }
 
+// Also where the others need nothing of that rank.
+TEST_P(StatefulTest, ErrorsOfGetAreEverybodysAndAllAreNamed) {
+  struct Broken : Stateful {
+    absl::StatusOr<StateDict> GetState() override {
+      return absl::UnavailableError("no state");
+    }
+    absl::Status SetState(const StateDict&) override {
+      return absl::OkStatus();
+    }
+  };
+  for (const bool per_rank : {false, true}) {
+    const std::vector<absl::Status> statuses =
+        RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+          Position data(3);
+          Broken broken;
+          Stateful* const object = comm.rank() == ranks() - 1
+                                       ? static_cast<Stateful*>(&broken)
+                                       : &data;
+          StateDict root;
+          root.Set("before", Value(1));
+          const absl::Status status = GetStateful(
+              {{"fine", &data},
+               {"a", object},
+               {"b", object,
+                per_rank ? StatefulEntry::kPerRank : StatefulEntry::kJob}},
+              &comm, root);
+          DSD_REQUIRE(root.size() == 1);
+          return status;
+        });
+    for (const absl::Status& status : statuses) {
+      EXPECT_EQ(status, statuses[0]);
+      EXPECT_THAT(status, IsStatus(absl::StatusCode::kUnavailable,
+                                   "\"a\": no state; \"b\": no state"));
+    }
+  }
+}
+
+TEST_P(StatefulTest, KeyThatIsTakenOnOneRankIsEverybodysError) {
+  const std::vector<absl::Status> statuses =
+      RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+        Position data(3);
+        StateDict root;
+        if (comm.rank() == ranks() - 1) root.Set("a", Value(1));
+        const size_t before = root.size();
+        const absl::Status status = GetStateful(
+            {{"first", &data}, {"a", &data}, {"first", &data}}, &comm, root);
+        DSD_REQUIRE(root.size() == before);
+        return status;
+      });
+  for (const absl::Status& status : statuses) {
+    EXPECT_EQ(status, statuses[0]);
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kAlreadyExists, "\"a\""));
+    EXPECT_THAT(std::string(status.message()), HasSubstr("\"first\""));
+  }
+}
+
+// An entry that is per rank on some ranks only.
+TEST_P(StatefulTest, RanksWithOtherEntriesDoNotWait) {
+  if (ranks() == 1) return;
+  for (const absl::Status& status :
+       RunAndLeave(ranks(), [&](Communicator& comm) -> absl::Status {
+         Position data(3);
+         StateDict root;
+         return GetStateful({{"a", &data,
+                              comm.rank() == 0 ? StatefulEntry::kPerRank
+                                               : StatefulEntry::kJob}},
+                            &comm, root);
+       })) {
+    EXPECT_THAT(status, IsStatus(absl::StatusCode::kFailedPrecondition,
+                                 "keys \"a\" (of the job)"));
+  }
+}
+
 TEST_P(StatefulTest, NullIsAnError) {
   for (const bool set : {false, true}) {
     for (const absl::Status& status :
