@@ -93,6 +93,13 @@ absl::StatusOr<KeyScope> KeyScope::Create(const FqnTable& table,
   scope.keep_prefixes_ = options.keep_submodule_prefixes;
   absl::flat_hash_set<std::string> known;
   for (const Submodule& submodule : options.submodules) {
+    if (submodule.is_null()) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "submodules: entry ", &submodule - options.submodules.data(), " of ",
+          options.submodules.size(),
+          " is a null pointer; give a module of the model, or its FQN (\"\": "
+          "the model itself)"));
+    }
     bool found = false;
     for (const FqnTable::Module& module : table.modules()) {
       if (submodule.object() != nullptr ? module.object != submodule.object()

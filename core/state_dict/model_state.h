@@ -28,7 +28,7 @@ class KeyScope {
   // Every entry, under its FQN.
   KeyScope() = default;
 
-  // InvalidArgument for a submodule that is not in the model.
+  // InvalidArgument for a submodule that is not in the model, or null.
   static absl::StatusOr<KeyScope> Create(const FqnTable& table,
                                          const StateDictOptions& options);
 

@@ -37,20 +37,25 @@ using ObjectDict = Object::Dict;
 class Submodule {
  public:
   Submodule(std::string fqn) : fqn_(std::move(fqn)) {}  // NOLINT
-  Submodule(const char* fqn) : fqn_(fqn) {}             // NOLINT
+  Submodule(const char* fqn)                            // NOLINT
+      : fqn_(fqn == nullptr ? "" : fqn), is_null_(fqn == nullptr) {}
   // Only its address is used.
   template <class Module,
             std::enable_if_t<std::is_polymorphic_v<Module>>* = nullptr>
   Submodule(const Module* module)  // NOLINT
-      : object_(dynamic_cast<const void*>(module)) {}
+      : object_(dynamic_cast<const void*>(module)),
+        is_null_(module == nullptr) {}
 
   const std::string& fqn() const { return fqn_; }
   // Null: named by fqn().
   const void* object() const { return object_; }
+  // A null pointer was given: an error where it is used.
+  bool is_null() const { return is_null_; }
 
  private:
   std::string fqn_;
   const void* object_ = nullptr;
+  bool is_null_ = false;
 };
 
 // The name in the model for a name in a dict; "": the key is left out.

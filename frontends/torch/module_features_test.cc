@@ -132,6 +132,22 @@ TEST(SubmodulesTest, ModuleThatIsRegisteredTwice) {
   EXPECT_TRUE(at::equal(other.shared->weight, net.shared->weight));
 }
 
+TEST(SubmodulesTest, NullIsNotTheWholeModel) {
+  Net net;
+  const StateDict dict = *GetModelStateDict(net);
+  const char* const no_name = nullptr;
+  const nn::Module* const no_module = nullptr;
+  for (const Submodule& null : {Submodule(no_name), Submodule(no_module)}) {
+    const StateDictOptions options = Only({"first", null});
+    EXPECT_THAT(GetModelStateDict(net, nullptr, options).status(),
+                IsStatus(absl::StatusCode::kInvalidArgument,
+                         "submodules: entry 1 of 2 is a null pointer"));
+    EXPECT_THAT(SetModelStateDict(net, dict, nullptr, options).status(),
+                IsStatus(absl::StatusCode::kInvalidArgument,
+                         "submodules: entry 1 of 2 is a null pointer"));
+  }
+}
+
 TEST(SubmodulesTest, UnknownOnesAndCollisionsAreErrors) {
   Net net;
   Net other;
