@@ -15,6 +15,7 @@
 #include "ATen/core/Tensor.h"
 #include "ATen/ops/empty_like.h"
 #include "absl/container/btree_map.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
@@ -123,6 +124,33 @@ bool AreOfOneKind(c10::ScalarType from, c10::ScalarType to) {
              c10::isIntegralType(to, /*includeBool=*/true) &&
          c10::isComplexType(from) == c10::isComplexType(to);
 }
+
+// The types that tensors of free-form state have here, by their paths: that of
+// the live tensor, else that of the parameter, unless values would be lost.
+class FreeFormTypes {
+ public:
+  // `live`: null if there is none.
+  FreeFormTypes(const Value* live, c10::ScalarType param) : param_(param) {
+    Value copy = live == nullptr ? Value() : *live;
+    ForEachTensor(copy, "", [&](const std::string& path, TensorValue& tensor) {
+      if (tensor.defined()) live_.emplace(path, tensor.scalar_type());
+    });
+  }
+
+  // For a tensor that has type `from` in the dict.
+  c10::ScalarType At(const std::string& path, c10::ScalarType from) const {
+    const auto live = live_.find(path);
+    for (const c10::ScalarType to :
+         {live == live_.end() ? param_ : live->second, param_}) {
+      if (AreOfOneKind(from, to) && c10::canCast(from, to)) return to;
+    }
+    return from;
+  }
+
+ private:
+  const c10::ScalarType param_;
+  absl::flat_hash_map<std::string, c10::ScalarType> live_;
+};
 
 }  // namespace
 
@@ -427,6 +455,24 @@ void OptimizerLoad::CheckState(const GroupLoad& group,
         misfit(field, ": expected a count, found ",
                number.ok() ? ValueText(*number) : number.status().message());
       }
+    } else if (policy_ == DTypePolicy::kError) {
+      const absl::StatusOr<StateDict> state =
+          group.optimizer->State(group.group, param.param);
+      const FreeFormTypes types(
+          state.ok() ? FindSet(*state, field.name) : nullptr,
+          live.scalar_type());
+      Value copy = *value;
+      ForEachTensor(copy, "",
+                    [&](const std::string& path, TensorValue& tensor) {
+                      if (!tensor.defined()) return;
+                      const c10::ScalarType from = tensor.scalar_type();
+                      const c10::ScalarType to = types.At(path, from);
+                      if (from == to) return;
+                      misfit(field, path.empty() ? "" : " at \"", path,
+                             path.empty() ? "" : "\"", ": type in the dict is ",
+                             c10::toString(from), ", here ", c10::toString(to),
+                             ", and dtype_policy is kError");
+                    });
     }
   }
   for (size_t i = 0; known < param.loaded->size() && i < param.loaded->size();
@@ -579,20 +625,27 @@ absl::Status OptimizerLoad::PrepareParam(const GroupLoad& group,
       }
       case StateField::Shape::kAny: {
         Value copy = WithTypedKeys(*value, live_value, dict_->is_flat());
+        std::optional<FreeFormTypes> types;
+        if (policy_ == DTypePolicy::kCast) {
+          types.emplace(live_value, live_param.scalar_type());
+        }
         absl::Status status;
-        ForEachTensor(copy, name.Text(),
-                      [&](const std::string& path, TensorValue& tensor) {
-                        if (!status.ok()) return;
-                        absl::StatusOr<at::Tensor> target = NewTensor(
-                            tensor.shape(),
-                            c10::TensorOptions(tensor.scalar_type())
-                                .device(live_param.locals()[0].device()));
-                        status.Update(target.status());
-                        if (!status.ok()) return;
-                        TensorValue to(*std::move(target));
-                        free_form.push_back({path, tensor, to});
-                        tensor = std::move(to);
-                      });
+        ForEachTensor(
+            copy, "", [&](const std::string& path, TensorValue& tensor) {
+              if (!status.ok()) return;
+              c10::ScalarType type = tensor.scalar_type();
+              if (types.has_value()) type = types->At(path, type);
+              absl::StatusOr<at::Tensor> target = NewTensor(
+                  tensor.shape(), c10::TensorOptions(type).device(
+                                      live_param.locals()[0].device()));
+              status.Update(target.status());
+              if (!status.ok()) return;
+              TensorValue to(*std::move(target));
+              free_form.push_back(
+                  {absl::StrCat(name.Text(), path.empty() ? "" : ".", path),
+                   tensor, to});
+              tensor = std::move(to);
+            });
         DSD_RETURN_IF_ERROR(status);
         param.result.Append(field.name, std::move(copy));
         break;

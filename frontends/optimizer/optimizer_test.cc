@@ -30,6 +30,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "dsd/core/layout/layout.h"
+#include "dsd/core/state_dict/state_dict_ops.h"
 #include "dsd/core/tensor/sharding_table.h"
 #include "dsd/core/tensor/torch_types.h"
 #include "dsd/frontends/optimizer/typed_codec.h"
@@ -411,6 +412,39 @@ TEST(LbfgsTest, WhatDoesNotFitIsNamedAndChangesNothing) {
     state.Erase(std::string("first.weight"));
     state.Set("first.bias", std::move(moved));
   });
+}
+
+TEST(LbfgsTest, TypeOfStateIsAPolicy) {
+  LbfgsJob job(2);
+  const StateDict good = Get(job.net, *job.optimizer);
+  StateDict doubles = *CloneStateDict(good);
+  ForEachTensor(doubles, "", [](const std::string&, TensorValue& tensor) {
+    if (!c10::isFloatingType(tensor.scalar_type())) return;
+    tensor = TensorValue(tensor.Local()->to(c10::kDouble));
+  });
+  // With state of its own, with another history, and without.
+  for (const int steps : {2, 1, 0}) {
+    const auto load = [&](DTypePolicy policy, StateDict* loaded) {
+      LbfgsJob other(steps);
+      const absl::Status status =
+          Set(other.net, *other.optimizer, doubles, true, policy);
+      *loaded = *CloneStateDict(Get(other.net, *other.optimizer));
+      if (policy == DTypePolicy::kCast) Train(other.net, *other.optimizer, 1);
+      return status;
+    };
+    StateDict loaded;
+    for (const DTypePolicy policy :
+         {DTypePolicy::kDefault, DTypePolicy::kKeep}) {
+      ASSERT_TRUE(load(policy, &loaded).ok());
+      EXPECT_TRUE(Equal(loaded, doubles));
+    }
+    ASSERT_TRUE(load(DTypePolicy::kCast, &loaded).ok());
+    EXPECT_TRUE(Equal(loaded, good)) << Show(Value(loaded));
+    const absl::Status status = load(DTypePolicy::kError, &loaded);
+    EXPECT_THAT(status, IsInvalid("\"first.weight.d\": type in the dict is "
+                                  "Double, here Float"));
+    EXPECT_THAT(status, IsInvalid("\"first.weight.old_dirs\" at \"0\""));
+  }
 }
 
 TEST(LbfgsTest, NoStateIsLoadedAsNoState) {
