@@ -134,9 +134,9 @@ absl::Status LiveModel::Refresh(Mover& mover) {
   DSD_ASSIGN_OR_RETURN(const bool same_tensors, HasSameTensors(mover.env()));
   DSD_ASSIGN_OR_RETURN(std::vector<ExtraState*> extra_states,
                        source_->ExtraStates());
-  const int64_t revision = source_->revision();
   const uint64_t shardings = ShardingTable::Global().generation();
-  if (same_tensors && extra_states == extra_states_ && revision == revision_) {
+  if (same_tensors && extra_states == extra_states_ &&
+      source_->revision() == revision_) {
     if (values_are_current_ && shardings == shardings_) return absl::OkStatus();
   } else {
     std::vector<at::Tensor> tensors;
@@ -148,7 +148,7 @@ absl::Status LiveModel::Refresh(Mover& mover) {
     ++tables_built_;
     tensors_ = std::move(tensors);
     extra_states_ = std::move(extra_states);
-    revision_ = revision;
+    revision_ = source_->revision();
     has_overlap_.reset();
     identities_.clear();
     identities_.resize(tensors_.size());

@@ -39,7 +39,7 @@ class ModelSource {
   }
 
   // Another number whenever Describe() might answer something else for the same
-  // tensors.
+  // tensors. Asked after ForEachTensor, for what that saw.
   virtual int64_t revision() { return 0; }
 
   // The tree that names them. Called when any of the above has changed.

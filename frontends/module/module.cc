@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/functional/function_ref.h"
+#include "absl/hash/hash.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "dsd/core/base/prefetch.h"
@@ -101,18 +102,23 @@ void PrefetchModules(const std::vector<Contents::Modules::Item>& modules,
   }
 }
 
-void Walk(const torch::nn::Module& module,
+// `names` becomes a digest of the tree.
+void Walk(const torch::nn::Module& module, size_t& names,
           absl::FunctionRef<void(const at::Tensor&)> visit) {
-  for (const auto& item : Contents::Parameters(module)) {
-    if (item.value().defined()) visit(item.value());
-  }
-  for (const auto& item : Contents::Buffers(module)) {
-    if (item.value().defined()) visit(item.value());
+  for (const auto* tensors :
+       {&Contents::Parameters(module), &Contents::Buffers(module)}) {
+    for (const auto& item : *tensors) {
+      if (!item.value().defined()) continue;
+      visit(item.value());
+      names = absl::HashOf(names, item.key());
+    }
   }
   const auto& children = Contents::Children(module).items();
+  names += children.size();
   for (size_t i = 0; i < children.size(); ++i) {
     PrefetchModules(children, i);
-    Walk(*children[i].value(), visit);
+    names = absl::HashOf(names, children[i].key());
+    Walk(*children[i].value(), names, visit);
   }
 }
 
@@ -184,7 +190,8 @@ ModuleNode DescribeNode(std::string name, const torch::nn::Module& module,
 
 absl::Status TorchModuleSource::ForEachTensor(
     absl::FunctionRef<void(const at::Tensor&)> visit) {
-  return TorchToStatus([&] { Walk(*module_, visit); });
+  names_ = 0;
+  return TorchToStatus([&] { Walk(*module_, names_, visit); });
 }
 
 absl::StatusOr<std::vector<ExtraState*>> TorchModuleSource::ExtraStates() {
@@ -196,7 +203,9 @@ absl::StatusOr<std::vector<ExtraState*>> TorchModuleSource::ExtraStates() {
   });
 }
 
-int64_t TorchModuleSource::revision() { return NonPersistentRevision(); }
+int64_t TorchModuleSource::revision() {
+  return static_cast<int64_t>(absl::HashOf(NonPersistentRevision(), names_));
+}
 
 absl::StatusOr<ModuleNode> TorchModuleSource::Describe() {
   return TorchToStatus([&] {

@@ -5,6 +5,7 @@
 #ifndef DSD_FRONTENDS_MODULE_MODULE_H_
 #define DSD_FRONTENDS_MODULE_MODULE_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -47,6 +48,7 @@ class TorchModuleSource : public ModelSource {
  private:
   torch::nn::Module* module_;
   std::string fqn_modifiers_;
+  size_t names_ = 0;  // digest of the tree that ForEachTensor walked last
 };
 
 }  // namespace dsd

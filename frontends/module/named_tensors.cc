@@ -2,6 +2,7 @@
 
 #include "dsd/frontends/module/named_tensors.h"
 
+#include "absl/hash/hash.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "dsd/core/state_dict/live_model.h"
@@ -12,8 +13,11 @@ namespace dsd {
 absl::Status NamedTensorsSource::ForEachTensor(
     absl::FunctionRef<void(const at::Tensor&)> visit) {
   return TorchToStatus([&] {
+    names_ = 0;
     for (const NamedTensor& named : list_()) {
-      if (named.tensor.defined()) visit(named.tensor);
+      if (!named.tensor.defined()) continue;
+      visit(named.tensor);
+      names_ = absl::HashOf(names_, named.fqn, named.kind);
     }
   });
 }

@@ -15,6 +15,8 @@
 #ifndef DSD_FRONTENDS_MODULE_NAMED_TENSORS_H_
 #define DSD_FRONTENDS_MODULE_NAMED_TENSORS_H_
 
+#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <string>
 #include <utility>
@@ -49,9 +51,11 @@ class NamedTensorsSource : public ModelSource {
   // InvalidArgument for an empty FQN. Two tensors of one FQN are an error of
   // the operation.
   absl::StatusOr<ModuleNode> Describe() override;
+  int64_t revision() override { return static_cast<int64_t>(names_); }
 
  private:
   std::function<std::vector<NamedTensor>()> list_;
+  size_t names_ = 0;  // digest of those that ForEachTensor saw last
 };
 
 }  // namespace dsd

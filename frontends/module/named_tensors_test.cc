@@ -61,6 +61,19 @@ TEST(NamedTensorsTest, SeesWhatTheListSaysNow) {
   EXPECT_THAT(KeysOf(*state), ElementsAre("a", "b"));
 }
 
+TEST(NamedTensorsTest, NamesMayChange) {
+  std::vector<NamedTensor> list = {{"a", at::zeros({1})}, {"b", at::ones({1})}};
+  NamedTensorsSource source([&] { return list; });
+  SourceSession session(&source, {}, nullptr, {});
+  ASSERT_TRUE(session.GetModel().ok());
+  ASSERT_TRUE(session.GetModel().ok());
+  EXPECT_EQ(session.stats().tables_built, 1);
+  list[1].fqn = "c";
+  EXPECT_THAT(KeysOf(*session.GetModel()), ElementsAre("a", "c"));
+  list[0].kind = EntryKind::kNonPersistentBuffer;
+  EXPECT_THAT(KeysOf(*session.GetModel()), ElementsAre("c"));
+}
+
 TEST(NamedTensorsTest, NamesMustBeThereAndDiffer) {
   std::string second;
   NamedTensorsSource source([&] {

@@ -148,6 +148,31 @@ TEST(SubmodulesTest, NullIsNotTheWholeModel) {
   }
 }
 
+TEST(SessionTest, ModulesThatAreRegisteredUnderOtherNames) {
+  Net net;
+  const auto session = *StateDictSession::Create(net);
+  const StateDict dict = *session->GetModel();
+  net.unregister_module("second");
+  net.register_module("third", net.second);
+  const StateDict renamed = *session->GetModel();
+  EXPECT_THAT(
+      KeysOf(renamed),
+      ElementsAre("first.steps", "first.proj.weight", "first.proj.bias",
+                  "third.steps", "third.proj.weight", "third.proj.bias"));
+  EXPECT_THAT(session->SetModel(dict).status(),
+              IsStatus(absl::StatusCode::kInvalidArgument,
+                       "unexpected keys (3): \"second.steps\""));
+  EXPECT_TRUE(session->SetModel(renamed).ok());
+  // A level deeper: the same names in the same order.
+  auto outer = std::make_shared<nn::Module>("outer");
+  net.unregister_module("third");
+  outer->register_module("third", net.second);
+  net.register_module("outer", outer);
+  EXPECT_THAT(KeysOf(*session->GetModel()),
+              testing::Contains("outer.third.steps"));
+  EXPECT_EQ(session->stats().tables_built, 3);
+}
+
 TEST(SubmodulesTest, UnknownOnesAndCollisionsAreErrors) {
   Net net;
   Net other;
