@@ -644,8 +644,9 @@ TEST(OptimizerIssuesTest, Issue192202_StateOfFrozenParametersIsLoaded) {
   }
 }
 
-// Also verl-project/verl#7283, pytorch/torchtitan#4474, microsoft/dion#89.
-TEST(OptimizerIssuesTest, Issue192202_PartialStateIsCompleted) {
+// Also microsoft/dion#89.
+TEST(OptimizerIssuesTest,
+     Issue192202_VerlPR7283_TorchtitanPR4474_PartialStateIsCompleted) {
   Net net;
   optim::Adam optimizer(net.first->parameters(), optim::AdamOptions(0.1));
   Train(net, optimizer, 2);

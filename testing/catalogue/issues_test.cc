@@ -305,6 +305,88 @@ TEST(IssuesTest, PR166025_PR155192_CopiesShareNothingButTies) {
   EXPECT_FALSE(a.is_alias_of(TensorAt(live, "embedding.weight")));
 }
 
+// A message for each tensor is what takes long.
+TEST(IssuesTest, Issue117476_OptimizerStateOfManyTensorsTravelsTogether) {
+  OnRanks([](Communicator& comm) -> absl::Status {
+    constexpr int kParams = 200;
+    nn::Module net("net");
+    for (int i = 0; i < kParams; ++i) {
+      net.register_parameter(absl::StrCat("p", i), Numbers({4}, i));
+    }
+    optim::AdamW optimizer(net.parameters(), 0.1);
+    StateDictOptions options = Full();
+    options.cpu_offload = true;
+    DSD_ASSIGN_OR_RETURN(
+        const auto session,
+        StateDictSession::Create(net, optimizer, &comm, options));
+    DSD_ASSIGN_OR_RETURN(const StateDict whole, session->GetOptimizer());
+    DSD_RETURN_IF_ERROR(Expect(whole.empty() == (comm.rank() != 0),
+                               "in host memory of rank 0"));
+    DSD_RETURN_IF_ERROR(session->SetOptimizer(whole));
+    const TransferStats stats = session->stats().last_transfer;
+    DSD_RETURN_IF_ERROR(
+        Expect(comm.rank() == 0 || stats.bytes_received == kParams * 2 * 16,
+               "all state is sent"));
+    return Expect(stats.messages_sent <= 2 * (comm.size() - 1),
+                  "tensors share messages");
+  });
+}
+
+// Nothing but the dict holds what a get has copied, page-locked or not.
+TEST(IssuesTest, PR131270_CopiesEndWithTheDictThatHasThem) {
+  OnRanks([](Communicator& comm) -> absl::Status {
+    DSD_ASSIGN_OR_RETURN(const auto job, Job::Make(Way::kFsdp, comm, 50, 3));
+    StateDictOptions options = Full();
+    options.cpu_offload = true;
+    options.pin_memory = true;
+    options.full_state_dict_ranks = {comm.size() - 1, 0};
+    DSD_ASSIGN_OR_RETURN(
+        const auto session,
+        StateDictSession::Create(job->model, *job->optimizer, &comm, options));
+    std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages;
+    {
+      DSD_ASSIGN_OR_RETURN(ModelAndOptimizerStateDict state, session->Get());
+      for (StateDict* const dict : {&state.model, &state.optimizer}) {
+        ForEachTensor(
+            *dict, "", [&](const std::string& path, TensorValue& value) {
+              if (absl::EndsWith(path, "step")) return;  // a count
+              storages.push_back(value.Local()->storage().getWeakStorageImpl());
+            });
+      }
+      DSD_RETURN_IF_ERROR(Expect(
+          storages.size() == (state.model.empty() ? 0u : 6u), "two and four"));
+    }
+    for (const auto& storage : storages) {
+      DSD_RETURN_IF_ERROR(Expect(storage.expired(), "nothing is left"));
+    }
+    return absl::OkStatus();
+  });
+}
+
+TEST(IssuesTest, PR140097_Torchtune1412_ShardsInHostMemoryAreFilledThere) {
+  OnRanks([](Communicator& comm) -> absl::Status {
+    DSD_ASSIGN_OR_RETURN(const auto job, Job::Make(Way::kFsdp, comm, 0));
+    const void* const before = job->w.const_data_ptr();
+    // Says nothing about a set: values go to the device of each live shard.
+    StateDictOptions options = Full(/*broadcast=*/true);
+    options.cpu_offload = true;
+    DSD_ASSIGN_OR_RETURN(
+        const auto session,
+        StateDictSession::Create(job->model, {}, &comm, options));
+    DSD_RETURN_IF_ERROR(
+        session->SetModel(comm.rank() == 0 ? WholeModel(1000) : StateDict()));
+    DSD_RETURN_IF_ERROR(
+        Expect(job->w.is_cpu() && job->w.const_data_ptr() == before,
+               "the shard is filled where it lies"));
+    DSD_RETURN_IF_ERROR(
+        Expect(comm.rank() == 0 ||
+                   session->stats().last_transfer.bytes_received ==
+                       static_cast<int64_t>(job->w.nbytes() + job->b.nbytes()),
+               "no whole tensor on the way"));
+    return job->Check(comm, 1000, 0);
+  });
+}
+
 TEST(IssuesTest, VeOmni637_Issue134095_DataEverywhereIsCutLocally) {
   OnRanks([](Communicator& comm) -> absl::Status {
     for (const Way way : kAllWays) {

@@ -87,8 +87,9 @@ DSD_DEVICE_CONFORMANCE_CASE(DeviceMemoryInManySmallMessages) {
   return absl::OkStatus();
 }
 
-// Host and device memory in one exchange, all to all, also to itself.
-DSD_DEVICE_CONFORMANCE_CASE(DeviceAndHostMemoryAllToAll) {
+// Host and device memory in one exchange, all to all, also to itself: each
+// goes over what can carry it.
+DSD_DEVICE_CONFORMANCE_CASE(Issue138842_DeviceAndHostMemoryAllToAll) {
   DSD_ASSIGN_OR_RETURN(const auto stream, DeviceStream::Create());
   const int world = comm.size();
   for (const size_t size : {size_t{5}, size_t{40000}, 2 * kMiB}) {
