@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
@@ -55,7 +56,7 @@ class Trail {
 
 struct IdentityHash {
   size_t operator()(const TensorIdentity* identity) const {
-    return absl::HashOf(identity->storage, identity->offset);
+    return absl::HashOf(identity->storage, int64_t{identity->offset});
   }
 };
 struct SameIdentity {

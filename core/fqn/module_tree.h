@@ -22,19 +22,24 @@ namespace dsd {
 // it is equal. Never a data pointer; a tensor without elements is only the same
 // as itself, since empty shards of several parameters may lie at one place.
 struct TensorIdentity {
+  TensorIdentity() : offset(0), reading(0) {}
+
   const void* storage = nullptr;
-  int64_t offset = 0;
+  // Models have many of these: both in one word.
+  int64_t offset : 48;    // in the storage, in elements
+  uint64_t reading : 16;  // as what the elements are read: type, conjugated, ..
   absl::InlinedVector<int64_t, 4> sizes;
   absl::InlinedVector<int64_t, 4> strides;
 
   friend bool operator==(const TensorIdentity& a, const TensorIdentity& b) {
     return a.storage == b.storage && a.offset == b.offset &&
-           a.sizes == b.sizes && a.strides == b.strides;
+           a.reading == b.reading && a.sizes == b.sizes &&
+           a.strides == b.strides;
   }
   template <class H>
   friend H AbslHashValue(H h, const TensorIdentity& id) {
-    return H::combine(std::move(h), id.storage, id.offset, id.sizes,
-                      id.strides);
+    return H::combine(std::move(h), id.storage, int64_t{id.offset},
+                      uint64_t{id.reading}, id.sizes, id.strides);
   }
 };
 

@@ -27,14 +27,10 @@ namespace dsd {
 
 namespace {
 
-// The offset of an identity: where in the storage, and how it is read there, as
-// another element type or conjugated or negated, which makes another tensor.
-constexpr int64_t kReadings = 1024;  // 256 types, two flags
-
-int64_t OffsetOf(const at::Tensor& tensor) {
-  return kReadings * tensor.storage_offset() +
-         4 * static_cast<int64_t>(tensor.scalar_type()) + 2 * tensor.is_conj() +
-         tensor.is_neg();
+// Memory that is read as another type, conjugated or negated is another tensor.
+uint16_t ReadingOf(const at::Tensor& tensor) {
+  return static_cast<uint16_t>(4 * static_cast<int>(tensor.scalar_type()) +
+                               2 * tensor.is_conj() + tensor.is_neg());
 }
 
 // IdentityOf(tensor) == id, at a fraction of the cost.
@@ -49,7 +45,8 @@ bool HasIdentity(const at::Tensor& tensor, const TensorIdentity& id) {
   }
   const at::IntArrayRef strides = tensor.strides();
   return id.storage == tensor.storage().unsafeGetStorageImpl() &&
-         id.offset == OffsetOf(tensor) &&
+         id.offset == tensor.storage_offset() &&
+         id.reading == ReadingOf(tensor) &&
          std::equal(strides.begin(), strides.end(), id.strides.begin(),
                     id.strides.end());
 }
@@ -57,9 +54,7 @@ bool HasIdentity(const at::Tensor& tensor, const TensorIdentity& id) {
 // Equal for tensors that have the same elements at the same places, whatever
 // they are read as.
 TensorIdentity UpToOrder(TensorIdentity id) {
-  const auto type = static_cast<c10::ScalarType>(id.offset % kReadings / 4);
-  id.offset = kReadings * (id.offset / kReadings) +
-              static_cast<int64_t>(c10::elementSize(type));
+  id.reading = c10::elementSize(static_cast<c10::ScalarType>(id.reading / 4));
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (size_t d = 0; d < id.strides.size(); ++d) {
     if (id.sizes[d] != 1) dims.emplace_back(id.strides[d], id.sizes[d]);
@@ -101,7 +96,8 @@ TensorIdentity IdentityOf(const at::Tensor& tensor) {
     return id;
   }
   id.storage = tensor.storage().unsafeGetStorageImpl();
-  id.offset = OffsetOf(tensor);
+  id.offset = tensor.storage_offset();
+  id.reading = ReadingOf(tensor);
   id.strides.assign(tensor.strides().begin(), tensor.strides().end());
   return id;
 }
