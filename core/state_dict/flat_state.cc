@@ -41,13 +41,7 @@ absl::Status AddLeaf(const Path& path, const Value& value, Holder self,
         "two values of the state dict have the key \"", key, "\""));
   }
   if (const auto* tensor = value.get_if<TensorValue>()) {
-    if (!tensor->is_plain() && !tensor->locals().empty() &&
-        tensor->holder() != self) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "\"", key, "\" is the shard of holder ", tensor->holder(),
-          ", but this is ", self,
-          "; use the communicator whose ranks the tensor was sharded over"));
-    }
+    DSD_RETURN_IF_ERROR(tensor->CheckIsOf(self)) << "\"" << key << "\"";
     flat.tensor_paths.push_back(path);
     return flat.tensors.Add(std::move(key), *tensor);
   }

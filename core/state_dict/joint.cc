@@ -303,13 +303,8 @@ class Joiner {
             absl::StrCat("\"", path, "\": the tensor is undefined"));
       }
       if (HasOneElement(*tensor)) return value;
-      if (!tensor->is_plain() && !tensor->locals().empty() &&
-          tensor->holder() != mover_.rank()) {
-        return absl::FailedPreconditionError(absl::StrCat(
-            "\"", path, "\" is the shard of holder ", tensor->holder(),
-            ", but this is rank ", mover_.rank(),
-            "; use the communicator whose ranks the tensor was sharded over"));
-      }
+      DSD_RETURN_IF_ERROR(tensor->CheckIsOf(mover_.rank()))
+          << "\"" << path << "\"";
       absl::StatusOr<Value> declared = ToDeclaration(*tensor, replicas_);
       DSD_RETURN_IF_ERROR(declared) << "\"" << path << "\"";
       return declared;

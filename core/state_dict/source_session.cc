@@ -102,24 +102,6 @@ absl::Status DetachSources(std::vector<TensorPair>& pairs) {
   return absl::OkStatus();
 }
 
-// Whether the values are this rank's to read.
-absl::Status CheckHolders(const std::vector<TensorPair>& pairs,
-                          const Mover& mover) {
-  if (mover.comm() == nullptr) return absl::OkStatus();
-  for (const TensorPair& pair : pairs) {
-    const TensorValue& source = pair.source;
-    if (source.is_plain() || source.locals().empty() ||
-        source.holder() == mover.rank()) {
-      continue;
-    }
-    return absl::FailedPreconditionError(absl::StrCat(
-        "\"", pair.name.Text(), "\" in the dict is the shard of holder ",
-        source.holder(), ", but this is rank ", mover.rank(),
-        "; use the communicator whose ranks the tensor was sharded over"));
-  }
-  return absl::OkStatus();
-}
-
 // Whether tensors of one shape have other values, as far as that can be told.
 bool Differ(const at::Tensor& a, const at::Tensor& b, c10::ScalarType type) {
   if (IdentityOf(a) == IdentityOf(b)) return false;
@@ -724,7 +706,11 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
       DSD_RETURN_IF_ERROR(
           attempt->optimizer_load.Prepare(mover_.env(), WalkThreads(), pairs));
     }
-    DSD_RETURN_IF_ERROR(CheckHolders(pairs, mover_));
+    for (const TensorPair& pair : pairs) {
+      if (mover_.comm() == nullptr) break;
+      DSD_RETURN_IF_ERROR(pair.source.CheckIsOf(mover_.rank()))
+          << "\"" << pair.name.Text() << "\" in the dict";
+    }
     if (joint != nullptr) {
       attempt->joint_pairs = std::move(pairs);
       return absl::OkStatus();

@@ -203,6 +203,20 @@ TEST(TensorValueTest, BoxesAreTensorsOfTheirOwn) {
       absl::StatusCode::kInvalidArgument);
 }
 
+TEST(TensorValueTest, ShardOfAnotherRankIsKnown) {
+  const TensorValue shard =
+      *TensorValue::Sharded({Rows(4, 3, 2), 1}, at::zeros({2, 3}));
+  EXPECT_TRUE(shard.CheckIsOf(1).ok());
+  const absl::Status status = shard.CheckIsOf(0);
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("shard of holder 1, but this is rank 0"));
+  // Plain values are anybody's, and so is what is on other ranks only.
+  EXPECT_TRUE(TensorValue(at::zeros({2})).CheckIsOf(0).ok());
+  EXPECT_TRUE(
+      TensorValue::Elsewhere(Rows(4, 3, 2), c10::kFloat).CheckIsOf(0).ok());
+}
+
 TEST(TensorValueTest, ElsewhereHasShapeAndTypeOnly) {
   const TensorValue value = TensorValue::Elsewhere(Rows(4, 3, 2), c10::kHalf);
   EXPECT_FALSE(value.is_plain());

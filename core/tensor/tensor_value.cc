@@ -84,6 +84,15 @@ absl::Span<const at::Tensor> TensorValue::locals() const {
   return distributed_->locals;
 }
 
+absl::Status TensorValue::CheckIsOf(Holder self) const {
+  if (is_plain() || locals().empty() || holder() == self) {
+    return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(absl::StrCat(
+      "the tensor is the shard of holder ", holder(), ", but this is rank ",
+      self, "; use the communicator whose ranks it was sharded over"));
+}
+
 absl::StatusOr<at::Tensor> TensorValue::Local() const {
   const absl::Span<const at::Tensor> tensors = locals();
   if (tensors.size() != 1) {

@@ -64,6 +64,10 @@ class TensorValue {
   // This rank's name in the layout; kAnyHolder if it has no part.
   Holder holder() const { return distributed_->sharding.holder; }
 
+  // FailedPrecondition if the values here are the shard of another holder than
+  // `self`, which is this rank.
+  absl::Status CheckIsOf(Holder self) const;
+
   // Equal for copies of one TensorValue, and for plain ones of one at::Tensor.
   const void* id() const {
     return is_plain() ? static_cast<const void*>(plain_.unsafeGetTensorImpl())
