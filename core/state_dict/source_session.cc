@@ -14,7 +14,6 @@
 
 #include "ATen/core/Tensor.h"
 #include "ATen/ops/empty_like.h"
-#include "ATen/ops/equal.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -22,7 +21,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/types/span.h"
-#include "c10/core/ScalarType.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/state_dict/deliver.h"
@@ -35,6 +33,7 @@
 #include "dsd/core/state_dict/outline.h"
 #include "dsd/core/state_dict/state_dict_ops.h"
 #include "dsd/core/state_dict/threads.h"
+#include "dsd/core/state_dict/tied_values.h"
 #include "dsd/core/state_dict/verify_replicas.h"
 #include "dsd/core/tensor/tensor_endpoint.h"
 #include "dsd/core/tensor/torch_boundary.h"
@@ -100,98 +99,6 @@ absl::Status DetachSources(std::vector<TensorPair>& pairs) {
     pair.source = *std::move(from);
   }
   return absl::OkStatus();
-}
-
-// Whether tensors of one shape have other values, as far as that can be told.
-bool Differ(const at::Tensor& a, const at::Tensor& b, c10::ScalarType type) {
-  if (IdentityOf(a) == IdentityOf(b)) return false;
-  const auto bytes_of = [&](const at::Tensor& tensor) {
-    at::Tensor flat = tensor.detach().resolve_conj().resolve_neg().to(type);
-    if (a.device() != b.device()) flat = flat.cpu();
-    return flat.reshape({-1}).contiguous().view(c10::ScalarType::Byte);
-  };
-  const absl::StatusOr<bool> same =
-      TorchToStatus([&] { return at::equal(bytes_of(a), bytes_of(b)); });
-  return same.ok() && !*same;
-}
-
-// The dimensions of `value` as they lie in the memory of `live`.
-at::Tensor InMemoryOrder(const at::Tensor& value, const at::Tensor& live) {
-  if (value.dim() != live.dim()) return value;
-  std::vector<int64_t> order;
-  for (int64_t d = 0; d < live.dim(); ++d) {
-    if (live.size(d) != 1) order.push_back(d);
-  }
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return live.stride(a) < live.stride(b);
-  });
-  for (int64_t d = 0; d < live.dim(); ++d) {
-    if (live.size(d) == 1) order.push_back(d);
-  }
-  return value.permute(order);
-}
-
-// A name of a live tensor and an earlier one, for which the dict has other
-// values.
-struct Contradiction {
-  std::string key;
-  std::string first;
-};
-
-// Those that this rank can see: in memory that it has. For dicts that fit.
-std::vector<Contradiction> FindContradictions(LiveModel& live,
-                                              const KeyScope& scope,
-                                              const StateDict& dict) {
-  struct First {
-    size_t group;
-    std::string key;
-    const TensorValue* value;
-  };
-  absl::flat_hash_map<size_t, First> first_of;  // by leader
-  std::vector<Contradiction> found;
-  const FqnTable& table = live.table();
-  const bool has_overlap = live.has_overlap();
-  for (size_t group = 0; group < table.groups().size(); ++group) {
-    if (table.groups()[group].size() == 1 && !has_overlap) continue;
-    if (live.extra_state(group) != nullptr) continue;
-    for (const size_t index : table.groups()[group]) {
-      scope.ForEachKey(table.entries()[index], [&](const std::string& key) {
-        const Value* const in_dict = dict.Find(key);
-        const auto* const value =
-            in_dict == nullptr ? nullptr : in_dict->get_if<TensorValue>();
-        if (value == nullptr) return;
-        const auto [it, is_new] = first_of.try_emplace(
-            live.LeaderOf(group), First{group, key, value});
-        const First& first = it->second;
-        if (is_new || first.value->id() == value->id()) return;
-        // Of other memory order, and maybe read as something else.
-        const bool is_other = first.group != group;
-        const at::Tensor& first_live = live.tensor(first.group);
-        const at::Tensor& this_live = live.tensor(group);
-        const bool is_comparable =
-            first_live.scalar_type() == this_live.scalar_type() &&
-            first_live.is_conj() == this_live.is_conj() &&
-            first_live.is_neg() == this_live.is_neg() &&
-            value->is_plain() == first.value->is_plain() &&
-            value->locals().size() == first.value->locals().size() &&
-            (value->is_plain() ||
-             (!is_other &&
-              Layout::SameGeometry(value->layout(), first.value->layout())));
-        for (size_t i = 0; is_comparable && i < value->locals().size(); ++i) {
-          at::Tensor a = first.value->locals()[i];
-          at::Tensor b = value->locals()[i];
-          if (is_other) {
-            a = InMemoryOrder(a, first_live);
-            b = InMemoryOrder(b, this_live);
-          }
-          if (!Differ(a, b, this_live.scalar_type())) continue;
-          found.push_back({key, first.key});
-          return;
-        }
-      });
-    }
-  }
-  return found;
 }
 
 absl::Status AddPairs(const std::vector<TensorPair>& pairs,
@@ -686,7 +593,7 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
     if (model != nullptr && attempt->report.misfits.empty()) {
       DSD_ASSIGN_OR_RETURN(const KeyScope scope,
                            KeyScope::Create(live_.table(), options_));
-      for (Contradiction& other : FindContradictions(live_, scope, *model)) {
+      for (TiedDifference& other : FindTiedDifferences(live_, scope, *model)) {
         if (options_.strict) {
           attempt->report.misfits.push_back(absl::StrCat(
               "\"", other.key, "\" and \"", other.first,
