@@ -48,12 +48,6 @@ absl::string_view OpName(ReduceOp op) {
   return "?";
 }
 
-absl::Status CheckReduction(absl::string_view name, DType dtype, ReduceOp op) {
-  if (CanReduce(dtype, op)) return absl::OkStatus();
-  return absl::UnimplementedError(absl::StrCat(
-      name, ": there is no ", OpName(op), " of ", DTypeName(dtype)));
-}
-
 void Report(const CallOptions& options, int64_t done, int64_t total) {
   if (options.progress) options.progress({done, total});
 }
@@ -147,6 +141,25 @@ class BroadcastRoute {
 };
 
 }  // namespace
+
+absl::Status Communicator::Lane::CheckReduction(absl::string_view call,
+                                                DType dtype, ReduceOp op) {
+  if (CanReduce(dtype, op)) return absl::OkStatus();
+  return core->Refuse(
+      call, absl::StrCat("there is no ", OpName(op), " of ", DTypeName(dtype)),
+      absl::StatusCode::kUnimplemented);
+}
+
+void Communicator::Lane::AddRing(int root, bool root_sends_to_next,
+                                 std::vector<SendOp>& sends,
+                                 std::vector<RecvOp>& recvs) const {
+  if (size == 1) return;
+  const int previous = (rank + size - 1) % size;
+  if (rank != root || !root_sends_to_next) {
+    sends.push_back({(rank + 1) % size, {}});
+  }
+  if (previous != root || !root_sends_to_next) recvs.push_back({previous, {}});
+}
 
 absl::Status Communicator::Lane::RunInChunks(absl::Span<const SendOp> sends,
                                              absl::Span<const RecvOp> recvs,
@@ -244,9 +257,9 @@ absl::Status Communicator::Barrier(const CallOptions& options) {
 absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
                                      const CallOptions& options) {
   if (root < 0 || root >= size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("Broadcast ", lane_->core->Here(), ": root ", root,
-                     " is not in [0, ", size(), ")"));
+    return lane_->core->Refuse(
+        "Broadcast",
+        absl::StrCat("root ", root, " is not in [0, ", size(), ")"));
   }
   const int64_t bytes = static_cast<int64_t>(data.size());
   DSD_ASSIGN_OR_RETURN(const auto active,
@@ -257,14 +270,22 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
   const int world = size();
   const BroadcastRoute route(lane_->host_of_rank, rank(), root);
 
+  std::vector<SendOp> sends;
+  std::vector<RecvOp> recvs;
   if (bytes <= kSmallBroadcastBytes) {
+    // On the root's host the next rank is its child in the tree.
+    lane_->AddRing(
+        root,
+        lane_->host_of_rank[root] == lane_->host_of_rank[(root + 1) % world],
+        sends, recvs);
     if (route.has_parent()) {
-      DSD_RETURN_IF_ERROR(
-          lane_->Run({}, {{route.tree_parent(), data}}, *active));
+      recvs.push_back({route.tree_parent(), data});
+      DSD_RETURN_IF_ERROR(lane_->Run(sends, recvs, *active));
+      sends.clear();
+      recvs.clear();
     }
-    std::vector<SendOp> sends;
     for (const int child : route.TreeChildren()) sends.push_back({child, data});
-    return lane_->Run(sends, {}, *active);
+    return lane_->Run(sends, recvs, *active);
   }
 
   // Fewer chunks than ranks would leave most of a chain idle: there the root
@@ -279,14 +300,15 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
       const int64_t begin = std::min(bytes, (p - 1) * slice_bytes);
       return data.subspan(begin, slice_bytes);
     };
-    std::vector<SendOp> sends;
-    std::vector<RecvOp> recvs;
+    lane_->AddRing(root, /*root_sends_to_next=*/true, sends, recvs);
     if (place == 0) {
       for (int p = 1; p < world; ++p) sends.push_back({rank_at(p), slice(p)});
-      return lane_->RunInChunks(sends, {}, *active, options);
+      return lane_->RunInChunks(sends, recvs, *active, options);
     }
-    DSD_RETURN_IF_ERROR(
-        lane_->RunInChunks({}, {{root, slice(place)}}, *active, options));
+    recvs.push_back({root, slice(place)});
+    DSD_RETURN_IF_ERROR(lane_->RunInChunks(sends, recvs, *active, options));
+    sends.clear();
+    recvs.clear();
     for (int step = 1; step < world - 1; ++step) {
       const int others = world - 1;
       const int to = (place - 1 + step) % others + 1;
@@ -309,6 +331,10 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
   const auto chunk = [&](int64_t i) {
     return data.subspan(i * chunk_bytes, chunk_bytes);
   };
+  // The root, too, hears of a disagreement before it sends.
+  lane_->AddRing(root, /*root_sends_to_next=*/false, sends, recvs);
+  DSD_ASSIGN_OR_RETURN(PendingExchange ring,
+                       lane_->Post(sends, recvs, *active));
   std::deque<PendingExchange> arriving;
   std::deque<PendingExchange> leaving;
   int64_t posted = 0;
@@ -321,6 +347,9 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
                         *active));
         arriving.push_back(std::move(pending));
       }
+    }
+    if (i == 0) DSD_RETURN_IF_ERROR(ring.Wait());
+    if (route.has_parent()) {
       DSD_RETURN_IF_ERROR(arriving.front().Wait());
       arriving.pop_front();
     }
@@ -329,10 +358,10 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
         DSD_RETURN_IF_ERROR(leaving.front().Wait());
         leaving.pop_front();
       }
-      std::vector<SendOp> sends;
-      for (const int to : next) sends.push_back({to, chunk(i)});
+      std::vector<SendOp> chunk_sends;
+      for (const int to : next) chunk_sends.push_back({to, chunk(i)});
       DSD_ASSIGN_OR_RETURN(PendingExchange pending,
-                           lane_->Post(sends, {}, *active));
+                           lane_->Post(chunk_sends, {}, *active));
       leaving.push_back(std::move(pending));
     }
     Report(options, std::min(bytes, (i + 1) * chunk_bytes), bytes);
@@ -346,15 +375,15 @@ absl::Status Communicator::Broadcast(absl::Span<std::byte> data, int root,
 absl::Status Communicator::AllGather(
     absl::Span<const std::byte> mine,
     absl::Span<const absl::Span<std::byte>> parts, const CallOptions& options) {
-  const std::string where =
-      absl::StrCat("AllGather ", lane_->core->Here(), ": ");
   if (static_cast<int>(parts.size()) != size()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        where, parts.size(), " parts, expected one per rank, ", size()));
+    return lane_->core->Refuse(
+        "AllGather",
+        absl::StrCat(parts.size(), " parts, expected one per rank, ", size()));
   }
   if (parts[rank()].size() != mine.size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, "part ", rank(), " has ", parts[rank()].size(),
+    return lane_->core->Refuse(
+        "AllGather",
+        absl::StrCat("part ", rank(), " has ", parts[rank()].size(),
                      " bytes, expected ", mine.size(), ", as this rank gives"));
   }
   std::vector<int64_t> sizes;
@@ -370,21 +399,20 @@ absl::Status Communicator::AllGather(
 absl::Status Communicator::Scatter(
     absl::Span<const absl::Span<const std::byte>> parts,
     absl::Span<std::byte> mine, int root, const CallOptions& options) {
-  const std::string where = absl::StrCat("Scatter ", lane_->core->Here(), ": ");
+  const auto refuse = [&](const auto&... why) {
+    return lane_->core->Refuse("Scatter", absl::StrCat(why...));
+  };
   if (root < 0 || root >= size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, "root ", root, " is not in [0, ", size(), ")"));
+    return refuse("root ", root, " is not in [0, ", size(), ")");
   }
   if (static_cast<int>(parts.size()) != (rank() == root ? size() : 0)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, parts.size(), " parts, expected ",
-                     rank() == root ? absl::StrCat("one per rank, ", size())
-                                    : "none but on the root"));
+    return refuse(parts.size(), " parts, expected ",
+                  rank() == root ? absl::StrCat("one per rank, ", size())
+                                 : "none but on the root");
   }
   if (rank() == root && parts[root].size() != mine.size()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, "the part of the root has ", parts[root].size(),
-                     " bytes, expected ", mine.size(), ", as it takes"));
+    return refuse("the part of the root has ", parts[root].size(),
+                  " bytes, expected ", mine.size(), ", as it takes");
   }
   DSD_ASSIGN_OR_RETURN(const auto active,
                        lane_->Begin(Call(absl::StrCat("Scatter from rank ",
@@ -397,19 +425,21 @@ absl::Status Communicator::Scatter(
     return labels.emplace_back(
         absl::StrCat(active->call.text, ", part of ", bytes, " bytes"));
   };
+  std::vector<SendOp> sends;
+  std::vector<RecvOp> recvs;
+  lane_->AddRing(root, /*root_sends_to_next=*/true, sends, recvs);
   if (rank() != root) {
-    return lane_->RunInChunks({}, {{root, mine, {}, label(mine.size())}},
-                              *active, options);
+    recvs.push_back({root, mine, {}, label(mine.size())});
+    return lane_->RunInChunks(sends, recvs, *active, options);
   }
   if (!mine.empty() && mine.data() != parts[root].data()) {
     std::memcpy(mine.data(), parts[root].data(), mine.size());
   }
-  std::vector<SendOp> sends;
   for (int step = 1; step < size(); ++step) {
     const int to = (root + step) % size();
     sends.push_back({to, parts[to], {}, label(parts[to].size())});
   }
-  return lane_->RunInChunks(sends, {}, *active, options);
+  return lane_->RunInChunks(sends, recvs, *active, options);
 }
 
 absl::StatusOr<std::vector<std::string>> Communicator::AllGatherBlobs(
@@ -417,8 +447,9 @@ absl::StatusOr<std::vector<std::string>> Communicator::AllGatherBlobs(
     const CallOptions& options) {
   const int world = size();
   if (max_bytes_each < 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("AllGatherBlobs: max_bytes_each is ", max_bytes_each));
+    return lane_->core->Refuse(
+        "AllGatherBlobs", absl::StrCat("max_bytes_each is ", max_bytes_each,
+                                       ", expected a number of bytes"));
   }
   DSD_ASSIGN_OR_RETURN(
       const auto active,
@@ -486,13 +517,13 @@ absl::Status Communicator::ReduceScatter(absl::Span<const std::byte> input,
                                          absl::Span<std::byte> output,
                                          DType dtype, ReduceOp op,
                                          const CallOptions& options) {
-  const std::string where =
-      absl::StrCat("ReduceScatter ", lane_->core->Here(), ": ");
+  const auto refuse = [&](const auto&... why) {
+    return lane_->core->Refuse("ReduceScatter", absl::StrCat(why...));
+  };
   const int world = size();
   const int64_t item_size = ItemSize(dtype);
   if (static_cast<int>(counts.size()) != world) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        where, counts.size(), " counts, expected one per rank, ", world));
+    return refuse(counts.size(), " counts, expected one per rank, ", world);
   }
   std::vector<int64_t> offsets = {0};  // in bytes
   int64_t longest = 0;
@@ -501,25 +532,20 @@ absl::Status Communicator::ReduceScatter(absl::Span<const std::byte> input,
         count < 0 ? std::nullopt : CheckedMul(count, item_size);
     const std::optional<int64_t> end =
         bytes ? CheckedAdd(offsets.back(), *bytes) : std::nullopt;
-    if (!end) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(where, "count ", count, " is out of range"));
-    }
+    if (!end) return refuse("count ", count, " is out of range");
     offsets.push_back(*end);
     longest = std::max(longest, count);
   }
   if (static_cast<int64_t>(input.size()) != offsets.back()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, "input has ", input.size(), " bytes, expected ",
-                     offsets.back(), " by its counts"));
+    return refuse("input has ", input.size(), " bytes, expected ",
+                  offsets.back(), " by its counts");
   }
   const int64_t mine = counts[rank()];
   if (static_cast<int64_t>(output.size()) != mine * item_size) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, "output has ", output.size(), " bytes, expected ",
-                     mine * item_size, " (", mine, " ", DTypeName(dtype), ")"));
+    return refuse("output has ", output.size(), " bytes, expected ",
+                  mine * item_size, " (", mine, " ", DTypeName(dtype), ")");
   }
-  DSD_RETURN_IF_ERROR(CheckReduction("ReduceScatter", dtype, op));
+  DSD_RETURN_IF_ERROR(lane_->CheckReduction("ReduceScatter", dtype, op));
   DSD_ASSIGN_OR_RETURN(
       const auto active,
       lane_->Begin(Call(absl::StrCat("ReduceScatter of ", DTypeName(dtype),
@@ -540,12 +566,14 @@ absl::Status Communicator::ReduceScatter(absl::Span<const std::byte> input,
     for (int distance = 1; distance < world; ++distance) {
       const int to = (rank() + distance) % world;
       const int from = (rank() + world - distance) % world;
-      if (elements(to) > 0) {
+      // Who gives and gets nothing must still not miss a disagreement.
+      const bool in_ring = begin == 0 && distance == 1;
+      if (elements(to) > 0 || in_ring) {
         sends.push_back({to, input.subspan(offsets[to] + begin * item_size,
                                            elements(to) * item_size)});
       }
       std::byte* const place = staging.data() + (distance - 1) * room;
-      if (elements(rank()) > 0) {
+      if (elements(rank()) > 0 || in_ring) {
         recvs.push_back(
             {from, absl::MakeSpan(place, elements(rank()) * item_size)});
       }
@@ -558,7 +586,6 @@ absl::Status Communicator::ReduceScatter(absl::Span<const std::byte> input,
     Report(options, std::min(begin + step, longest) * item_size,
            longest * item_size);
   }
-  // A rank that gives and gets nothing must still not miss a disagreement.
   if (longest == 0) return lane_->Barrier(*active);
   return absl::OkStatus();
 }
@@ -569,11 +596,11 @@ absl::Status Communicator::AllReduce(absl::Span<std::byte> data, DType dtype,
   const int64_t item_size = ItemSize(dtype);
   const int64_t bytes = static_cast<int64_t>(data.size());
   if (bytes % item_size != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("AllReduce ", lane_->core->Here(), ": ", bytes,
-                     " bytes are no whole number of ", DTypeName(dtype)));
+    return lane_->core->Refuse(
+        "AllReduce", absl::StrCat(bytes, " bytes are no whole number of ",
+                                  DTypeName(dtype)));
   }
-  DSD_RETURN_IF_ERROR(CheckReduction("AllReduce", dtype, op));
+  DSD_RETURN_IF_ERROR(lane_->CheckReduction("AllReduce", dtype, op));
   const int64_t count = bytes / item_size;
   DSD_ASSIGN_OR_RETURN(
       const auto active,
@@ -634,12 +661,12 @@ absl::Status Communicator::AllReduce(absl::Span<std::byte> data, DType dtype,
 absl::StatusOr<std::unique_ptr<Communicator>> Communicator::OpenLane(
     absl::string_view name, const CallOptions& options) {
   constexpr int64_t kMaxNameBytes = 256;
-  if (name.empty() || static_cast<int64_t>(name.size()) > kMaxNameBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("OpenLane: the name has ", name.size(),
-                     " bytes, expected 1 to ", kMaxNameBytes));
-  }
   Core& core = *lane_->core;
+  if (name.empty() || static_cast<int64_t>(name.size()) > kMaxNameBytes) {
+    return core.Refuse("OpenLane",
+                       absl::StrCat("the name has ", name.size(),
+                                    " bytes, expected 1 to ", kMaxNameBytes));
+  }
   bool taken;
   {
     // Reserved at once: another thread may be opening one on another lane.

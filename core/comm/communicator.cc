@@ -173,6 +173,14 @@ absl::Status Communicator::Core::FailDuring(const absl::Status& status,
   return Fail(status, /*tell=*/true) ? status : ErrorDuring(call);
 }
 
+absl::Status Communicator::Core::Refuse(absl::string_view call,
+                                        absl::string_view why,
+                                        absl::StatusCode code) {
+  DSD_RETURN_IF_ERROR(CheckAlive(call));
+  return FailDuring(
+      absl::Status(code, absl::StrCat(call, " ", Here(), ": ", why)), call);
+}
+
 absl::Status Communicator::Core::EngineFailed(const absl::Status& found,
                                               absl::string_view call,
                                               absl::Time deadline) {
@@ -822,9 +830,8 @@ absl::StatusOr<PendingExchange> Communicator::StartExchange(
     absl::string_view label, const CallOptions& options) {
   Core& core = *lane_->core;
   const auto check = [&](int peer, const MemorySpace& space) {
-    const auto error = [&](auto... what) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(ExchangeText(label), " ", core.Here(), ": ", what...));
+    const auto error = [&](const auto&... why) {
+      return core.Refuse(ExchangeText(label), absl::StrCat(why...));
     };
     if (peer < 0 || peer >= size()) {
       return error("peer ", peer, " is not in [0, ", size(), ")");

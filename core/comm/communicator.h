@@ -109,13 +109,18 @@ class [[nodiscard]] PendingExchange {
 // lane, sequence number, operation, size): a rank that makes another call fails
 // all ranks with FailedPrecondition that names both calls.
 //
-// Errors of all calls: InvalidArgument (before any byte moves; harmless);
-// FailedPrecondition (ranks disagree); DeadlineExceeded (names operation and
-// the ranks that did not arrive, where known); Unavailable (a rank died;
-// named); Cancelled; Aborted (someone called Abort; names rank and reason).
-// Except for InvalidArgument the group is poisoned on all ranks and lanes:
-// later calls return the first error at once. Output buffers are then
-// unspecified, and no memory is referenced any more.
+// Errors of all calls: InvalidArgument (an argument is wrong on some rank,
+// which is named; Unimplemented for a reduction that there is not);
+// FailedPrecondition (ranks disagree; at least one of them notices in this
+// call, also where they name different roots); DeadlineExceeded (names
+// operation and the ranks that did not arrive, where known); Unavailable (a
+// rank died; named); ResourceExhausted (the system has no thread or descriptor
+// left); Cancelled; Aborted (someone called Abort; names rank and reason).
+//
+// Any of them, a wrong argument too, since the others wait for that rank,
+// poisons the group on all ranks and lanes: later calls return the first error
+// at once. Output buffers are then unspecified, and no memory is referenced any
+// more. After Shutdown calls are FailedPrecondition, which changes nothing.
 class Communicator {
  public:
   // Connects. Collective over world_size ranks. world_size 1 needs no store and
@@ -183,7 +188,8 @@ class Communicator {
   // Collective. Returns OK on no rank before all have called.
   absl::Status Barrier(const CallOptions& options = {});
 
-  // Collective. Rank `root`'s bytes win.
+  // Collective. Rank `root`'s bytes win. Each rank, the root too, waits until
+  // the one before it has called.
   absl::Status Broadcast(absl::Span<std::byte> data, int root,
                          const CallOptions& options = {});
 

@@ -65,6 +65,12 @@ struct Communicator::Core {
   // Fails and tells; returns `status`, or the first error if that is another.
   absl::Status FailDuring(const absl::Status& status, absl::string_view call);
 
+  // An argument of `call` is wrong. The other ranks, whose own may be right,
+  // wait for this one in it, so that is everybody's error.
+  absl::Status Refuse(
+      absl::string_view call, absl::string_view why,
+      absl::StatusCode code = absl::StatusCode::kInvalidArgument);
+
   // What to return for an error of the engine during `call`, waiting a moment
   // for the store's verdict, which knows better who is gone.
   // Not for long after `deadline`.
@@ -204,6 +210,14 @@ struct Communicator::Lane {
                            const ActiveCall& active,
                            const CallOptions& options);
 
+  // For calls with a root, whose own messages go one way: what each rank says
+  // to the next one at once, before it waits for any other, so that all compare
+  // their calls, as in the first step of every other collective; two ranks that
+  // both take themselves for the root would not notice each other.
+  // `root_sends_to_next`: the root's first message to the next rank is that.
+  void AddRing(int root, bool root_sends_to_next, std::vector<SendOp>& sends,
+               std::vector<RecvOp>& recvs) const;
+
   // Copies messages to this rank itself that have both ends.
   absl::Status MatchSelf();
 
@@ -215,6 +229,9 @@ struct Communicator::Lane {
   };
   absl::Status Mismatch(int from, const Described& sent,
                         const Described& expected, uint64_t sequence) const;
+
+  // Refuses what there is no reduction for.
+  absl::Status CheckReduction(absl::string_view call, DType dtype, ReduceOp op);
 
   absl::Status Barrier(const ActiveCall& active);
   // The same, in which each rank says a word, which all get: by rank.

@@ -259,19 +259,264 @@ DSD_CONFORMANCE_CASE_FROM(AnotherCallOnALane, 2) {
                       {"lane \"weights\"", "AllReduce", "AllGatherBlobs"});
 }
 
-// Each waits for the other: no message can tell, but at the deadline the ranks
-// compare what they are doing.
-DSD_CONFORMANCE_CASE_FROM(AnotherRoot, 2) {
+// --- Ranks that name different roots ---
+
+using RootedCall = absl::Status (*)(Communicator& comm, int root);
+
+template <size_t kBytes>
+absl::Status BroadcastFrom(Communicator& comm, int root) {
+  std::vector<std::byte> data(kBytes);
+  return comm.Broadcast(absl::MakeSpan(data), root);
+}
+template <size_t kBytes>
+absl::Status ScatterFrom(Communicator& comm, int root) {
+  std::vector<std::byte> data(kBytes);
+  std::vector<absl::Span<const std::byte>> parts;
+  if (comm.rank() == root) parts.assign(comm.size(), data);
+  return comm.Scatter(parts, absl::MakeSpan(data), root);
+}
+
+// Noticed in this call, by one rank at least, and long before its deadline: no
+// other call comes.
+absl::Status DifferentRoots(Communicator& comm, RootedCall call, int root) {
+  const absl::Time start = comm.env()->Now();
+  DSD_RETURN_IF_ERROR(
+      Disagreement(comm, call(comm, root), {"from rank 0", "from rank 1"}));
+  return Check(comm.env()->Now() - start < kSoon, "it took long");
+}
+
+// For groups of up to `most` ranks.
+#define DSD_CASES_OF_ROOTS(name, call, most)                             \
+  /* Each of the first two sends to the other, and waits for nothing. */ \
+  DSD_CONFORMANCE_CASE_ON(name##FromTwoRoots, 2, most) {                 \
+    return DifferentRoots(comm, &call, comm.rank() == 0 ? 0 : 1);        \
+  }                                                                      \
+  /* Each of them waits for the other. */                                \
+  DSD_CONFORMANCE_CASE_ON(name##FromNoRoot, 2, most) {                   \
+    return DifferentRoots(comm, &call, comm.rank() == 0 ? 1 : 0);        \
+  }                                                                      \
+  /* The one that errs has no part in what the others do. */             \
+  DSD_CONFORMANCE_CASE_ON(name##FromAnotherRootForTheLast, 3, most) {    \
+    return DifferentRoots(comm, &call, comm.rank() == comm.size() - 1);  \
+  }
+
+DSD_CASES_OF_ROOTS(BroadcastOfLittle, BroadcastFrom<100>, 64)
+DSD_CASES_OF_ROOTS(BroadcastOfMuch, BroadcastFrom<(9 << 20)>, 4)
+DSD_CASES_OF_ROOTS(ScatterOfLittle, ScatterFrom<100>, 64)
+DSD_CASES_OF_ROOTS(ScatterOfMuch, ScatterFrom<(5 << 20)>, 4)
+
+// Of the five ranks the root gives each other a slice.
+DSD_CONFORMANCE_CASE_ON(SlicedBroadcastFromTwoRoots, 5, 5) {
+  return DifferentRoots(comm, &BroadcastFrom<(9 << 20)>,
+                        comm.rank() == 0 ? 0 : 1);
+}
+
+// Who gives or gets nothing must not miss it.
+DSD_CONFORMANCE_CASE_FROM(OtherRanksInAReduceScatter, 3) {
+  std::vector<int64_t> counts(comm.size(), 0);
+  counts[comm.rank() == 0 ? 0 : comm.size() - 1] = 100;
+  std::vector<std::byte> input(100);
+  std::vector<std::byte> output(counts[comm.rank()]);
+  const absl::Time start = comm.env()->Now();
+  DSD_RETURN_IF_ERROR(
+      Disagreement(comm,
+                   comm.ReduceScatter(input, counts, absl::MakeSpan(output),
+                                      DType::kUInt8, ReduceOp::kMax),
+                   {"ReduceScatter of uint8 (max)"}));
+  return Check(comm.env()->Now() - start < kSoon, "it took long");
+}
+
+// --- Arguments that are wrong on one rank ---
+
+using ArgumentCall = absl::Status (*)(Communicator& comm, bool wrong);
+
+absl::Status BroadcastRoot(Communicator& comm, bool wrong) {
   std::vector<std::byte> data(100);
-  CallOptions options;
-  options.timeout = kTimeout;
-  const absl::Status status =
-      comm.Broadcast(absl::MakeSpan(data), comm.rank() == 0 ? 1 : 0, options);
-  if (status.ok()) {
+  return comm.Broadcast(absl::MakeSpan(data), wrong ? comm.size() : 0);
+}
+absl::Status ScatterRoot(Communicator& comm, bool wrong) {
+  std::vector<std::byte> data(100);
+  std::vector<absl::Span<const std::byte>> parts;
+  if (comm.rank() == 0) parts.assign(comm.size(), data);
+  return comm.Scatter(parts, absl::MakeSpan(data), wrong ? -1 : 0);
+}
+absl::Status ScatterParts(Communicator& comm, bool wrong) {
+  std::vector<std::byte> data(100);
+  std::vector<absl::Span<const std::byte>> parts;
+  if (comm.rank() == 0 || wrong) parts.assign(comm.size() + wrong, data);
+  return comm.Scatter(parts, absl::MakeSpan(data), 0);
+}
+// The last rank is the root.
+absl::Status ScatterPartOfTheRoot(Communicator& comm, bool wrong) {
+  std::vector<std::byte> data(100);
+  std::vector<absl::Span<const std::byte>> parts;
+  if (comm.rank() == comm.size() - 1) parts.assign(comm.size(), data);
+  return comm.Scatter(parts, absl::MakeSpan(data).subspan(wrong ? 1 : 0),
+                      comm.size() - 1);
+}
+absl::Status AllGatherParts(Communicator& comm, bool wrong) {
+  std::vector<std::byte> data(100 * comm.size());
+  std::vector<absl::Span<std::byte>> parts;
+  for (int r = wrong ? 1 : 0; r < comm.size(); ++r) {
+    parts.push_back(absl::MakeSpan(data).subspan(100 * r, 100));
+  }
+  return comm.AllGather(std::vector<std::byte>(100), parts);
+}
+absl::Status AllGatherOwnPart(Communicator& comm, bool wrong) {
+  std::vector<std::byte> data(100 * comm.size());
+  std::vector<absl::Span<std::byte>> parts;
+  for (int r = 0; r < comm.size(); ++r) {
+    parts.push_back(absl::MakeSpan(data).subspan(100 * r, 100));
+  }
+  return comm.AllGather(std::vector<std::byte>(wrong ? 99 : 100), parts);
+}
+absl::Status BlobsLimit(Communicator& comm, bool wrong) {
+  return comm.AllGatherBlobs("x", wrong ? -5 : 5).status();
+}
+absl::Status ReduceScatterCount(Communicator& comm, bool wrong) {
+  std::vector<int64_t> counts(comm.size(), 100);
+  if (wrong) counts[0] = -3;
+  const std::vector<std::byte> input(100 * comm.size());
+  std::vector<std::byte> output(100);
+  return comm.ReduceScatter(input, counts, absl::MakeSpan(output),
+                            DType::kUInt8, ReduceOp::kMax);
+}
+absl::Status ReduceScatterCounts(Communicator& comm, bool wrong) {
+  const std::vector<std::byte> input(100 * comm.size());
+  std::vector<std::byte> output(100);
+  return comm.ReduceScatter(
+      input, std::vector<int64_t>(comm.size() + wrong, 100),
+      absl::MakeSpan(output), DType::kUInt8, ReduceOp::kMax);
+}
+absl::Status ReduceScatterInput(Communicator& comm, bool wrong) {
+  const std::vector<std::byte> input(100 * comm.size() + wrong);
+  std::vector<std::byte> output(100);
+  return comm.ReduceScatter(input, std::vector<int64_t>(comm.size(), 100),
+                            absl::MakeSpan(output), DType::kUInt8,
+                            ReduceOp::kMax);
+}
+absl::Status ReduceScatterOutput(Communicator& comm, bool wrong) {
+  const std::vector<std::byte> input(100 * comm.size());
+  std::vector<std::byte> output(wrong ? 99 : 100);
+  return comm.ReduceScatter(input, std::vector<int64_t>(comm.size(), 100),
+                            absl::MakeSpan(output), DType::kUInt8,
+                            ReduceOp::kMax);
+}
+absl::Status ReduceScatterType(Communicator& comm, bool wrong) {
+  const std::vector<std::byte> input(100 * comm.size());
+  std::vector<std::byte> output(100);
+  return comm.ReduceScatter(
+      input, std::vector<int64_t>(comm.size(), 100), absl::MakeSpan(output),
+      wrong ? DType::kFloat8E4M3FN : DType::kUInt8, ReduceOp::kMax);
+}
+absl::Status AllReduceBytes(Communicator& comm, bool wrong) {
+  std::vector<std::byte> data(wrong ? 10 : 12);
+  return comm.AllReduce(absl::MakeSpan(data), DType::kInt32, ReduceOp::kSum);
+}
+absl::Status AllReduceType(Communicator& comm, bool wrong) {
+  std::vector<std::byte> data(8);
+  return comm.AllReduce(absl::MakeSpan(data),
+                        wrong ? DType::kComplex64 : DType::kInt32,
+                        ReduceOp::kSum);
+}
+absl::Status AllReduceOfBools(Communicator& comm, bool wrong) {
+  std::vector<std::byte> data(8);
+  return comm.AllReduce(absl::MakeSpan(data), DType::kBool,
+                        wrong ? ReduceOp::kSum : ReduceOp::kMax);
+}
+absl::Status OpenLaneName(Communicator& comm, bool wrong) {
+  return comm.OpenLane(wrong ? "" : "lane").status();
+}
+// Each rank hears from the one before, and the first from nobody that is there.
+absl::Status ExchangePeer(Communicator& comm, bool wrong) {
+  const int next = (comm.rank() + 1) % comm.size();
+  const int previous = (comm.rank() + comm.size() - 1) % comm.size();
+  const std::vector<std::byte> out(100);
+  std::vector<std::byte> in(100);
+  return comm.Exchange({{wrong ? -1 : next, out}},
+                       {{previous, absl::MakeSpan(in)}}, "ring");
+}
+absl::Status ExchangeMemory(Communicator& comm, bool wrong) {
+  const std::vector<std::byte> out(100);
+  std::vector<std::byte> in(100);
+  MemorySpace space;
+  // No backend moves it within a rank.
+  if (wrong) space.type = DeviceType::kCuda;
+  return comm.Exchange({{comm.rank(), out, space}},
+                       {{comm.rank(), absl::MakeSpan(in)}}, "itself");
+}
+// One fate with the group, and the names of the group.
+absl::Status BroadcastRootOnAPart(Communicator& comm, bool wrong) {
+  DSD_ASSIGN_OR_RETURN(const auto part,
+                       comm.Split(comm.rank() == 0 ? -1 : 0, 0));
+  // All have it; who is ahead may fail the others' barrier already.
+  comm.Barrier().IgnoreError();
+  return part == nullptr ? absl::OkStatus() : BroadcastRoot(*part, wrong);
+}
+
+// It is the error of all, at once, and names rank and argument.
+absl::Status WrongOnOneRank(Communicator& comm, ArgumentCall call,
+                            absl::StatusCode code, absl::string_view what) {
+  const int wrong = comm.size() - 1;
+  const absl::Time start = comm.env()->Now();
+  const absl::Status returned = call(comm, comm.rank() == wrong);
+  if (comm.rank() == wrong) {
+    DSD_RETURN_IF_ERROR(Expect(returned, code, {what}));
+  } else if (returned.ok()) {
     DSD_RETURN_IF_ERROR(WaitForFailure(comm));
   }
-  return Expect(comm.status(), kMismatch,
-                {"ranks disagree", "from rank 0", "from rank 1"});
+  DSD_RETURN_IF_ERROR(Expect(comm.status(), code,
+                             {absl::StrCat("on rank ", wrong, " of"), what}));
+  DSD_RETURN_IF_ERROR(Check(comm.env()->Now() - start < kSoon, "it took long"));
+  return ExpectDead(comm, code);
+}
+
+#define DSD_CASE_OF_ARGUMENT(call, code, what)                        \
+  DSD_CONFORMANCE_CASE_ON(AWrong##call##OnOneRank, 3, 3) {            \
+    return WrongOnOneRank(comm, &call, absl::StatusCode::code, what); \
+  }
+
+DSD_CASE_OF_ARGUMENT(BroadcastRoot, kInvalidArgument, "root 3 is not in [0, 3)")
+DSD_CASE_OF_ARGUMENT(ScatterRoot, kInvalidArgument, "root -1 is not in [0, 3)")
+DSD_CASE_OF_ARGUMENT(ScatterParts, kInvalidArgument,
+                     "4 parts, expected none but on the root")
+DSD_CASE_OF_ARGUMENT(ScatterPartOfTheRoot, kInvalidArgument,
+                     "has 100 bytes, expected 99")
+DSD_CASE_OF_ARGUMENT(AllGatherParts, kInvalidArgument, "2 parts")
+DSD_CASE_OF_ARGUMENT(AllGatherOwnPart, kInvalidArgument,
+                     "100 bytes, expected 99")
+DSD_CASE_OF_ARGUMENT(BlobsLimit, kInvalidArgument, "max_bytes_each is -5")
+DSD_CASE_OF_ARGUMENT(ReduceScatterCount, kInvalidArgument,
+                     "count -3 is out of range")
+DSD_CASE_OF_ARGUMENT(ReduceScatterCounts, kInvalidArgument, "4 counts")
+DSD_CASE_OF_ARGUMENT(ReduceScatterInput, kInvalidArgument,
+                     "input has 301 bytes, expected 300")
+DSD_CASE_OF_ARGUMENT(ReduceScatterOutput, kInvalidArgument,
+                     "output has 99 bytes, expected 100")
+DSD_CASE_OF_ARGUMENT(ReduceScatterType, kUnimplemented, "no max of float8")
+DSD_CASE_OF_ARGUMENT(AllReduceBytes, kInvalidArgument, "10 bytes")
+DSD_CASE_OF_ARGUMENT(AllReduceType, kUnimplemented, "no sum of complex64")
+DSD_CASE_OF_ARGUMENT(AllReduceOfBools, kUnimplemented, "no sum of bool")
+DSD_CASE_OF_ARGUMENT(OpenLaneName, kInvalidArgument, "the name has 0 bytes")
+DSD_CASE_OF_ARGUMENT(ExchangePeer, kInvalidArgument, "peer -1 is not in [0, 3)")
+DSD_CASE_OF_ARGUMENT(ExchangeMemory, kInvalidArgument, "must be in host memory")
+DSD_CASE_OF_ARGUMENT(BroadcastRootOnAPart, kInvalidArgument,
+                     "root 2 is not in [0, 2)")
+
+// That all make the same mistake makes no difference.
+DSD_CONFORMANCE_CASE(AWrongArgumentOnAllRanks) {
+  const absl::Status status = BroadcastRoot(comm, true);
+  DSD_RETURN_IF_ERROR(
+      Expect(status, absl::StatusCode::kInvalidArgument,
+             {absl::StrCat("root ", comm.size(), " is not in")}));
+  return ExpectDead(comm, absl::StatusCode::kInvalidArgument);
+}
+
+// A group that has failed says so first.
+DSD_CONFORMANCE_CASE(AWrongArgumentAfterAnError) {
+  comm.Abort(absl::DataLossError("a bad block"));
+  return Expect(BroadcastRoot(comm, true), absl::StatusCode::kAborted,
+                {"a bad block"});
 }
 
 DSD_CONFORMANCE_CASE_FROM(LanesOfDifferentNames, 2) {
