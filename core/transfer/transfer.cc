@@ -674,9 +674,12 @@ absl::StatusOr<TransferStats> Transfer(const Plan& plan, Endpoint& source,
                                        const TransferOptions& options) {
   constexpr int64_t kMinChunkBytes = 16;  // one item of the largest type
   if (options.chunk_bytes < kMinChunkBytes) {
-    return absl::InvalidArgumentError(
+    const absl::Status status = absl::InvalidArgumentError(
         absl::StrCat("chunk_bytes is ", options.chunk_bytes,
                      ", expected at least ", kMinChunkBytes));
+    // The others' may be right, and they wait for this one.
+    if (comm != nullptr) comm->Abort(status);
+    return status;
   }
   return Executor(plan, source, target, comm, options).Run();
 }

@@ -259,6 +259,31 @@ TEST(TransferTest, AnErrorOfOneEndpointEndsTheTransferOnAllRanks) {
   }
 }
 
+// Nobody waits for that rank until the deadline.
+TEST(TransferTest, AChunkSizeThatIsWrongOnOneRankIsEverybodysError) {
+  Ranks ranks(3);
+  const std::vector<TensorCase> tensors = {RowsToColumns(3)};
+  const absl::Time start = Env::Real()->Now();
+  const auto statuses =
+      ranks.Run([&](int rank, Communicator& comm) -> absl::Status {
+        Side source;
+        Side target;
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, true, source));
+        DSD_RETURN_IF_ERROR(FillSide(tensors, rank, false, target));
+        TransferOptions options;
+        if (rank == 1) options.chunk_bytes = 15;
+        return Redistribute(source.endpoint, target.endpoint, &comm, options)
+            .status();
+      });
+  EXPECT_LT(Env::Real()->Now() - start, absl::Minutes(1));
+  EXPECT_EQ(statuses[1].code(), absl::StatusCode::kInvalidArgument);
+  for (int rank : {0, 2}) {
+    EXPECT_EQ(statuses[rank].code(), absl::StatusCode::kAborted);
+    EXPECT_THAT(statuses[rank].message(), HasSubstr("rank 1"));
+    EXPECT_THAT(statuses[rank].message(), HasSubstr("chunk_bytes is 15"));
+  }
+}
+
 // What Redistribute returns on two ranks, whose options `prepare` makes.
 std::vector<absl::Status> MoveRowsToColumns(
     const std::function<void(int, Env*, CallOptions&)>& prepare) {
