@@ -8,7 +8,10 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
+#include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/store.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -16,6 +19,8 @@
 namespace dsd {
 namespace {
 
+using ::testing::AnyOf;
+using ::testing::Each;
 using ::testing::ElementsAre;
 
 TEST(LocalBackendTest, RanksExchangeAndReduce) {
@@ -102,6 +107,68 @@ TEST(LocalBackendTest, LeavingWithoutShutdownFailsTheOthers) {
               ElementsAre(IsStatus(absl::StatusCode::kUnavailable, "rank 1"),
                           absl::OkStatus(),
                           IsStatus(absl::StatusCode::kUnavailable, "rank 1")));
+}
+
+// A lane of its own communicator, which is destroyed with the others' while
+// `use` runs in another thread.
+std::vector<absl::Status> LanesThatAreLeft(
+    absl::FunctionRef<absl::Status(Communicator& lane)> use,
+    bool shutdown = false) {
+  const std::shared_ptr<Store> store = MakeInProcessStore(Env::Real());
+  std::vector<absl::Status> used(3);
+  RankThreadsOptions options;
+  options.shutdown = false;
+  EXPECT_THAT(
+      RunRankThreads(
+          3,
+          [&](Communicator& outer) -> absl::Status {
+            DSD_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> comm,
+                                 Communicator::Create(RankThreadCommunicator(
+                                     outer.rank(), 3, store)));
+            DSD_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> lane,
+                                 comm->OpenLane("lane"));
+            // All have it.
+            DSD_RETURN_IF_ERROR(comm->Barrier());
+            auto thread = Env::Real()->StartThread(
+                "use", [&] { used[outer.rank()] = use(*lane); });
+            if (shutdown) DSD_RETURN_IF_ERROR(comm->Shutdown());
+            DSD_RETURN_IF_ERROR(outer.Barrier());
+            comm.reset();
+            thread.reset();
+            return outer.Barrier();
+          },
+          options),
+      AllOk());
+  return used;
+}
+
+// What waits on a lane when all communicators go ends then, and not at its
+// deadline or when somebody dies, of which nobody would hear any more.
+TEST(LocalBackendTest, ACallOnALaneEndsWithItsCommunicator) {
+  for (const bool shutdown : {false, true}) {
+    const absl::Time start = Env::Real()->Now();
+    const std::vector<absl::Status> used = LanesThatAreLeft(
+        [](Communicator& lane) {
+          std::vector<std::byte> in(10);
+          return lane.Exchange(
+              {}, {{(lane.rank() + 1) % 3, absl::MakeSpan(in)}}, "never");
+        },
+        shutdown);
+    EXPECT_LT(Env::Real()->Now() - start, absl::Seconds(60));
+    EXPECT_THAT(used, Each(AnyOf(IsStatus(absl::StatusCode::kFailedPrecondition,
+                                          "was destroyed on rank"),
+                                 IsStatus(absl::StatusCode::kFailedPrecondition,
+                                          "after Shutdown"))));
+  }
+}
+
+TEST(LocalBackendTest, LanesThatAreLeftFail) {
+  EXPECT_THAT(
+      LanesThatAreLeft([](Communicator& lane) {
+        while (lane.status().ok()) std::this_thread::yield();
+        return lane.Barrier();
+      }),
+      Each(IsStatus(absl::StatusCode::kFailedPrecondition, "was not started")));
 }
 
 // All ranks return an error that they agree on, none calls Shutdown, and one is

@@ -794,6 +794,16 @@ Communicator::Communicator(std::unique_ptr<Lane> lane)
 Communicator::~Communicator() {
   if (!lane_->is_main) return;
   Core& core = *lane_->core;
+  // Nobody watches over lanes that are left: the ranks' deaths are not reported
+  // any more. None of them can come to be now.
+  const absl::Cleanup end_lanes = [&] {
+    if (lane_->core.use_count() == 1) return;
+    core.Fail(absl::FailedPreconditionError(
+                  absl::StrCat("the communicator of group ", Quoted(core.group),
+                               " was destroyed on rank ", core.rank,
+                               ", and its lanes end with it")),
+              /*tell=*/false);
+  };
   {
     absl::MutexLock lock(&core.mu);
     if (core.shut_down || !core.error.ok()) return;
@@ -801,7 +811,7 @@ Communicator::~Communicator() {
   // Ranks that give up together, over an error that all of them know, have no
   // Shutdown; none may take the end of another for the cause, or miss a message
   // that is under way.
-  if (core.membership != nullptr &&
+  if (core.membership == nullptr ||
       core.membership->Leave(core.env->Now() + kGoodbyePatience).ok()) {
     return;
   }

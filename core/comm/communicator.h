@@ -131,8 +131,9 @@ class Communicator {
   // Of Create's, without Shutdown and on a group that has not failed: waits up
   // to a second for all other ranks to leave, too, as they do after an error
   // that they have agreed on; if they do not, the group fails (Unavailable on
-  // the others, naming this rank). Returns within 2 s. Of OpenLane's and
-  // Split's: nothing.
+  // the others, naming this rank). Returns within 2 s. Lanes of OpenLane and
+  // Split that are left end with it, on this rank: calls that wait on them, and
+  // later ones, are FailedPrecondition. Of OpenLane's and Split's: nothing.
   ~Communicator();
 
   int rank() const;

@@ -112,6 +112,26 @@ TEST(CommunicatorTest, TheFirstReasonOfAnAbortStays) {
   EXPECT_EQ(comm->Shutdown().code(), absl::StatusCode::kAborted);
 }
 
+TEST(CommunicatorTest, LanesEndWithTheirCommunicator) {
+  for (const bool shut_down : {false, true}) {
+    auto comm = WorldOfOne();
+    absl::StatusOr<std::unique_ptr<Communicator>> lane = comm->OpenLane("lane");
+    ASSERT_TRUE(lane.ok()) << lane.status();
+    absl::StatusOr<std::unique_ptr<Communicator>> part = comm->Split(0, 0);
+    ASSERT_TRUE(part.ok()) << part.status();
+    EXPECT_EQ((*lane)->Barrier(), absl::OkStatus());
+    if (shut_down) {
+      EXPECT_EQ(comm->Shutdown(), absl::OkStatus());
+    }
+    comm.reset();
+    for (Communicator* const left : {lane->get(), part->get()}) {
+      const absl::Status status = left->Barrier();
+      EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+      EXPECT_THAT(TextOf(status), HasSubstr("was destroyed on rank 0"));
+    }
+  }
+}
+
 // On the wire, so it must not change by accident.
 TEST(EnvelopeTest, LayoutAndTags) {
   EXPECT_EQ(offsetof(EnvelopeHead, version), 4);
