@@ -169,7 +169,8 @@ std::vector<GroupTable::Event> GroupTable::Break(MemberId member,
   return FailGroup(group, status, -1);
 }
 
-std::vector<GroupTable::Event> GroupTable::Expire(absl::Time now) {
+std::vector<GroupTable::Event> GroupTable::Expire(absl::Time now,
+                                                  absl::string_view hindrance) {
   std::vector<Event> events;
   for (auto& [name, group] : groups_) {
     if (group.complete) continue;
@@ -197,9 +198,13 @@ std::vector<GroupTable::Event> GroupTable::Expire(absl::Time now) {
     for (int rank = 0; rank < group.size; ++rank) {
       if (!group.places.contains(rank)) absent.push_back(rank);
     }
-    const absl::Status status = absl::DeadlineExceededError(
+    const std::string text =
         absl::StrCat(RankList(absent), " of ", group.size,
-                     " did not connect within ", DurationText(patience)));
+                     " did not connect within ", DurationText(patience));
+    const absl::Status status =
+        hindrance.empty()
+            ? absl::DeadlineExceededError(text)
+            : absl::ResourceExhaustedError(absl::StrCat(text, ": ", hindrance));
     std::vector<Event> failed = FailGroup(group, status, -1);
     events.insert(events.end(), failed.begin(), failed.end());
   }

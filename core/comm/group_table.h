@@ -59,8 +59,10 @@ class GroupTable {
   // The group fails, as found by another: the member hears of it, too.
   std::vector<Event> Break(MemberId member, const absl::Status& status);
 
-  // Joins whose time is over, and ranks that have not come back.
-  std::vector<Event> Expire(absl::Time now);
+  // Joins whose time is over, and ranks that have not come back. `hindrance`:
+  // why none can come at present, which makes it ResourceExhausted that one has
+  // not; empty if none is known.
+  std::vector<Event> Expire(absl::Time now, absl::string_view hindrance = "");
   absl::Time NextExpiry() const;
 
   // All members that have joined the group of `member`, by rank; empty if it is

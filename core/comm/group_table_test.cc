@@ -190,6 +190,14 @@ TEST(GroupTableTest, AbsentRanksAreNamed) {
                           "5s"));
 }
 
+TEST(GroupTableTest, WhatKeepsRanksOutIsNamed) {
+  GroupTable table;
+  Join(table, 1);
+  EXPECT_THAT(Text(table.Expire(kNow + kPatience, "the door is shut")),
+              ElementsAre("11 joined: RESOURCE_EXHAUSTED: ranks 0, 2 of 3 did "
+                          "not connect within 5s: the door is shut"));
+}
+
 TEST(GroupTableTest, ALateComerDoesNotDisturbAGroupAtWork) {
   GroupTable table;
   for (int rank = 0; rank < 3; ++rank) Join(table, rank);

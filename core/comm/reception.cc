@@ -21,6 +21,8 @@ constexpr size_t kMaxStrangers = 256;
 constexpr absl::Duration kFlushPatience = absl::Seconds(1);
 // After running out of descriptors.
 constexpr absl::Duration kAcceptPause = absl::Milliseconds(100);
+// Who is not let in tries again in less.
+constexpr absl::Duration kHinderedFor = absl::Seconds(1);
 constexpr absl::Duration kIdle = absl::Hours(1);
 // A client that reads nothing is as good as gone.
 constexpr size_t kMaxUnsentBytes = size_t{64} << 20;
@@ -34,7 +36,8 @@ Reception::Reception(Env* env, const ReceptionOptions& options, Socket listener,
       options_(options),
       listener_(std::move(listener)),
       waker_(std::move(waker)),
-      beats_(options.heartbeat_bound) {}
+      beats_(options.heartbeat_bound),
+      spare_(SpareDescriptor()) {}
 
 void Reception::Stop() {
   {
@@ -72,6 +75,7 @@ void Reception::Run(Host& host) {
       if ((may_end && !unsent) || env_->Now() >= *end) return;
     }
 
+    if (!spare_.valid()) spare_ = SpareDescriptor();
     std::vector<pollfd> polls = {{waker_.fd(), POLLIN, 0}};
     std::vector<Id> ids = {0};
     if (listener_.valid() && !end.has_value() && accept_after_ <= env_->Now()) {
@@ -157,21 +161,42 @@ void Reception::Write(Id id, Connection& connection) {
 
 void Reception::Accept() {
   while (true) {
+    const absl::Time now = env_->Now();
+    absl::Duration patience = options_.greeting_patience;
+    absl::Status refusal;
     absl::StatusOr<Socket> socket = AcceptFrom(listener_);
     if (!socket.ok()) {
-      LOG_FIRST_N(ERROR, 1)
-          << "the store cannot let ranks in: " << socket.status()
-          << "; raise ulimit -n";
-      accept_after_ = env_->Now() + kAcceptPause;
-      return;
+      const std::string why(socket.status().message());
+      // One is told, who may come again; then the next.
+      const bool has_room = spare_.valid();
+      spare_.Close();
+      if (has_room) socket = AcceptFrom(listener_);
+      // Without room the system does not say that nobody is waiting.
+      if (socket.ok() && !socket->valid()) return;
+      hindrance_ =
+          absl::StrCat("rank ", options_.rank, " cannot let ranks in: ", why,
+                       "; raise ulimit -n there");
+      hindered_at_ = now;
+      LOG_FIRST_N(ERROR, 1) << hindrance_;
+      if (!socket.ok()) {
+        accept_after_ = now + kAcceptPause;
+        return;
+      }
+      refusal = absl::ResourceExhaustedError(hindrance_);
+      patience = std::min(patience, kFlushPatience);
     }
     if (!socket->valid()) return;
     Connection& connection = connections_[NewId()];
     connection.socket = *std::move(socket);
-    connection.heard = env_->Now();
-    connection.deadline = connection.heard + options_.greeting_patience;
+    connection.refusal = std::move(refusal);
+    connection.heard = now;
+    connection.deadline = now + patience;
     DropStrangers();
   }
+}
+
+std::string Reception::Hindrance(absl::Time now) const {
+  return now - hindered_at_ < kHinderedFor ? hindrance_ : "";
 }
 
 void Reception::DropStrangers() {
@@ -252,6 +277,8 @@ bool Reception::Greet(Host& host, Id id, Connection& connection,
                "the store is of dsd ", kLibraryVersion, ", the client of dsd ",
                absl::Utf8SafeCHexEscape(library),
                "; use the same dsd on all ranks")));
+  } else if (!connection.refusal.ok()) {
+    Refuse(connection, connection.refusal);
   } else if (options_.token.empty()) {
     Welcome(host, id, connection);
   } else {
@@ -355,6 +382,8 @@ void Reception::Reap(Host& host) {
     const auto it = connections_.find(id);
     if (it == connections_.end()) continue;
     const bool known = it->second.stage == Stage::kWelcome;
+    // There is room for the next one.
+    if (!it->second.refusal.ok()) accept_after_ = absl::InfinitePast();
     connections_.erase(it);
     if (known) host.Gone(id);
   }

@@ -25,6 +25,7 @@
 namespace dsd {
 
 struct ReceptionOptions {
+  int rank = 0;  // who serves, for error texts
   // See TcpStoreServerOptions.
   std::string job_id;
   uint64_t generation = 0;
@@ -75,6 +76,8 @@ class Reception {
   Id Adopt(Socket socket);
   // Nothing happens for those that are not there any more.
   void Send(Id id, absl::string_view frame);
+  // Why no rank can be let in now; empty if nothing is in the way.
+  std::string Hindrance(absl::Time now) const;
   // When what was sent is on its way.
   void Close(Id id);
   // In each round after the others: its process may end when it has heard what
@@ -99,6 +102,7 @@ class Reception {
     std::string client_nonce;
     std::string server_nonce;
     size_t max_frame_bytes = kMaxHelloBytes;
+    absl::Status refusal;  // whatever it says
     bool closing = false;  // after what is in `out`
     bool last = false;
     bool silent = false;  // was given up
@@ -137,6 +141,10 @@ class Reception {
   absl::btree_map<Id, Connection> connections_;
   std::vector<Id> broken_;
   absl::Time accept_after_ = absl::InfinitePast();
+  // Its room is for one who is told that there is none.
+  Socket spare_;
+  std::string hindrance_;
+  absl::Time hindered_at_ = absl::InfinitePast();
 };
 
 }  // namespace dsd

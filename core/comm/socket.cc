@@ -316,6 +316,8 @@ absl::StatusOr<Waker> Waker::Create() {
   return waker;
 }
 
+Socket SpareDescriptor() { return Socket(eventfd(0, EFD_CLOEXEC)); }
+
 void Waker::Wake() { eventfd_write(socket_.fd(), 1); }
 
 void Waker::Clear() {

@@ -71,6 +71,10 @@ class Waker {
   Socket socket_;
 };
 
+// A descriptor for nothing: closed, it makes room for one. Not valid if there
+// is no room for it.
+Socket SpareDescriptor();
+
 // "host:port", with brackets around a numeric IPv6 host.
 std::string HostPort(absl::string_view host, int port);
 

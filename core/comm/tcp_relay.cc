@@ -175,6 +175,7 @@ absl::StatusOr<std::unique_ptr<TcpRelay>> TcpRelay::Start(
   DSD_ASSIGN_OR_RETURN(address.port, listener.LocalPort());
   DSD_ASSIGN_OR_RETURN(Waker waker, Waker::Create());
   ReceptionOptions reception;
+  reception.rank = options.rank;
   reception.job_id = options.job_id;
   reception.generation = options.generation;
   reception.token = options.token;

@@ -95,6 +95,8 @@ struct TcpStoreOptions {
 };
 
 // Connects, waiting until somebody serves. Errors: DeadlineExceeded;
+// ResourceExhausted if who serves has no descriptors left by then, or this
+// process has none;
 // FailedPrecondition if what answers is no store of this version or of another
 // job; PermissionDenied if the two ends do not have the same token.
 absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(

@@ -438,7 +438,8 @@ absl::StatusOr<std::unique_ptr<Membership>> TcpStore::Join(
 // A new connection, and what the server says that this client is to be.
 struct Arrival {
   Socket socket;
-  std::string host;  // of the other end
+  absl::Status full;  // if not OK, why nobody is let in at present; come again
+  std::string host;   // of the other end
   absl::Duration heartbeat_bound;
   StoreRole role = StoreRole::kClient;
   int relay_rank = 0;  // of kElsewhere
@@ -477,8 +478,12 @@ class Greeting {
     if (KindOf(body) != FrameKind::kReply) return Foreign();
     FrameReader reader = FieldsOf(body);
     const absl::Status verdict = reader.GetStatus();
-    if (!verdict.ok()) return Annotate(verdict, where_);
     Arrival arrival;
+    if (absl::IsResourceExhausted(verdict)) {
+      arrival.full = Annotate(verdict, where_);
+      return arrival;
+    }
+    if (!verdict.ok()) return Annotate(verdict, where_);
     arrival.heartbeat_bound = absl::Nanoseconds(reader.Get<int64_t>());
     const absl::string_view proof = reader.GetText();
     arrival.role = static_cast<StoreRole>(reader.Get<uint8_t>());
@@ -612,6 +617,7 @@ absl::StatusOr<std::shared_ptr<Store>> EnterThroughRelay(
   DSD_ASSIGN_OR_RETURN(const Address address, ParseAddress(sent.relay));
   DSD_ASSIGN_OR_RETURN(Arrival arrival,
                        Greet(env, AskingAt(options, address), deadline));
+  DSD_RETURN_IF_ERROR(arrival.full);
   return Enter(env, options, sent.host, sent.relay_rank, std::move(arrival));
 }
 
@@ -624,6 +630,7 @@ absl::StatusOr<std::shared_ptr<Store>> EnterAsRelay(
   DSD_ASSIGN_OR_RETURN(
       Arrival arrival,
       Greet(env, AskingAt(options, relay->address()), deadline));
+  DSD_RETURN_IF_ERROR(arrival.full);
   DSD_ASSIGN_OR_RETURN(
       std::shared_ptr<Store> client,
       Enter(env, options, root.host, options.rank, std::move(arrival)));
@@ -638,11 +645,17 @@ absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
   absl::Time relays_end = absl::InfinitePast();  // not sent to one yet
   absl::Duration pause = kRetry;  // before a relay is tried again
   TcpStoreOptions options = given;
+  absl::Status full;  // what the server said last
   while (true) {
     absl::Status why;
     absl::Time again;
     absl::StatusOr<Arrival> arrival = Greet(env, options, deadline);
-    if (arrival.ok() && arrival->role == StoreRole::kElsewhere) {
+    if (arrival.ok()) full = arrival->full;
+    if (arrival.ok() && !full.ok()) {
+      arrival->socket.Close();
+      why = full;
+      again = env->Now() + kRetry;
+    } else if (arrival.ok() && arrival->role == StoreRole::kElsewhere) {
       arrival->socket.Close();
       if (relays_end == absl::InfinitePast()) {
         relays_end = env->Now() + (deadline - env->Now()) / 2;
@@ -661,15 +674,19 @@ absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
       return arrival->role == StoreRole::kRelay
                  ? EnterAsRelay(env, options, *std::move(arrival), deadline)
                  : Enter(env, options, host, 0, *std::move(arrival));
+    } else if (!full.ok() && absl::IsDeadlineExceeded(arrival.status())) {
+      return full;  // it waits for room, and has none for this answer either
     } else if (!absl::IsUnavailable(arrival.status()) ||
                !options.wait_for_server) {
       return arrival.status();
     } else {
       // The server of an earlier job at this address may be just closing.
       why = arrival.status();
+      full = absl::OkStatus();
       again = env->Now() + kRetry;
     }
     if (again >= deadline) {
+      if (!full.ok()) return full;
       // A connection that ends before the greeting is no answer either.
       return absl::DeadlineExceededError(absl::StrCat(
           "nobody answers at ", HostPort(options.host, options.port),

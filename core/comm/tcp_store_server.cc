@@ -166,7 +166,7 @@ absl::Time TcpStoreServer::Impl::NextWork() {
 }
 
 void TcpStoreServer::Impl::Work(absl::Time now) {
-  Deliver(groups_.Expire(now));
+  Deliver(groups_.Expire(now, reception_.Hindrance(now)));
   std::vector<uint64_t> due;
   for (const auto& [id, question] : questions_) {
     if (question.deadline <= now) due.push_back(id);

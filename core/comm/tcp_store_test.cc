@@ -191,23 +191,76 @@ TEST_F(TcpStoreTest, WhoWaitsForOthersHearsOfADeathSoon) {
                                         HasSubstr("before all had connected")));
 }
 
+// Takes all descriptors of the process but `left`, as long as it lives.
+class FewDescriptors {
+ public:
+  explicit FewDescriptors(int left) {
+    EXPECT_EQ(getrlimit(RLIMIT_NOFILE, &before_), 0);
+    rlimit few = before_;
+    few.rlim_cur = std::min<rlim_t>(before_.rlim_cur, 256);
+    EXPECT_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
+    do {
+      fillers_.emplace_back(eventfd(0, EFD_CLOEXEC));
+    } while (fillers_.back().valid());
+    fillers_.resize(fillers_.size() - 1 - left);
+  }
+  ~FewDescriptors() {
+    fillers_.clear();
+    EXPECT_EQ(setrlimit(RLIMIT_NOFILE, &before_), 0);
+  }
+
+ private:
+  rlimit before_;
+  std::vector<Socket> fillers_;
+};
+
 TEST_F(TcpStoreTest, WithoutDescriptorsConnectingSaysSo) {
-  rlimit before;
-  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
-  rlimit few = before;
-  few.rlim_cur = std::min<rlim_t>(before.rlim_cur, 256);
-  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
-  std::vector<Socket> fillers;
-  do {
-    fillers.emplace_back(eventfd(0, EFD_CLOEXEC));
-  } while (fillers.back().valid());
   TcpStoreOptions options;
   options.port = port_;
   options.job_id = "job";
-  const absl::Status status = ConnectTcpStore(env, options, Soon()).status();
-  fillers.clear();
-  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
+  absl::Status status;
+  {
+    const FewDescriptors few(0);
+    status = ConnectTcpStore(env, options, Soon()).status();
+  }
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+}
+
+// The server has none for one more rank: that one hears so, and those who wait
+// for it, too.
+TEST_F(TcpStoreTest, AServerWithoutDescriptorsSaysSo) {
+  const auto member = Connect();
+  const absl::Time join_end = In(absl::Seconds(2));
+  absl::Status joined;
+  std::thread joining(
+      [&] { joined = member->Join(Member(0, 2), join_end).status(); });
+  absl::Status status;
+  {
+    const FewDescriptors few(1);  // for the client's end
+    TcpStoreOptions options;
+    options.port = port_;
+    options.job_id = "job";
+    options.rank = 1;
+    status = ConnectTcpStore(env, options, join_end + absl::Milliseconds(500))
+                 .status();
+    joining.join();
+  }
+  for (const absl::Status& one : {status, joined}) {
+    EXPECT_EQ(one.code(), absl::StatusCode::kResourceExhausted) << one;
+    EXPECT_THAT(TextOf(one),
+                HasSubstr("rank 0 cannot let ranks in: accept: Too "
+                          "many open files; raise ulimit -n"));
+  }
+  EXPECT_THAT(TextOf(joined), HasSubstr("rank 1 of 2 did not connect within"));
+}
+
+TEST_F(TcpStoreTest, AServerThatHasDescriptorsAgainLetsRanksIn) {
+  auto few = std::make_unique<FewDescriptors>(1);
+  Socket first = Raw();
+  EXPECT_EQ(first.WriteAll(env, HelloFrame(1), Soon()), absl::OkStatus());
+  EXPECT_THAT(ReadFrame(first), HasSubstr("cannot let ranks in"));
+  few.reset();
+  EXPECT_EQ(Connect(1)->Set("key", "", Soon()), absl::OkStatus());
 }
 
 TEST_F(TcpStoreTest, MembersHearOfTheServersEnd) {
