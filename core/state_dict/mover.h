@@ -8,14 +8,12 @@
 #include <cstdint>
 #include <deque>
 #include <string>
-#include <utility>
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
-#include "absl/time/time.h"
-#include "dsd/core/base/call_options.h"
+#include "dsd/core/base/call_clock.h"
 #include "dsd/core/base/digest.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/comm/communicator.h"
@@ -25,27 +23,6 @@
 #include "dsd/core/transfer/transfer.h"
 
 namespace dsd {
-
-// CallOptions whose timeout was started at the entry of the outermost call.
-class CallClock {
- public:
-  CallClock(Env* env, CallOptions options)
-      : env_(env),
-        options_(std::move(options)),
-        deadline_(env->Now() + options_.timeout) {}
-
-  // The options with what is left of the timeout.
-  CallOptions Left() const {
-    CallOptions left = options_;
-    left.timeout = deadline_ - env_->Now();
-    return left;
-  }
-
- private:
-  Env* env_;
-  CallOptions options_;
-  absl::Time deadline_;
-};
 
 // One rank's place among the ranks, and the plans it has made.
 // Thread-compatible.

@@ -16,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "dsd/core/base/call_clock.h"
 #include "dsd/core/base/dtype.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/rank_list.h"
@@ -172,16 +173,11 @@ absl::Status AgreeOnCatalogs(Communicator* comm, absl::string_view what,
                              absl::FunctionRef<std::string()> describe,
                              const CallOptions& options) {
   Env* const env = comm == nullptr ? Env::Real() : comm->env();
-  const absl::Time deadline = env->Now() + options.timeout;
+  const CallClock clock(env, options);
   bool disagree = false;
   const absl::Status verdict =
       Agree(comm, what, fingerprint, local, describe, options, &disagree);
   if (!disagree) return verdict;
-  const auto rest = [&] {
-    CallOptions left = options;
-    left.timeout = deadline - env->Now();
-    return left;
-  };
 
   // All ranks are here.
   const std::string text = describe().substr(0, kMaxOptionBytes);
@@ -191,8 +187,9 @@ absl::Status AgreeOnCatalogs(Communicator* comm, absl::string_view what,
   mine += text;
   DSD_ASSIGN_OR_RETURN(
       const std::vector<std::string> digests,
-      comm->AllGatherBlobs(
-          mine, static_cast<int64_t>(digests_size + kMaxOptionBytes), rest()));
+      comm->AllGatherBlobs(mine,
+                           static_cast<int64_t>(digests_size + kMaxOptionBytes),
+                           clock.Left()));
   std::vector<std::pair<std::string, std::vector<int>>> words;
   for (size_t rank = 0; rank < digests.size(); ++rank) {
     if (digests[rank].size() < digests_size) {
@@ -220,7 +217,8 @@ absl::Status AgreeOnCatalogs(Communicator* comm, absl::string_view what,
     DSD_ASSIGN_OR_RETURN(
         const std::vector<std::string> entries,
         comm->AllGatherBlobs(EntriesOf(*catalogs[c], wanted),
-                             static_cast<int64_t>(kMaxEntryBytes), rest()));
+                             static_cast<int64_t>(kMaxEntryBytes),
+                             clock.Left()));
     CompareEntries(entries, known, lines);
   }
   if (lines.empty()) lines.push_back("the order of the tensors differs");

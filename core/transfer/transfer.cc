@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "dsd/core/base/call_clock.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/transfer/staging.h"
 
@@ -121,7 +122,7 @@ class Executor {
         comm_(comm),
         options_(options),
         env_(comm == nullptr ? Env::Real() : comm->env()),
-        deadline_(env_->Now() + options.call.timeout) {}
+        clock_(env_, options.call) {}
 
   absl::StatusOr<TransferStats> Run() {
     Stream on_device(plan_, source_.catalog());
@@ -185,8 +186,8 @@ class Executor {
     if (with_device != nullptr) {
       DSD_ASSIGN_OR_RETURN(stream, with_device->OpenDeviceStream());
     }
-    staging_.emplace(options_.chunk_bytes, std::move(stream), env_, deadline_,
-                     absl::StrCat(" on rank ", plan_.rank));
+    staging_.emplace(options_.chunk_bytes, std::move(stream), env_,
+                     clock_.deadline(), absl::StrCat(" on rank ", plan_.rank));
     return absl::OkStatus();
   }
 
@@ -604,8 +605,7 @@ class Executor {
   }
 
   CallOptions TimeLeft() const {
-    CallOptions left = options_.call;
-    left.timeout = deadline_ - env_->Now();
+    CallOptions left = clock_.Left();
     left.progress = nullptr;
     return left;
   }
@@ -628,7 +628,7 @@ class Executor {
   Communicator* const comm_;
   const TransferOptions& options_;
   Env* const env_;
-  const absl::Time deadline_;
+  const CallClock clock_;
   std::optional<Staging> staging_;
   std::deque<Flight> flights_;  // oldest first; they use staging_
   std::vector<MessagePiece> pieces_;
@@ -692,7 +692,7 @@ absl::Status Agree(Communicator* comm, absl::string_view what,
   if (comm == nullptr || comm->size() == 1) {
     return local.ok() ? local : Annotate(local, what);
   }
-  const absl::Time deadline = comm->env()->Now() + options.timeout;
+  const CallClock clock(comm->env(), options);
   std::string mine(1, static_cast<char>(local.code()));
   mine.append(reinterpret_cast<const char*>(fingerprint.bytes.data()),
               fingerprint.bytes.size());
@@ -724,10 +724,9 @@ absl::Status Agree(Communicator* comm, absl::string_view what,
     text = describe();
   }
   if (text.size() > kMaxVerdictBytes) text.resize(kMaxVerdictBytes);
-  CallOptions rest = options;
-  rest.timeout = deadline - comm->env()->Now();
-  DSD_ASSIGN_OR_RETURN(std::vector<std::string> texts,
-                       comm->AllGatherBlobs(text, kMaxVerdictBytes, rest));
+  DSD_ASSIGN_OR_RETURN(
+      std::vector<std::string> texts,
+      comm->AllGatherBlobs(text, kMaxVerdictBytes, clock.Left()));
   bool all_go_on = true;
   for (std::string& other : texts) {
     const bool goes_on = !other.empty() && other[0] == kGoesOn;
@@ -750,7 +749,7 @@ absl::StatusOr<TransferStats> Redistribute(Endpoint& source, Endpoint& target,
                                            Communicator* comm,
                                            const TransferOptions& options) {
   Env* const env = comm == nullptr ? Env::Real() : comm->env();
-  const absl::Time deadline = env->Now() + options.call.timeout;
+  const CallClock clock(env, options.call);
   const Catalog& from = source.catalog();
   const Catalog& to = target.catalog();
   const int rank = comm == nullptr ? 0 : comm->rank();
@@ -769,7 +768,7 @@ absl::StatusOr<TransferStats> Redistribute(Endpoint& source, Endpoint& target,
       },
       options.call));
   TransferOptions rest = options;
-  rest.call.timeout = deadline - env->Now();
+  rest.call = clock.Left();
   return Transfer(*plan, source, target, comm, rest);
 }
 
