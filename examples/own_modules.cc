@@ -116,6 +116,9 @@ absl::Status Run() {
             auto comm = dsd::Communicator::Create(options);
             statuses[rank] = comm.ok() ? RunRank(**comm) : comm.status();
           }));
+      if (threads.back() == nullptr) {
+        statuses[rank] = dsd::NoThread(absl::StrCat("rank ", rank));
+      }
     }
   }
   for (const absl::Status& status : statuses) DSD_RETURN_IF_ERROR(status);

@@ -189,6 +189,9 @@ absl::Status Run() {
             outcomes[rank].status =
                 RunRank(rank, tensors, store, outcomes[rank]);
           }));
+      if (threads.back() == nullptr) {
+        outcomes[rank].status = dsd::NoThread(absl::StrCat("rank ", rank));
+      }
     }
   }
 

@@ -341,7 +341,7 @@ absl::Status C10dEngine::Connect(absl::Time deadline) {
   frame_tag_ = kFirstFrameTag + static_cast<int>(number);
   thread_ = options_.env->StartThread(
       "dsd_c10d", [self = shared_from_this()] { self->ReceiveFrames(); });
-  return absl::OkStatus();
+  return thread_ == nullptr ? NoThread("dsd_c10d") : absl::OkStatus();
 }
 
 absl::StatusOr<Work> C10dEngine::SendFrame(int peer, const FrameHead& head,

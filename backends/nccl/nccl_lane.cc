@@ -116,6 +116,7 @@ absl::Status NcclLane::Open(absl::Time deadline) {
   received_.assign(options_.world_size, 0);
   thread_ = options_.env->StartThread("dsd_nccl",
                                       [this, deadline] { Run(deadline); });
+  if (thread_ == nullptr) return NoThread("dsd_nccl");
   absl::MutexLock lock(&mu_);
   const auto over = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
     return opened_ || cancelled_;

@@ -398,6 +398,7 @@ absl::Status UcxEngine::StartOwner(absl::Time deadline) {
     const SignalBlock block;
     owner_ = options_.env->StartThread("dsd_ucx", [this] { Own(); });
   }
+  if (owner_ == nullptr) return NoThread("dsd_ucx");
   const auto opened = [this]() ABSL_SHARED_LOCKS_REQUIRED(mu_) {
     return opened_ || Ended();
   };

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <random>
+#include <system_error>
 #include <thread>  // NOLINT: the one place that starts threads
 #include <utility>
 
@@ -300,12 +301,16 @@ class RealEnv final : public Env {
 
   std::unique_ptr<EnvThread> StartThread(
       absl::string_view name, absl::AnyInvocable<void()> body) override {
-    return std::make_unique<RealThread>(
-        std::thread([name = std::string(name.substr(0, 15)),
-                     body = std::move(body)]() mutable {
-          pthread_setname_np(pthread_self(), name.c_str());
-          body();
-        }));
+    try {
+      return std::make_unique<RealThread>(
+          std::thread([name = std::string(name.substr(0, 15)),
+                       body = std::move(body)]() mutable {
+            pthread_setname_np(pthread_self(), name.c_str());
+            body();
+          }));
+    } catch (const std::system_error&) {
+      return nullptr;
+    }
   }
 
   uint64_t RandomSeed() override {
@@ -338,6 +343,13 @@ class RealEnv final : public Env {
 };
 
 }  // namespace
+
+absl::Status NoThread(absl::string_view name) {
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "the system cannot start thread ", name,
+      "; raise ulimit -u and the limit of the container or service (pids.max), "
+      "or start fewer processes"));
+}
 
 Env* Env::Real() {
   static absl::NoDestructor<RealEnv> env;

@@ -139,7 +139,9 @@ class Env {
   virtual absl::StatusOr<int> Poll(absl::Span<struct pollfd> fds,
                                    absl::Time deadline) = 0;
 
-  // `name` (at most 15 bytes are shown by the system) is for debuggers.
+  // `name` (at most 15 bytes are shown by the system) is for debuggers. Null if
+  // the system can start none, since threads or memory have run out: see
+  // NoThread.
   virtual std::unique_ptr<EnvThread> StartThread(
       absl::string_view name, absl::AnyInvocable<void()> body) = 0;
 
@@ -152,6 +154,9 @@ class Env {
 
   virtual FileSystem& files() = 0;
 };
+
+// ResourceExhausted: StartThread gave none for `name`.
+absl::Status NoThread(absl::string_view name);
 
 }  // namespace dsd
 

@@ -9,13 +9,29 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "dsd/testing/harness/no_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
 namespace dsd {
 namespace {
+
+TEST(EnvTest, WithoutThreadsThereIsNone) {
+  bool ran = false;
+  {
+    const NoThreads none;
+    EXPECT_EQ(Env::Real()->StartThread("t", [&] { ran = true; }), nullptr);
+  }
+  EXPECT_FALSE(ran);
+  Env::Real()->StartThread("t", [&] { ran = true; }).reset();
+  EXPECT_TRUE(ran);
+  const absl::Status status = NoThread("dsd_t");
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(absl::StrContains(status.message(), "dsd_t")) << status;
+}
 
 using ::testing::ElementsAre;
 using ::testing::EndsWith;

@@ -251,13 +251,17 @@ absl::Status Communicator::Core::TimeIsOver(const ActiveCall& active,
       active.call.text);
 }
 
-void Communicator::Core::WatchCancel(const std::atomic<bool>* cancel,
-                                     absl::string_view call) {
+absl::Status Communicator::Core::WatchCancel(const std::atomic<bool>* cancel,
+                                             absl::string_view call) {
   absl::MutexLock lock(&mu);
-  watched.push_back({cancel, std::string(call)});
   if (watcher == nullptr && !stopping) {
     watcher = env->StartThread("dsd_cancel", [this] { CancelLoop(); });
+    if (watcher == nullptr) {
+      return Annotate(NoThread("dsd_cancel"), absl::StrCat(call, " ", Here()));
+    }
   }
+  watched.push_back({cancel, std::string(call)});
+  return absl::OkStatus();
 }
 
 void Communicator::Core::UnwatchCancel(const std::atomic<bool>* cancel) {
@@ -456,11 +460,18 @@ absl::Status PendingExchange::Impl::WaitForAll() {
 }
 
 absl::Status PendingExchange::Impl::Wait() {
-  if (active->cancel != nullptr) {
-    core->WatchCancel(active->cancel, active->call.text);
+  absl::Status status;
+  if (active->cancel == nullptr) {
+    status = WaitForAll();
+  } else {
+    status = core->WatchCancel(active->cancel, active->call.text);
+    if (status.ok()) {
+      status = WaitForAll();
+      core->UnwatchCancel(active->cancel);
+    } else {
+      status = core->FailDuring(status, active->call.text);
+    }
   }
-  const absl::Status status = WaitForAll();
-  if (active->cancel != nullptr) core->UnwatchCancel(active->cancel);
   finished = true;
   batch.reset();
   own.reset();

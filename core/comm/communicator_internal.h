@@ -92,7 +92,8 @@ struct Communicator::Core {
   void WaitFor(uint64_t lane, int peer);
 
   // Calls are cancelled by a flag that nobody announces, so a thread looks.
-  void WatchCancel(const std::atomic<bool>* cancel, absl::string_view call);
+  absl::Status WatchCancel(const std::atomic<bool>* cancel,
+                           absl::string_view call);
   void UnwatchCancel(const std::atomic<bool>* cancel);
   void CancelLoop();
 

@@ -5,11 +5,14 @@
 
 #include "dsd/core/comm/communicator.h"
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "dsd/core/base/call_options.h"
 #include "dsd/core/comm/envelope.h"
+#include "dsd/testing/harness/no_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -110,6 +113,19 @@ TEST(CommunicatorTest, TheFirstReasonOfAnAbortStays) {
   EXPECT_EQ(status.code(), absl::StatusCode::kAborted);
   EXPECT_THAT(TextOf(status), HasSubstr("DATA_LOSS: first"));
   EXPECT_EQ(comm->Shutdown().code(), absl::StatusCode::kAborted);
+}
+
+// Nobody could look for the cancel.
+TEST(CommunicatorTest, ACallThatCanBeCancelledNeedsAThread) {
+  const auto comm = WorldOfOne();
+  const std::atomic<bool> cancel{false};
+  CallOptions options;
+  options.cancel = &cancel;
+  const NoThreads none;
+  const absl::Status status = comm->Exchange({}, {}, "nothing", options);
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(TextOf(status), HasSubstr("exchange \"nothing\" on rank 0"));
+  EXPECT_EQ(comm->Barrier().code(), absl::StatusCode::kResourceExhausted);
 }
 
 TEST(CommunicatorTest, LanesEndWithTheirCommunicator) {

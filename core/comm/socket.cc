@@ -123,6 +123,10 @@ absl::StatusOr<AddressList> Resolve(Env* env, absl::string_view host_view,
         state->result = std::move(result);
         state->done = true;
       });
+  if (look_up.thread == nullptr) {
+    return Annotate(NoThread("dsd_resolve"),
+                    absl::StrCat("look for host \"", host, "\""));
+  }
   {
     LookUpThread::State& state = *look_up.state;
     absl::MutexLock lock(&state.mu);

@@ -38,6 +38,7 @@ class TcpRelay::Impl final : public Reception::Host {
   }
 
   const Address& address() const { return address_; }
+  bool has_thread() const { return thread_ != nullptr; }
 
   Reception::Place Welcome(Reception::Id id, int rank) override {
     clients_.insert(id);
@@ -180,9 +181,11 @@ absl::StatusOr<std::unique_ptr<TcpRelay>> TcpRelay::Start(
   reception.generation = options.generation;
   reception.token = options.token;
   reception.heartbeat_bound = heartbeat_bound;
-  return absl::WrapUnique(new TcpRelay(std::make_unique<Impl>(
-      env, reception, options.rank, std::move(address), std::move(listener),
-      std::move(server), std::move(waker))));
+  auto impl = std::make_unique<Impl>(env, reception, options.rank,
+                                     std::move(address), std::move(listener),
+                                     std::move(server), std::move(waker));
+  if (!impl->has_thread()) return NoThread("dsd_relay");
+  return absl::WrapUnique(new TcpRelay(std::move(impl)));
 }
 
 }  // namespace dsd

@@ -66,6 +66,8 @@ class TcpStore final : public Store,
     thread_.reset();
   }
 
+  bool has_thread() const { return thread_ != nullptr; }
+
   absl::Status Set(absl::string_view key, absl::string_view value,
                    absl::Time deadline) override {
     DSD_RETURN_IF_ERROR(CheckKey(key));
@@ -595,9 +597,11 @@ absl::StatusOr<std::shared_ptr<Store>> Enter(Env* env,
                                              const std::string& host,
                                              int server_rank, Arrival arrival) {
   DSD_ASSIGN_OR_RETURN(Waker waker, Waker::Create());
-  return std::make_shared<TcpStore>(env, options, host, server_rank,
-                                    std::move(arrival.socket), std::move(waker),
-                                    arrival.heartbeat_bound);
+  auto store = std::make_shared<TcpStore>(
+      env, options, host, server_rank, std::move(arrival.socket),
+      std::move(waker), arrival.heartbeat_bound);
+  if (!store->has_thread()) return NoThread("dsd_store_io");
+  return store;
 }
 
 // The options with which to ask a relay.

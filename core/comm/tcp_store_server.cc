@@ -62,6 +62,7 @@ class TcpStoreServer::Impl final : public Reception::Host {
   }
 
   int port() const { return port_; }
+  bool has_thread() const { return thread_ != nullptr; }
 
   Reception::Place Welcome(Reception::Id id, int rank) override;
   bool Handle(Reception::Id id, absl::string_view body) override;
@@ -568,8 +569,10 @@ absl::StatusOr<std::unique_ptr<TcpStoreServer>> TcpStoreServer::Start(
                                                        options.port, deadline));
   DSD_ASSIGN_OR_RETURN(const int port, listener.LocalPort());
   DSD_ASSIGN_OR_RETURN(Waker waker, Waker::Create());
-  return absl::WrapUnique(new TcpStoreServer(std::make_unique<Impl>(
-      env, options, std::move(listener), port, std::move(waker))));
+  auto impl = std::make_unique<Impl>(env, options, std::move(listener), port,
+                                     std::move(waker));
+  if (!impl->has_thread()) return NoThread("dsd_store");
+  return absl::WrapUnique(new TcpStoreServer(std::move(impl)));
 }
 
 namespace {

@@ -29,6 +29,7 @@
 #include "dsd/core/comm/socket.h"
 #include "dsd/core/comm/store_frames.h"
 #include "dsd/core/comm/store_protocol.h"
+#include "dsd/testing/harness/no_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -261,6 +262,21 @@ TEST_F(TcpStoreTest, AServerThatHasDescriptorsAgainLetsRanksIn) {
   EXPECT_THAT(ReadFrame(first), HasSubstr("cannot let ranks in"));
   few.reset();
   EXPECT_EQ(Connect(1)->Set("key", "", Soon()), absl::OkStatus());
+}
+
+TEST_F(TcpStoreTest, WithoutThreadsItSaysSo) {
+  TcpStoreOptions client;
+  client.port = port_;
+  client.job_id = "job";
+  const NoThreads none;
+  for (const absl::Status& status :
+       {TcpStoreServer::Start(env, {}, Soon()).status(),
+        ConnectTcpStore(env, client, Soon()).status(),
+        // Which a thread looks for.
+        ConnectOnce(env, "host.invalid", port_, Soon()).status()}) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+    EXPECT_THAT(TextOf(status), HasSubstr("cannot start thread dsd_"));
+  }
 }
 
 TEST_F(TcpStoreTest, MembersHearOfTheServersEnd) {

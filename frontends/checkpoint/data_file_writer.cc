@@ -73,9 +73,16 @@ absl::Status DataFileWriter::Submit() {
   }
   if (writers_.empty()) {
     for (int i = 0; i < kWriters; ++i) {
-      writers_.push_back(
-          env_.StartThread("dsd_write", [this] { RunWriter(); }));
+      std::unique_ptr<EnvThread> writer =
+          env_.StartThread("dsd_write", [this] { RunWriter(); });
+      if (writer != nullptr) writers_.push_back(std::move(writer));
     }
+  }
+  if (writers_.empty()) {  // the system has no thread for it
+    DSD_RETURN_IF_ERROR(file_->WriteAt(
+        position_ - used_, absl::MakeConstSpan(current_, kPieceBytes)));
+    used_ = 0;
+    return absl::OkStatus();
   }
   absl::MutexLock lock(&mu_);
   env_.Await(mu_, absl::Condition(this, &DataFileWriter::HasFree),

@@ -133,12 +133,15 @@ absl::Status Saver::Start(const std::string& directory, const State& state,
     impl.running = true;
     impl.result.reset();
   }
-  impl.thread = impl.env->StartThread("dsd_save", [&impl, local] {
+  const auto finish = [&impl, local] {
     absl::StatusOr<SaveReport> result = impl.job->Finish(local, nullptr);
     absl::MutexLock lock(&impl.mu);
     impl.result = std::move(result);
     impl.running = false;
-  });
+  };
+  impl.thread = impl.env->StartThread("dsd_save", finish);
+  // The others write already: late is better than an error for all.
+  if (impl.thread == nullptr) finish();
   return absl::OkStatus();
 }
 

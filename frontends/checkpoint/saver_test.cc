@@ -14,6 +14,7 @@
 #include "dsd/core/base/status_macros.h"
 #include "dsd/frontends/checkpoint/checkpoint.h"
 #include "dsd/frontends/checkpoint/test_state.h"
+#include "dsd/testing/harness/no_threads.h"
 #include "dsd/testing/harness/rank_threads.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -78,6 +79,32 @@ class Gate {
   absl::Mutex mu_;
   bool open_ = false;
 };
+
+// No thread for the save, and none to write what does not fit into a piece.
+TEST(SaverTest, WithoutThreadsItIsSavedAtOnce) {
+  FakeEnv env;
+  const DeviceMesh mesh = DeviceMesh::Iota({1});
+  const std::vector<TestTensor> tensors = {
+      {{std::string("w")},
+       DType::kFloat32,
+       *Layout::FromPlacements({3, 1 << 20}, mesh, {Replicate()})}};
+  const absl::StatusOr<std::unique_ptr<Saver>> saver =
+      Saver::Create(nullptr, "saves", &env);
+  ASSERT_TRUE(saver.ok()) << saver.status();
+  TestState state = TestState::Filled(tensors, 0, 1, Objects(1));
+  {
+    const NoThreads none;
+    EXPECT_EQ((*saver)->Start("/a", state.state()), absl::OkStatus());
+    EXPECT_FALSE((*saver)->running());
+  }
+  EXPECT_EQ((*saver)->Wait().status(), absl::OkStatus());
+  TestState loaded = TestState::Blank(tensors, 0, Objects(0));
+  LoadOptions options;
+  options.env = &env;
+  EXPECT_EQ(Load("/a", loaded.state(), nullptr, options).status(),
+            absl::OkStatus());
+  EXPECT_EQ(loaded.Difference(1), "");
+}
 
 TEST(SaverTest, WhatIsSavedIsWhatWasThereWhenStartReturned) {
   for (const int ranks : {1, 2, 3}) {
