@@ -30,6 +30,7 @@ namespace {
 
 constexpr absl::Duration kGrace = absl::Seconds(30);
 constexpr char kSelf[] = "/proc/self/exe";
+constexpr int kExitUsage = 2;
 
 absl::Status SystemError(absl::string_view what) {
   return absl::ErrnoToStatus(errno, what);
@@ -151,6 +152,7 @@ absl::Status RunRanks(int world_size,
   if (!start.ok()) kill_all();
 
   std::vector<std::string> failures;
+  bool all_are_usage = true;
   absl::Time deadline = absl::InfiniteFuture();
   size_t num_ended = 0;
   while (num_ended < processes.size()) {
@@ -166,6 +168,8 @@ absl::Status RunRanks(int world_size,
       ++num_ended;
       const std::string end = DescribeEnd(wait_status);
       if (end.empty()) continue;
+      all_are_usage &=
+          WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == kExitUsage;
       failures.push_back(absl::StrCat("rank ", rank, " ", end));
       if (deadline == absl::InfiniteFuture()) deadline = absl::Now() + kGrace;
     }
@@ -176,9 +180,11 @@ absl::Status RunRanks(int world_size,
   }
   DSD_RETURN_IF_ERROR(start);
   if (failures.empty()) return absl::OkStatus();
-  return absl::AbortedError(absl::StrCat(failures.size(), " of ", world_size,
-                                         " ranks failed:\n  ",
-                                         absl::StrJoin(failures, "\n  ")));
+  return absl::Status(
+      all_are_usage ? absl::StatusCode::kInvalidArgument
+                    : absl::StatusCode::kAborted,
+      absl::StrCat(failures.size(), " of ", world_size, " ranks failed:\n  ",
+                   absl::StrJoin(failures, "\n  ")));
 }
 
 }  // namespace dsd_examples

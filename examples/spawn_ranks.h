@@ -19,7 +19,9 @@ namespace dsd_examples {
 // After the first that did not, the others have 30 s to end by themselves.
 //
 // Errors: Aborted naming each failed rank, in the order in which they ended,
-// with signal or exit code; what the system reports.
+// with signal or exit code; InvalidArgument in the same words if all that
+// failed have exit code 2, for arguments or an environment that are wrong; what
+// the system reports.
 absl::Status RunRanks(int world_size,
                       const std::vector<std::string>& arguments);
 

@@ -6,6 +6,7 @@
 
 #include "dsd/examples/train_digits.h"
 
+#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -89,7 +90,7 @@ constexpr char kFooter[] =
     "a "
     "resumed run\ncompares itself with it and fails if they differ.\n"
     "Exit codes: 0, or 1 with the error of each rank on standard error, or 2 "
-    "for wrong arguments.";
+    "for wrong arguments\nor a wrong environment of the launcher.";
 constexpr int kExitUsage = 2;
 
 constexpr int64_t kBatchSize = 100;
@@ -111,6 +112,7 @@ struct Options {
   std::string data;
   double timeout_seconds = 120;
   bool summary = true;  // of the checkpoint, at the end of the run that saves
+  bool has_output = true;  // see OpenStandardStreams
 
   int64_t SaveStep() const {
     return save_step > 0 ? save_step : std::max<int64_t>(steps / 2, 1);
@@ -148,6 +150,27 @@ struct ClassifierImpl : torch::nn::Module {
   std::vector<std::shared_ptr<dsd::FullyShard<torch::nn::LinearImpl>>> layers;
   at::Tensor logit_scale;
 };
+
+// A standard stream that is closed would become some file or connection that is
+// opened next, and output, or what LibTorch has to say, would go there. Returns
+// whether there was an output.
+bool OpenStandardStreams() {
+  bool has_output = true;
+  for (const int stream : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (fcntl(stream, F_GETFD) >= 0) continue;
+    has_output &= stream != STDOUT_FILENO;
+    // Takes the lowest number that is free.
+    const int fd = open("/dev/null", O_RDWR);
+    if (fd >= 0 && fd != stream) close(fd);
+  }
+  return has_output;
+}
+
+absl::Status ClosedOutput() {
+  return absl::UnavailableError(
+      "standard output is closed, expected a place for the report; send it to "
+      "/dev/null if it does not matter");
+}
 
 // Whether standard output is a terminal that can go back in a line.
 bool IsTerminal() {
@@ -625,6 +648,7 @@ absl::Status Job::Run() {
   at::set_num_threads(1);  // ranks share the cores
   const bool resuming = !options_.resume.empty();
   const auto prepare = [&]() -> absl::Status {
+    if (IsRoot() && !options_.has_output) return ClosedOutput();
     DSD_ASSIGN_OR_RETURN(digits_, LoadDigits(options_.data));
     // A run that resumes begins with other values, which the load must replace.
     DSD_RETURN_IF_ERROR(BuildModel(options_.seed + (resuming ? 1 : 0)));
@@ -690,11 +714,6 @@ absl::Status Job::Finish(int64_t first_step) {
 // This process is a rank.
 absl::Status RunRank(const Options& options, const dsd::LaunchInfo& launch,
                      const StepObserver& observer) {
-  if (launch.world_size > kBatchSize) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "world of ", launch.world_size, " ranks, expected at most ", kBatchSize,
-        ", the examples in a batch"));
-  }
   dsd::WorldOptions world;
   world.backend = options.backend;
   world.connect_timeout = options.Timeout();
@@ -729,6 +748,7 @@ std::vector<std::string> RankArguments(const Options& options,
 
 // This process starts ranks.
 absl::Status RunAll(const Options& options) {
+  if (!options.has_output) return ClosedOutput();
   DSD_RETURN_IF_ERROR(dsd::FindBackend(options.backend));
   if (!options.resume.empty()) {
     return RunRanks(options.resume_ranks,
@@ -786,7 +806,7 @@ std::string DefaultOut() {
   return (parent / absl::StrCat("train_digits-", getuid())).string();
 }
 
-// Errors are the user's, in what was on the command line.
+// Errors are the user's, in what was on the command line or in the environment.
 absl::Status CheckArguments(const Options& options, const CLI::App& app,
                             const dsd::LaunchInfo& launch) {
   if (options.SaveStep() > options.steps) {
@@ -818,6 +838,11 @@ absl::Status CheckArguments(const Options& options, const CLI::App& app,
         "rank ",
         launch.rank, " of ", launch.world_size, " of ", launch.launcher));
   }
+  if (launch.world_size > kBatchSize) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "world of ", launch.world_size, " ranks, expected at most ", kBatchSize,
+        ", the examples in a batch"));
+  }
   return absl::OkStatus();
 }
 
@@ -842,20 +867,28 @@ absl::Status Run(Options options, const dsd::LaunchInfo& launch,
       absl::StrCat("rank ", launch.rank, " of ", launch.world_size));
 }
 
-// Tells of an error and returns the exit code. In one write, so that ranks do
+// Whether all that was said has arrived.
+absl::Status FlushOutput() {
+  if (std::cout.flush()) return absl::OkStatus();
+  return absl::UnavailableError("the output could not be written");
+}
+
+// Tells of an error and returns the exit code: arguments and the environment
+// are the user's, all else is a run that failed. In one write, so that ranks do
 // not mix their lines.
-int Fail(const absl::Status& status, int exit_code) {
+int Fail(const absl::Status& status) {
   std::cerr << absl::StrCat(
                    "train_digits: ", absl::StatusCodeToString(status.code()),
                    ": ", status.message(), "\n")
             << std::flush;
-  return exit_code;
+  return absl::IsInvalidArgument(status) ? kExitUsage : EXIT_FAILURE;
 }
 
 }  // namespace
 
 int TrainDigitsMain(int argc, char** argv, const StepObserver& observer) {
   Options options;
+  options.has_output = OpenStandardStreams();
   options.out = DefaultOut();
   CLI::App app(kDescription, "train_digits");
   app.footer(kFooter);
@@ -917,18 +950,22 @@ int TrainDigitsMain(int argc, char** argv, const StepObserver& observer) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? EXIT_SUCCESS : kExitUsage;
+    if (app.exit(error) != 0) return kExitUsage;
+    const absl::Status status =
+        options.has_output ? FlushOutput() : ClosedOutput();
+    return status.ok() ? EXIT_SUCCESS : Fail(status);
   }
   const absl::StatusOr<dsd::LaunchInfo> launch =
       dsd::LaunchFromEnvironment(dsd::ProcessEnvironment());
-  if (!launch.ok()) return Fail(launch.status(), EXIT_FAILURE);
-  absl::Status status = CheckArguments(options, app, *launch);
-  if (!status.ok()) return Fail(status, kExitUsage);
-  status = Run(std::move(options), *launch, observer);
-  if (status.ok() && !std::cout.flush()) {
-    status = absl::UnavailableError("the output could not be written");
+  absl::Status status =
+      launch.ok() ? CheckArguments(options, app, *launch) : launch.status();
+  if (!status.ok()) {
+    Fail(status);
+    return kExitUsage;  // whatever its code
   }
-  return status.ok() ? EXIT_SUCCESS : Fail(status, EXIT_FAILURE);
+  status = Run(std::move(options), *launch, observer);
+  if (status.ok()) status = FlushOutput();
+  return status.ok() ? EXIT_SUCCESS : Fail(status);
 }
 
 }  // namespace dsd_examples

@@ -83,11 +83,20 @@ class BadInputTest(unittest.TestCase):
             self.assertIn(args[0], result.err, args)
             self.assertFalse(os.path.exists(self.out), args)
 
-    def test_rank_without_world_size(self):
-        result = ranks.run([PROGRAM, "--out", self.out], env=ranks.clean_environment(RANK="1"))
-        self.assert_all_fail([result], "WORLD_SIZE")
-        result = ranks.run([PROGRAM, "--out", self.out], env=ranks.clean_environment(RANK="2", WORLD_SIZE="2"))
-        self.assert_all_fail([result], "RANK is \"2\", expected a number from 0 to 1")
+    def test_environment_that_is_wrong(self):
+        """Exit code 2, as for arguments, wherever it is noticed: before anything starts, or by the ranks."""
+        many = {"RANK": "0", "WORLD_SIZE": "101", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        for variables, text in (
+                ({"RANK": "1"}, "WORLD_SIZE"),
+                ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is \"2\", expected a number from 0 to 1"),
+                (many, "world of 101 ranks, expected at most 100"),
+                ({"DSD_HEARTBEAT_SECONDS": "x"}, "DSD_HEARTBEAT_SECONDS"),
+                ({"DSD_TOKEN": "short"}, "4 of 4 ranks failed")):
+            result = ranks.run([PROGRAM, "--out", self.out], env=ranks.clean_environment(**variables))
+            self.assert_all_fail([result], text, code=2)
+        results = ranks.run_ranks([PROGRAM, "--out", self.out, "--steps", "4"], 2, extra_env={"DSD_TOKEN": "short"})
+        self.assert_all_fail(results, "token", code=2)
+        self.assertFalse(os.path.exists(self.checkpoint))
 
     def test_ranks_under_a_launcher(self):
         results = ranks.run_ranks([PROGRAM, "--out", self.out, "--ranks", "2"], 2)
@@ -264,6 +273,23 @@ class BadInputTest(unittest.TestCase):
                 stderr=subprocess.PIPE, check=False)
         self.assertEqual(process.returncode, 1, process.stderr)
         self.assertIn("the output could not be written", process.stderr)
+
+    def test_output_that_is_closed(self):
+        """Else the report would go into the first file or connection that is opened."""
+        closed = ["sh", "-c", 'exec "$@" >&-', "sh", PROGRAM]
+        for args in (["--out", self.out, "--ranks", "2", "--steps", "4"], ["--help"]):
+            result = ranks.run(closed + args)
+            self.assert_all_fail([result], "standard output is closed")
+            self.assertFalse(os.path.exists(self.out))
+        # Under a launcher rank 0 reports, and its error is everybody's.
+        command = ["--out", self.out, "--steps", "4"]
+        self.assert_one_verdict(ranks.run_ranks(closed + command, 2), "standard output is closed")
+        self.assertFalse(os.path.exists(self.checkpoint))
+        result = ranks.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", PROGRAM] + command)
+        self.assertEqual(result.code, 1, result)
+        # Who has nothing to report needs no output.
+        for result in ranks.run_ranks(lambda rank: (closed if rank else [PROGRAM]) + command, 2):
+            self.assertEqual(result.code, 0, result)
 
     def test_record_that_cannot_be_written(self):
         """The error says why."""
