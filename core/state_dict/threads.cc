@@ -30,14 +30,10 @@ int ThreadsFor(size_t size) {
 
 void RunBoth(Env* env, int threads, absl::FunctionRef<void()> first,
              absl::FunctionRef<void()> second) {
-  if (threads <= 1) {
-    first();
-    second();
-    return;
-  }
-  const std::unique_ptr<EnvThread> thread =
-      env->StartThread("dsd_walk", [&] { second(); });
+  std::unique_ptr<EnvThread> thread;
+  if (threads > 1) thread = env->StartThread("dsd_walk", [&] { second(); });
   first();
+  if (thread == nullptr) second();
 }
 
 absl::Status ForRanges(Env* env, int threads, size_t size,
@@ -65,7 +61,7 @@ absl::Status ForRanges(Env* env, int threads, size_t size,
     const int useful = static_cast<int>(
         std::min<size_t>(threads, (size + kRange - 1) / kRange));
     std::vector<std::unique_ptr<EnvThread>> others;
-    for (int i = 1; i < useful; ++i) {
+    for (int i = 1; i < useful; ++i) {  // null if there can be no more
       others.push_back(env->StartThread("dsd_walk", work));
     }
     work();
