@@ -64,7 +64,8 @@ struct TcpStoreServerOptions {
 class TcpStoreServer {
  public:
   // Errors: FailedPrecondition if the port is in use or `host` is another host;
-  // Unavailable, DeadlineExceeded if `host` is a name that nobody knows.
+  // Unavailable, DeadlineExceeded if `host` is a name that nobody knows;
+  // ResourceExhausted without a descriptor or a thread.
   static absl::StatusOr<std::unique_ptr<TcpStoreServer>> Start(
       Env* env, const TcpStoreServerOptions& options, absl::Time deadline);
   ~TcpStoreServer();
@@ -96,9 +97,9 @@ struct TcpStoreOptions {
 
 // Connects, waiting until somebody serves. Errors: DeadlineExceeded;
 // ResourceExhausted if who serves has no descriptors left by then, or this
-// process has none;
-// FailedPrecondition if what answers is no store of this version or of another
-// job; PermissionDenied if the two ends do not have the same token.
+// process has none, or no thread; FailedPrecondition if what answers is no
+// store of this version or of another job; PermissionDenied if the two ends do
+// not have the same token.
 absl::StatusOr<std::shared_ptr<Store>> ConnectTcpStore(
     Env* env, const TcpStoreOptions& options, absl::Time deadline);
 
