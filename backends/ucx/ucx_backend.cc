@@ -964,6 +964,9 @@ void UcxEngine::SendControl(Peer& peer, MessageKind kind, uint64_t tag) {
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK |
                        UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_FLAGS;
   param.flags = UCP_AM_SEND_FLAG_EAGER;
+  // UCX asks for the other's endpoint, which it also needs for rendezvous, when
+  // it is first needed. It shall be now, see UpdateConnected.
+  if (kind == MessageKind::kHello) param.flags |= UCP_AM_SEND_FLAG_REPLY;
   param.cb.send = &OnControlSent;
   param.user_data = control.get();
   ++under_way_;
