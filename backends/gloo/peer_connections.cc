@@ -25,38 +25,19 @@
 #include "absl/strings/string_view.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
+#include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/store.h"
 
 namespace dsd {
 namespace {
 
-constexpr size_t kSecretBytes = 16;
-constexpr size_t kHelloBytes = kSecretBytes + sizeof(uint32_t);
+constexpr size_t kHelloBytes = kNonceBytes + sizeof(uint32_t);
 // Ranks greet at once; of who does not, the last ones are waited for.
 constexpr size_t kMaxStrangers = 256;
 // An attempt to connect does not hear of a cancel.
 constexpr absl::Duration kAttempt = absl::Seconds(1);
 
 absl::Status CancelledStatus() { return absl::AbortedError("cancelled"); }
-
-std::string NewSecret(Env* env) {
-  std::string secret;
-  while (secret.size() < kSecretBytes) {
-    const uint64_t part = env->RandomSeed();
-    secret.append(reinterpret_cast<const char*>(&part), sizeof(part));
-  }
-  return secret;
-}
-
-// Takes the same time wherever they differ.
-bool SameSecret(absl::string_view a, absl::string_view b) {
-  if (a.size() != b.size()) return false;
-  unsigned difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    difference |= static_cast<unsigned char>(a[i] ^ b[i]);
-  }
-  return difference == 0;
-}
 
 struct Place {
   std::string question;
@@ -190,8 +171,8 @@ absl::Status PeerConnector::Listen() {
   DSD_ASSIGN_OR_RETURN(place_.address.port, listener_.LocalPort());
   place_.address.host = host_;
   local_listener_ = ListenLocally(&place_.local_name);
-  place_.question = NewSecret(env);
-  place_.answer = NewSecret(env);
+  place_.question = NewNonce(env);
+  place_.answer = NewNonce(env);
   return options_.store->Set(absl::StrCat("gloo/", options_.rank),
                              PlaceText(place_), deadline_);
 }
@@ -295,7 +276,7 @@ absl::Status PeerConnector::Accept(const Socket& listener) {
 
 absl::Status PeerConnector::Read(Unproved& from) {
   const bool dialed = from.peer >= 0;
-  const size_t bytes = dialed ? kSecretBytes : kHelloBytes;
+  const size_t bytes = dialed ? kNonceBytes : kHelloBytes;
   const absl::StatusOr<bool> open =
       from.socket.ReadSome(from.in, bytes - from.in.size());
   if (from.in.size() < bytes) {
@@ -308,15 +289,15 @@ absl::Status PeerConnector::Read(Unproved& from) {
   from.over = true;
   int peer = from.peer;
   if (dialed) {
-    if (!SameSecret(from.in, from.answer)) {
+    if (!SameProof(from.in, from.answer)) {
       return absl::UnavailableError(
           absl::StrCat("at the address of rank ", peer, " is somebody else"));
     }
   } else {
     uint32_t rank;
-    std::memcpy(&rank, from.in.data() + kSecretBytes, sizeof(rank));
-    const absl::string_view question(from.in.data(), kSecretBytes);
-    if (!SameSecret(question, place_.question) ||
+    std::memcpy(&rank, from.in.data() + kNonceBytes, sizeof(rank));
+    const absl::string_view question(from.in.data(), kNonceBytes);
+    if (!SameProof(question, place_.question) ||
         rank >= static_cast<uint32_t>(options_.world_size) ||
         static_cast<int>(rank) <= options_.rank || connected_[rank].valid()) {
       return absl::OkStatus();

@@ -19,6 +19,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/time/time.h"
 #include "dsd/core/base/env.h"
+#include "dsd/core/comm/job_token.h"
 #include "dsd/core/comm/store.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -232,7 +233,7 @@ TEST_F(PeerConnectionsTest, ARankComesOnce) {
 TEST_F(PeerConnectionsTest, WhoAnswersMustBeTheRank) {
   const absl::StatusOr<Socket> listener = ListenAt(env_, kHost, 0, deadline());
   ASSERT_TRUE(listener.ok()) << listener.status();
-  const std::string secret(32, 'a');
+  const std::string secret(2 * kNonceBytes, 'a');
   ASSERT_TRUE(store_
                   ->Set("gloo/0",
                         absl::StrCat(secret, " ", secret, "  ",
@@ -245,8 +246,9 @@ TEST_F(PeerConnectionsTest, WhoAnswersMustBeTheRank) {
     Socket caller;
     while (!caller.valid()) caller = *AcceptFrom(*listener);
     if (answers) {
-      EXPECT_EQ(caller.WriteAll(env_, std::string(16, 'b'), deadline()),
-                absl::OkStatus());
+      EXPECT_EQ(
+          caller.WriteAll(env_, std::string(kNonceBytes, 'b'), deadline()),
+          absl::OkStatus());
     } else {
       caller.Close();
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The secret that the processes of a job share, and how two of them show each
-// other that they know it. Private to this package.
+// other that they know it. For this package and backends.
 
 #ifndef DSD_CORE_COMM_JOB_TOKEN_H_
 #define DSD_CORE_COMM_JOB_TOKEN_H_
