@@ -249,6 +249,7 @@ absl::Status Refusal(absl::Status verdict) {
 }  // namespace
 
 absl::Status SourceSession::CheckOptions(Parts parts) const {
+  DSD_RETURN_IF_ERROR(usable_);
   if (options_.broadcast_from_rank0 && !options_.full_state_dict) {
     return absl::InvalidArgumentError(
         "broadcast_from_rank0 needs full_state_dict = true: rank 0 must have "
@@ -708,7 +709,7 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
     local = TorchToStatus([&] { return live_.Refresh(mover_); });
   }
   const bool may_skip_model = optimizer != nullptr;
-  if (optimizers_.empty()) optimizer = nullptr;
+  if (optimizers_.empty() && usable_.ok()) optimizer = nullptr;
   const std::optional<int> chosen = SourceRank();
   const int world_size = mover_.world_size();
   const bool joint = !options_.replica_ranks.empty() && world_size > 1;

@@ -49,9 +49,13 @@ struct SessionStats {
 // of the communicator. Collective calls return the same verdict on every rank.
 class SourceSession {
  public:
+  // `usable`: what this rank found wrong on the way here, with which every call
+  // then ends, on all ranks that it is collective for.
   SourceSession(ModelSource* model, std::vector<OptimizerSource*> optimizers,
-                Communicator* comm, StateDictOptions options)
-      : optimizers_(std::move(optimizers)),
+                Communicator* comm, StateDictOptions options,
+                absl::Status usable = absl::OkStatus())
+      : usable_(std::move(usable)),
+        optimizers_(std::move(optimizers)),
         options_(std::move(options)),
         mover_(comm),
         live_(model) {}
@@ -143,6 +147,7 @@ class SourceSession {
                            const StreamOptions& stream,
                            const CallOptions& call);
 
+  absl::Status usable_;
   std::vector<OptimizerSource*> optimizers_;
   StateDictOptions options_;
   Mover mover_;

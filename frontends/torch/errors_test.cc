@@ -24,9 +24,12 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "dsd/core/base/call_options.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/fqn/module_wrapper.h"
 #include "dsd/core/layout/layout.h"
+#include "dsd/core/state_dict/deliver.h"
 #include "dsd/core/state_dict/extra_state.h"
 #include "dsd/core/tensor/sharding_table.h"
 #include "dsd/frontends/torch/state_dict.h"
@@ -539,6 +542,51 @@ TEST(BroadcastTest, CpuOffloadWithAKeyThatOthersDoNotHave) {
             }),
         AllOk());
   }
+}
+
+// What is found before anything is asked of the others is theirs, too.
+TEST(OptimizersTest, OneThatIsWrongOnOneRankIsEverybodysError) {
+  for (const bool full : {false, true}) {
+    const std::vector<absl::Status> statuses =
+        RunRankThreads(2, [&](Communicator& comm) -> absl::Status {
+          nn::Linear net(2, 1);
+          optim::SGD sgd(net->parameters(), 0.1);
+          std::vector<optim::Optimizer*> list = {&sgd};
+          if (comm.rank() == 1) list.push_back(nullptr);
+          StateDictOptions options;
+          options.full_state_dict = full;
+          CallOptions call;
+          call.timeout = absl::Minutes(10);  // nobody waits for as long
+          const ModelAndOptimizerStateDict state = *GetStateDict(*net, sgd);
+          std::vector<absl::Status> all = {
+              SetStateDict(*net, list, state.model, state.optimizer, &comm,
+                           options, call)
+                  .status(),
+              SetOptimizerStateDict(*net, list, state.optimizer, &comm, options,
+                                    call)};
+          if (full) {
+            all.push_back(
+                GetStateDict(*net, list, &comm, options, call).status());
+            all.push_back(
+                GetOptimizerStateDict(*net, list, &comm, options, call)
+                    .status());
+            all.push_back(StreamStateDict(
+                *net, list, [](StreamedValue&) { return absl::OkStatus(); },
+                &comm, options, {}, call));
+          }
+          for (const absl::Status& status : all) {
+            EXPECT_THAT(status, IsStatus(kInvalid, "one of the optimizers"))
+                << "rank " << comm.rank();
+          }
+          return absl::OkStatus();
+        });
+    EXPECT_THAT(statuses, AllOk());
+  }
+  nn::Linear net(2, 1);
+  EXPECT_THAT(GetStateDict(*net, {nullptr}).status(),
+              IsStatus(kInvalid, "one of the optimizers"));
+  EXPECT_THAT(StateDictSession::Create(*net, {nullptr}).status(),
+              IsStatus(kInvalid, "one of the optimizers"));
 }
 
 }  // namespace

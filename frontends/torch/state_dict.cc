@@ -15,14 +15,30 @@
 #include "dsd/frontends/optimizer/optimizer.h"
 
 namespace dsd {
+namespace {
 
-struct StateDictSession::Impl {
-  Impl(torch::nn::Module* module,
-       std::vector<std::unique_ptr<TorchOptimizerSource>> sources,
-       Communicator* comm, const StateDictOptions& options)
+// Optimizers that cannot be described are an error of all calls, which the
+// other ranks learn of.
+struct TorchSession {
+  TorchSession(torch::nn::Module* module, const Optimizers& list,
+               Communicator* comm, const StateDictOptions& options)
       : model(module, options.dsd_fqn_modifiers),
-        optimizers(std::move(sources)),
-        session(&model, Borrow(optimizers), comm, options) {}
+        status(AddSources(list, optimizers)),
+        session(&model, Borrow(optimizers), comm, options, status) {}
+
+  static absl::Status AddSources(
+      const Optimizers& list,
+      std::vector<std::unique_ptr<TorchOptimizerSource>>& sources) {
+    for (torch::optim::Optimizer* optimizer : list.list()) {
+      if (optimizer == nullptr) {
+        return absl::InvalidArgumentError("one of the optimizers is null");
+      }
+      DSD_ASSIGN_OR_RETURN(std::unique_ptr<TorchOptimizerSource> source,
+                           TorchOptimizerSource::Create(optimizer));
+      sources.push_back(std::move(source));
+    }
+    return absl::OkStatus();
+  }
 
   static std::vector<OptimizerSource*> Borrow(
       const std::vector<std::unique_ptr<TorchOptimizerSource>>& sources) {
@@ -33,7 +49,14 @@ struct StateDictSession::Impl {
 
   TorchModuleSource model;
   std::vector<std::unique_ptr<TorchOptimizerSource>> optimizers;
+  absl::Status status;  // of the optimizers
   SourceSession session;
+};
+
+}  // namespace
+
+struct StateDictSession::Impl : TorchSession {
+  using TorchSession::TorchSession;
 };
 
 StateDictSession::StateDictSession(std::unique_ptr<Impl> impl)
@@ -44,17 +67,9 @@ StateDictSession::~StateDictSession() = default;
 absl::StatusOr<std::unique_ptr<StateDictSession>> StateDictSession::Create(
     torch::nn::Module& model, const Optimizers& optimizers, Communicator* comm,
     const StateDictOptions& options) {
-  std::vector<std::unique_ptr<TorchOptimizerSource>> sources;
-  for (torch::optim::Optimizer* optimizer : optimizers.list()) {
-    if (optimizer == nullptr) {
-      return absl::InvalidArgumentError("one of the optimizers is null");
-    }
-    DSD_ASSIGN_OR_RETURN(std::unique_ptr<TorchOptimizerSource> source,
-                         TorchOptimizerSource::Create(optimizer));
-    sources.push_back(std::move(source));
-  }
-  return absl::WrapUnique(new StateDictSession(
-      std::make_unique<Impl>(&model, std::move(sources), comm, options)));
+  auto impl = std::make_unique<Impl>(&model, optimizers, comm, options);
+  DSD_RETURN_IF_ERROR(impl->status);
+  return absl::WrapUnique(new StateDictSession(std::move(impl)));
 }
 
 absl::StatusOr<StateDict> StateDictSession::GetModel(const CallOptions& call) {
@@ -109,9 +124,7 @@ absl::StatusOr<StateDict> GetModelStateDict(torch::nn::Module& model,
                                             Communicator* comm,
                                             const StateDictOptions& options,
                                             const CallOptions& call) {
-  DSD_ASSIGN_OR_RETURN(const auto session,
-                       StateDictSession::Create(model, {}, comm, options));
-  return session->GetModel(call);
+  return TorchSession(&model, {}, comm, options).session.GetModel(call);
 }
 
 absl::StatusOr<StateDict> GetOptimizerStateDict(torch::nn::Module& model,
@@ -119,19 +132,14 @@ absl::StatusOr<StateDict> GetOptimizerStateDict(torch::nn::Module& model,
                                                 Communicator* comm,
                                                 const StateDictOptions& options,
                                                 const CallOptions& call) {
-  DSD_ASSIGN_OR_RETURN(
-      const auto session,
-      StateDictSession::Create(model, optimizers, comm, options));
-  return session->GetOptimizer(call);
+  return TorchSession(&model, optimizers, comm, options)
+      .session.GetOptimizer(call);
 }
 
 absl::StatusOr<ModelAndOptimizerStateDict> GetStateDict(
     torch::nn::Module& model, const Optimizers& optimizers, Communicator* comm,
     const StateDictOptions& options, const CallOptions& call) {
-  DSD_ASSIGN_OR_RETURN(
-      const auto session,
-      StateDictSession::Create(model, optimizers, comm, options));
-  return session->Get(call);
+  return TorchSession(&model, optimizers, comm, options).session.Get(call);
 }
 
 absl::Status StreamModelStateDict(torch::nn::Module& model, StreamVisitor visit,
@@ -139,9 +147,8 @@ absl::Status StreamModelStateDict(torch::nn::Module& model, StreamVisitor visit,
                                   const StateDictOptions& options,
                                   const StreamOptions& stream,
                                   const CallOptions& call) {
-  DSD_ASSIGN_OR_RETURN(const auto session,
-                       StateDictSession::Create(model, {}, comm, options));
-  return session->StreamModel(visit, stream, call);
+  return TorchSession(&model, {}, comm, options)
+      .session.StreamModel(visit, stream, call);
 }
 
 absl::Status StreamStateDict(torch::nn::Module& model,
@@ -150,19 +157,16 @@ absl::Status StreamStateDict(torch::nn::Module& model,
                              const StateDictOptions& options,
                              const StreamOptions& stream,
                              const CallOptions& call) {
-  DSD_ASSIGN_OR_RETURN(
-      const auto session,
-      StateDictSession::Create(model, optimizers, comm, options));
-  return session->StreamAll(visit, stream, call);
+  return TorchSession(&model, optimizers, comm, options)
+      .session.StreamAll(visit, stream, call);
 }
 
 absl::StatusOr<IncompatibleKeys> SetModelStateDict(
     torch::nn::Module& model, const StateDict& model_state_dict,
     Communicator* comm, const StateDictOptions& options,
     const CallOptions& call) {
-  DSD_ASSIGN_OR_RETURN(const auto session,
-                       StateDictSession::Create(model, {}, comm, options));
-  return session->SetModel(model_state_dict, call);
+  return TorchSession(&model, {}, comm, options)
+      .session.SetModel(model_state_dict, call);
 }
 
 absl::Status SetOptimizerStateDict(torch::nn::Module& model,
@@ -171,10 +175,8 @@ absl::Status SetOptimizerStateDict(torch::nn::Module& model,
                                    Communicator* comm,
                                    const StateDictOptions& options,
                                    const CallOptions& call) {
-  DSD_ASSIGN_OR_RETURN(
-      const auto session,
-      StateDictSession::Create(model, optimizers, comm, options));
-  return session->SetOptimizer(optimizer_state_dict, call);
+  return TorchSession(&model, optimizers, comm, options)
+      .session.SetOptimizer(optimizer_state_dict, call);
 }
 
 absl::StatusOr<IncompatibleKeys> SetStateDict(
@@ -182,10 +184,8 @@ absl::StatusOr<IncompatibleKeys> SetStateDict(
     const StateDict& model_state_dict, const StateDict& optimizer_state_dict,
     Communicator* comm, const StateDictOptions& options,
     const CallOptions& call) {
-  DSD_ASSIGN_OR_RETURN(
-      const auto session,
-      StateDictSession::Create(model, optimizers, comm, options));
-  return session->Set(model_state_dict, optimizer_state_dict, call);
+  return TorchSession(&model, optimizers, comm, options)
+      .session.Set(model_state_dict, optimizer_state_dict, call);
 }
 
 }  // namespace dsd

@@ -28,7 +28,7 @@ def _conformance_test(name, backend, target, deps, data, env, every_world_size, 
         env = dict(env, DSD_EVERY_WORLD_SIZE = "1" if every_world_size else "0"),
         local_defines = ["DSD_BACKEND=\\\"%s\\\"" % backend],
         main = Label("//testing/harness:rank_main"),
-        tags = ["cpu:2"] + tags,
+        tags = tags,
         deps = deps + [
             target,
             Label("//core/base"),
