@@ -2,6 +2,7 @@
 
 #include "dsd/core/state_dict/local_copy.h"
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -13,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/layout/layout.h"
+#include "dsd/core/state_dict/threads.h"
 #include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
 #include "dsd/core/tensor/torch_types.h"
@@ -91,45 +93,64 @@ void PrefetchPairs(absl::Span<const TensorPair> pairs, size_t current,
 }
 
 std::string PairName::Text() const {
-  if (prefix_.empty()) return own_;
-  return absl::StrCat(prefix_, ".", fqn_, suffix_.empty() ? "" : ".", suffix_);
+  if (own_ != nullptr) return *own_;
+  return absl::StrCat(prefix_, ".", *fqn_, suffix_ == nullptr ? "" : ".",
+                      suffix_ == nullptr ? "" : *suffix_);
 }
 
-bool AreLocalCopies(absl::Span<const TensorPair> pairs) {
-  for (size_t i = 0; i < pairs.size(); ++i) {
-    PrefetchPairs(pairs, i, /*with_memory=*/false);
-    if (!IsLocalCopy(pairs[i])) return false;
-  }
-  return true;
+bool AreLocalCopies(Env* env, int threads, absl::Span<const TensorPair> pairs) {
+  std::atomic<bool> all{true};
+  const absl::Status status =
+      ForRanges(env, threads, pairs.size(), [&](size_t begin, size_t end) {
+        for (size_t i = begin; i < end && all; ++i) {
+          PrefetchPairs(pairs, i, /*with_memory=*/false);
+          if (!IsLocalCopy(pairs[i])) all = false;
+        }
+        return absl::OkStatus();
+      });
+  return status.ok() && all;
 }
 
-absl::StatusOr<TransferStats> CopyLocally(absl::Span<const TensorPair> pairs,
+absl::StatusOr<TransferStats> CopyLocally(Env* env, int threads,
+                                          absl::Span<TensorPair> pairs,
                                           const CallOptions& call) {
-  TransferStats stats;
   int64_t total = 0;
   if (call.progress) {
+    threads = 1;
     for (const TensorPair& pair : pairs) {
       for (const at::Tensor& to : pair.target.locals()) total += to.nbytes();
     }
   }
-  const at::NoGradGuard no_grad;
-  for (size_t k = 0; k < pairs.size(); ++k) {
-    PrefetchPairs(pairs, k, /*with_memory=*/true);
-    const TensorPair& pair = pairs[k];
-    const absl::Span<const at::Tensor> from = pair.source.locals();
-    const absl::Span<const at::Tensor> to = pair.target.locals();
-    const absl::Status copied = TorchToStatus([&] {
-      for (size_t i = 0; i < to.size(); ++i) {
-        Copy(from[i], to[i]);
-        stats.bytes_local += static_cast<int64_t>(to[i].nbytes());
+  std::atomic<int64_t> all_bytes{0};
+  const auto copy = [&](size_t begin, size_t end) -> absl::Status {
+    const at::NoGradGuard no_grad;
+    int64_t bytes = 0;
+    for (size_t k = begin; k < end; ++k) {
+      PrefetchPairs(pairs, k, /*with_memory=*/true);
+      TensorPair& pair = pairs[k];
+      const absl::Span<const at::Tensor> from = pair.source.locals();
+      const absl::Span<const at::Tensor> to = pair.target.locals();
+      const absl::Status copied = TorchToStatus([&] {
+        for (size_t i = 0; i < to.size(); ++i) {
+          Copy(from[i], to[i]);
+          bytes += static_cast<int64_t>(to[i].nbytes());
+        }
+      });
+      DSD_RETURN_IF_ERROR(copied) << "\"" << pair.name.Text() << "\"";
+      // Now, when their counts are near.
+      pair.source = TensorValue(at::Tensor());
+      pair.target = TensorValue(at::Tensor());
+      if (call.progress) call.progress({all_bytes + bytes, total});
+      if (call.cancel != nullptr && *call.cancel) {
+        return absl::CancelledError("set cancelled");
       }
-    });
-    DSD_RETURN_IF_ERROR(copied) << "\"" << pair.name.Text() << "\"";
-    if (call.progress) call.progress({stats.bytes_local, total});
-    if (call.cancel != nullptr && *call.cancel) {
-      return absl::CancelledError("set cancelled");
     }
-  }
+    all_bytes += bytes;
+    return absl::OkStatus();
+  };
+  DSD_RETURN_IF_ERROR(ForRanges(env, threads, pairs.size(), copy));
+  TransferStats stats;
+  stats.bytes_local = all_bytes;
   return stats;
 }
 

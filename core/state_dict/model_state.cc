@@ -311,6 +311,7 @@ absl::Status ModelLoad::Match(const StateDict& dict, const StateDict* elsewhere,
   const bool has_followers = model_.has_overlap();
   absl::flat_hash_set<size_t> filled;  // by leader, if it has_followers
   std::vector<std::pair<size_t, std::string>> missing;
+  size_t num_found = 0;
   size_t position = 0;  // in `dict`, which is mostly in the model's order
   for (size_t group = 0; group < table.groups().size(); ++group) {
     PrefetchEntry(dict, position);
@@ -324,6 +325,7 @@ absl::Status ModelLoad::Match(const StateDict& dict, const StateDict* elsewhere,
         is_inside = true;
         const Value* const found = dict.FindNear(name, &position);
         if (found == nullptr) return;
+        ++num_found;
         if (value == nullptr) value = found;
         if (model_.extra_state(group) != nullptr) return;
         std::string misfit = MisfitOf(name, *found, group);
@@ -346,15 +348,17 @@ absl::Status ModelLoad::Match(const StateDict& dict, const StateDict* elsewhere,
       extras_.push_back({group, first_key(group), *value});
     } else if (fits) {
       tensors_.push_back(
-          {group, *value->get_if<TensorValue>(), model_.value(group)});
+          {group, value->get_if<TensorValue>(), TensorValue(at::Tensor())});
     }
   }
   for (auto& [group, key] : missing) {
     if (filled.contains(model_.LeaderOf(group))) continue;
     report.model.missing_keys.push_back(std::move(key));
   }
+  // Names differ, so each has found a key of its own.
+  const bool all_are_known = scope.is_everything() && num_found == dict.size();
   position = 0;  // in the table
-  for (size_t i = 0; i < dict.size(); ++i) {
+  for (size_t i = 0; !all_are_known && i < dict.size(); ++i) {
     dict.PrefetchKey(i + 8);
     table.PrefetchNear(position);
     const auto* const text = std::get_if<std::string>(&dict.key(i));
@@ -396,7 +400,7 @@ void ModelLoad::CheckOverlap(MismatchReport& report) {
 
 c10::ScalarType ModelLoad::TargetType(const TensorLoad& load) const {
   return options_.dtype_policy == DTypePolicy::kKeep
-             ? load.source.scalar_type()
+             ? load.source->scalar_type()
              : model_.value(load.group).scalar_type();
 }
 
@@ -424,19 +428,21 @@ absl::Status ModelLoad::Prepare(std::vector<TensorPair>& pairs) {
   pairs.reserve(pairs.size() + tensors_.size());
   for (TensorLoad& load : tensors_) {
     const std::string& fqn = model_.fqn(load.group);
+    const TensorValue* target = &model_.value(load.group);
     if (options_.assign) {
-      absl::StatusOr<TensorValue> target = NewTarget(load);
-      DSD_RETURN_IF_ERROR(target) << "\"" << fqn << "\"";
-      load.target = *std::move(target);
+      absl::StatusOr<TensorValue> memory = NewTarget(load);
+      DSD_RETURN_IF_ERROR(memory) << "\"" << fqn << "\"";
+      load.new_memory = *std::move(memory);
+      target = &load.new_memory;
     }
-    if (load.source.shape() != load.target.shape()) {  // IsLegacyScalar
+    pairs.push_back({{"model", &fqn}, *load.source, *target});
+    if (load.source->shape() != target->shape()) {  // IsLegacyScalar
       DSD_ASSIGN_OR_RETURN(
           at::Tensor scalar, TorchToStatus([&] {
-            return load.source.locals()[0].detach().reshape({});
+            return load.source->locals()[0].detach().reshape({});
           }));
-      load.source = TensorValue(std::move(scalar));
+      pairs.back().source = TensorValue(std::move(scalar));
     }
-    pairs.push_back({{"model", fqn}, load.source, load.target});
   }
   for (ExtraLoad& load : extras_) {
     DSD_RETURN_IF_ERROR(
@@ -461,7 +467,7 @@ absl::Status ModelLoad::Commit() {
       DSD_RETURN_IF_ERROR(TorchToStatus([&] {
         const at::NoGradGuard no_grad;
         const at::Tensor& live = model_.tensor(entry);
-        at::Tensor target = load.target.locals()[0];
+        at::Tensor target = load.new_memory.locals()[0];
         if (entry.group != load.group) {
           if (live.scalar_type() != model_.value(load.group).scalar_type()) {
             target = target.view(live.scalar_type());

@@ -59,7 +59,8 @@ class ModelLoad {
       : model_(model), options_(options) {}
 
   // Adds what does not fit to `report`; keys in `elsewhere` (null: none) are
-  // those of other ranks' models. Errors: as GetModelState.
+  // those of other ranks' models. Borrows the dict until Prepare. Errors: as
+  // GetModelState.
   absl::Status Match(const StateDict& dict, const StateDict* elsewhere,
                      MismatchReport& report);
 
@@ -73,8 +74,8 @@ class ModelLoad {
  private:
   struct TensorLoad {
     size_t group;
-    TensorValue source;
-    TensorValue target;  // if assigned: new memory
+    const TensorValue* source;  // in the dict
+    TensorValue new_memory;     // if assigned
   };
   struct ExtraLoad {
     size_t group;

@@ -206,14 +206,16 @@ void OptimizerLoad::PrefetchLoaded(absl::Span<const ParamLoad> params,
   }
 }
 
-absl::Status OptimizerLoad::Parse(const StateDict& dict, MismatchReport& report,
+absl::Status OptimizerLoad::Parse(Env* env, int threads, const StateDict& dict,
+                                  MismatchReport& report,
                                   const StateDict* model_dict) {
   model_dict_ = model_dict;
   DSD_ASSIGN_OR_RETURN(dict_, OptimizerDict::Read(dict, model_, optimizers_));
   ParameterOwners owners(model_);
   for (OptimizerSource* optimizer : optimizers_) {
     for (size_t group = 0; group < optimizer->num_groups(); ++group) {
-      DSD_RETURN_IF_ERROR(ParseGroup(optimizer, group, owners, report));
+      DSD_RETURN_IF_ERROR(
+          ParseGroup(env, threads, optimizer, group, owners, report));
     }
   }
   return absl::OkStatus();
@@ -289,7 +291,8 @@ std::string OptimizerLoad::ContradictionOf(const GroupLoad& load,
       ", but they are in one group here");
 }
 
-absl::Status OptimizerLoad::ParseGroup(OptimizerSource* optimizer, size_t group,
+absl::Status OptimizerLoad::ParseGroup(Env* env, int threads,
+                                       OptimizerSource* optimizer, size_t group,
                                        ParameterOwners& owners,
                                        MismatchReport& report) {
   DSD_RETURN_IF_ERROR(CheckGroupState(model_, *optimizer, group));
@@ -335,32 +338,46 @@ absl::Status OptimizerLoad::ParseGroup(OptimizerSource* optimizer, size_t group,
                   [](const StateField& field) { return field.required; });
   if (optimizer->has_group_state()) CheckOrder(load, report);
 
-  std::vector<ParamLoad> kept;
-  kept.reserve(load.params.size());
-  for (size_t i = 0; i < load.params.size(); ++i) {
-    PrefetchLoaded(load.params, i);
-    ParamLoad& param = load.params[i];
-    const bool trainable = params[param.param].requires_grad();
-    if (param.loaded == nullptr && trainable && needs_state) {
+  for (ParamLoad& param : load.params) {
+    if (param.loaded == nullptr && needs_state &&
+        params[param.param].requires_grad()) {
       param.loaded = StateOfTied(param.model_group);
     }
+  }
+  absl::Mutex mu;
+  absl::btree_map<size_t, MismatchReport> reports;  // by the begin of the range
+  const auto check = [&](ParamLoad& param, MismatchReport& mine) {
     if (param.loaded != nullptr) {
-      CheckState(load, effective, param, report);
-      kept.push_back(std::move(param));
-      continue;
+      CheckState(load, effective, param, mine);
+      return;
     }
     const bool has_group =
         FindByName(
             param.model_group,
             [&](const std::string& fqn) { return dict_->FindGroup(fqn); },
             int64_t{-1}) >= 0;
-    if (trainable && (needs_state || !has_group)) {
-      report.missing_state.push_back(model_.fqn(param.model_group));
-    } else if (!needs_state && has_group) {
-      kept.push_back(std::move(param));  // none was saved: there is none
+    // Of an optimizer without required state: none was saved, there is none.
+    param.is_used = !needs_state && has_group;
+    if (!param.is_used && params[param.param].requires_grad()) {
+      mine.missing_state.push_back(model_.fqn(param.model_group));
     }
-  }
-  load.params = std::move(kept);
+  };
+  DSD_RETURN_IF_ERROR(ForRanges(env, threads, load.params.size(),
+                                [&](size_t begin, size_t end) {
+                                  MismatchReport mine;
+                                  for (size_t i = begin; i < end; ++i) {
+                                    PrefetchLoaded(load.params, i);
+                                    check(load.params[i], mine);
+                                  }
+                                  const absl::MutexLock lock(&mu);
+                                  reports.emplace(begin, std::move(mine));
+                                  return absl::OkStatus();
+                                }));
+  for (auto& [begin, part] : reports) report.Add(std::move(part));
+  load.params.erase(
+      std::remove_if(load.params.begin(), load.params.end(),
+                     [](const ParamLoad& param) { return !param.is_used; }),
+      load.params.end());
   groups_.push_back(std::move(load));
   return absl::OkStatus();
 }
@@ -582,8 +599,8 @@ absl::Status OptimizerLoad::PrepareParam(const GroupLoad& group,
         continue;
       }
     }
-    const PairName name("optim.state", model_.fqn(param.model_group),
-                        field.name);
+    const PairName name("optim.state", &model_.fqn(param.model_group),
+                        &field.name);
     switch (field.shape) {
       case StateField::Shape::kCount: {
         DSD_ASSIGN_OR_RETURN(const Object number, ToObject(*value));

@@ -40,13 +40,15 @@ class OptimizerLoad {
         strict_(strict),
         policy_(policy) {}
 
-  // Reads the dict of any form and adds what does not fit to `report`.
+  // Reads the dict of any form and adds what does not fit to `report`. In up to
+  // `threads` threads.
   // `model_dict`: of the same state, or null. A parameter that was tied to
   // another one there gets that one's state if it has none of its own.
   // Errors: InvalidArgument if it is not an optimizer dict, or if two groups
   // have one parameter; FailedPrecondition for an optimizer with one state for
   // all of its parameters if they are sharded.
-  absl::Status Parse(const StateDict& dict, MismatchReport& report,
+  absl::Status Parse(Env* env, int threads, const StateDict& dict,
+                     MismatchReport& report,
                      const StateDict* model_dict = nullptr);
 
   // Makes the tensors that will be the new state and adds them to `pairs` with
@@ -62,6 +64,7 @@ class OptimizerLoad {
     size_t model_group;
     const StateDict* loaded;  // null: nothing saved
     StateDict result;
+    bool is_used = true;
   };
 
   struct GroupLoad {
@@ -76,8 +79,9 @@ class OptimizerLoad {
   // those that follow.
   static void PrefetchLoaded(absl::Span<const ParamLoad> params,
                              size_t current);
-  absl::Status ParseGroup(OptimizerSource* optimizer, size_t group,
-                          ParameterOwners& owners, MismatchReport& report);
+  absl::Status ParseGroup(Env* env, int threads, OptimizerSource* optimizer,
+                          size_t group, ParameterOwners& owners,
+                          MismatchReport& report);
   // What the dict knows the tensor by: the first of its names, canonical first,
   // for which `find` does not give `none`.
   template <class Find, class Result>

@@ -79,26 +79,35 @@ absl::StatusOr<TensorValue> Detached(const TensorPair& pair) {
   });
 }
 
-absl::Status DetachSources(std::vector<TensorPair>& pairs) {
+// Copies what is live itself of the sources. `apart`: whether all targets have
+// storages of their own, so that they can be filled in any order.
+absl::Status DetachSources(Env* env, int threads,
+                           std::vector<TensorPair>& pairs, bool& apart) {
+  apart = true;
   absl::flat_hash_set<const void*> targets;
   targets.reserve(pairs.size());
   for (size_t i = 0; i < pairs.size(); ++i) {
     PrefetchPairs(pairs, i, /*with_memory=*/false);
     for (const at::Tensor& local : pairs[i].target.locals()) {
-      if (local.defined() && local.has_storage() && local.numel() > 0) {
-        targets.insert(local.storage().unsafeGetStorageImpl());
+      if (!local.defined() || local.numel() == 0) continue;
+      if (!local.has_storage() ||
+          !targets.insert(local.storage().unsafeGetStorageImpl()).second) {
+        apart = false;
       }
     }
   }
-  for (size_t i = 0; i < pairs.size(); ++i) {
-    PrefetchPairs(pairs, i, /*with_memory=*/false);
-    TensorPair& pair = pairs[i];
-    if (!SharesMemory(pair.source, targets)) continue;
-    absl::StatusOr<TensorValue> from = Detached(pair);
-    DSD_RETURN_IF_ERROR(from) << "\"" << pair.name.Text() << "\"";
-    pair.source = *std::move(from);
-  }
-  return absl::OkStatus();
+  const auto detach = [&](size_t begin, size_t end) -> absl::Status {
+    for (size_t i = begin; i < end; ++i) {
+      PrefetchPairs(pairs, i, /*with_memory=*/false);
+      TensorPair& pair = pairs[i];
+      if (!SharesMemory(pair.source, targets)) continue;
+      absl::StatusOr<TensorValue> from = Detached(pair);
+      DSD_RETURN_IF_ERROR(from) << "\"" << pair.name.Text() << "\"";
+      pair.source = *std::move(from);
+    }
+    return absl::OkStatus();
+  };
+  return ForRanges(env, threads, pairs.size(), detach);
 }
 
 absl::Status AddPairs(const std::vector<TensorPair>& pairs,
@@ -510,15 +519,19 @@ struct SourceSession::Attempt {
   std::vector<TensorPair> joint_pairs;  // of this rank, before they are joined
   // From memory of their own to the live tensors, if options.staged.
   std::vector<TensorPair> staged_pairs;
+  int threads = 1;       // for walks over pairs
+  int copy_threads = 1;  // that fill the targets
   TensorEndpoint source;
   TensorEndpoint target;
   Digest parameters;
   Mover::Prepared prepared;
 
   // What is done to all pairs before they are moved.
-  absl::Status Complete(const StateDictOptions& options,
+  absl::Status Complete(const StateDictOptions& options, Env* env,
                         std::vector<TensorPair>& pairs) {
-    DSD_RETURN_IF_ERROR(DetachSources(pairs));
+    bool apart = false;
+    DSD_RETURN_IF_ERROR(DetachSources(env, threads, pairs, apart));
+    copy_threads = apart ? threads : 1;
     if (!options.staged) return absl::OkStatus();
     for (TensorPair& pair : pairs) {
       absl::StatusOr<TensorValue> memory =
@@ -543,6 +556,7 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
   attempt->is_joint = joint != nullptr;
   const StateDict* const unmapped_model = model;
   const StateDict* const unmapped_optimizer = optimizer;
+  attempt->threads = WalkThreads();
   const auto prepare = [&]() -> absl::Status {
     DSD_RETURN_IF_ERROR(local);
     if (options_.key_map != nullptr && model != nullptr) {
@@ -561,7 +575,7 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
     absl::Status parsed;
     RunBoth(
         mover_.env(),
-        model != nullptr && optimizer != nullptr ? WalkThreads() : 1,
+        model != nullptr && optimizer != nullptr ? attempt->threads : 1,
         [&] {
           if (model == nullptr) return;
           matched = attempt->model_load.Match(*model, joint, attempt->report);
@@ -569,7 +583,8 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
         [&] {
           if (optimizer == nullptr) return;
           parsed = TorchToStatus([&] {
-            return attempt->optimizer_load.Parse(*optimizer, of_optimizer,
+            return attempt->optimizer_load.Parse(mover_.env(), attempt->threads,
+                                                 *optimizer, of_optimizer,
                                                  model);
           });
         });
@@ -611,8 +626,8 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
       DSD_RETURN_IF_ERROR(attempt->model_load.Prepare(pairs));
     }
     if (optimizer != nullptr) {
-      DSD_RETURN_IF_ERROR(
-          attempt->optimizer_load.Prepare(mover_.env(), WalkThreads(), pairs));
+      DSD_RETURN_IF_ERROR(attempt->optimizer_load.Prepare(
+          mover_.env(), attempt->threads, pairs));
     }
     for (const TensorPair& pair : pairs) {
       if (mover_.comm() == nullptr) break;
@@ -623,8 +638,9 @@ std::unique_ptr<SourceSession::Attempt> SourceSession::TrySet(
       attempt->joint_pairs = std::move(pairs);
       return absl::OkStatus();
     }
-    DSD_RETURN_IF_ERROR(attempt->Complete(options_, pairs));
-    if (mover_.world_size() == 1 && AreLocalCopies(pairs)) {
+    DSD_RETURN_IF_ERROR(attempt->Complete(options_, mover_.env(), pairs));
+    if (mover_.world_size() == 1 &&
+        AreLocalCopies(mover_.env(), attempt->threads, pairs)) {
       attempt->local_pairs = std::move(pairs);
       return absl::OkStatus();
     }
@@ -691,8 +707,8 @@ SourceSession::JoinAndTry(absl::string_view what, bool contributes,
       std::vector<TensorPair> pairs,
       JoinPairs(what, attempt->prepared.status, attempt->joint_pairs, dicts,
                 &options_.replica_ranks, mover_, clock));
-  absl::Status status =
-      TorchToStatus([&] { return attempt->Complete(options_, pairs); });
+  absl::Status status = TorchToStatus(
+      [&] { return attempt->Complete(options_, mover_.env(), pairs); });
   if (status.ok()) status = AddPairs(pairs, attempt->source, attempt->target);
   attempt->prepared = mover_.Prepare(attempt->source, attempt->target, status);
   return attempt;
@@ -827,7 +843,8 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
   absl::Status status = mover_.MoveAgreed(attempt->prepared, clock);
   if (status.ok() && !attempt->local_pairs.empty()) {
     absl::StatusOr<TransferStats> copied =
-        CopyLocally(attempt->local_pairs, clock.Left());
+        CopyLocally(mover_.env(), attempt->copy_threads,
+                    absl::MakeSpan(attempt->local_pairs), clock.Left());
     if (copied.ok()) mover_.set_last_transfer(*copied);
     status = copied.status();
   }
@@ -842,7 +859,9 @@ absl::StatusOr<IncompatibleKeys> SourceSession::SetParts(
     if (status.ok()) {
       changed = true;
       // All or nothing: not to be cancelled any more.
-      status = CopyLocally(attempt->staged_pairs, CallOptions()).status();
+      status = CopyLocally(mover_.env(), attempt->copy_threads,
+                           absl::MakeSpan(attempt->staged_pairs), CallOptions())
+                   .status();
     }
   }
   if (status.ok()) {

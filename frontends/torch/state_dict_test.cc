@@ -688,6 +688,65 @@ TEST_P(ManyTensorsTest, SetsListWhatIsWrongWithBothParts) {
                     HasSubstr("l7.bias"), HasSubstr("l9.bias.exp_avg")));
 }
 
+// The dict's tensors are the live ones, which are filled in the same call.
+TEST_P(ManyTensorsTest, SetsFromLiveTensorsInAnotherOrder) {
+  Job job;
+  for (size_t i = 0; i < job.layers.size(); ++i) {
+    job.layers[i]->weight.detach().fill_(static_cast<double>(i));
+    static_cast<optim::AdamWParamState&>(
+        *job.optimizer->state().at(job.layers[i]->weight.unsafeGetTensorImpl()))
+        .exp_avg()
+        .fill_(static_cast<double>(i));
+  }
+  auto dicts = *GetStateDict(job.model, *job.optimizer);
+  StateDict model = dicts.model;
+  StateDict optimizer = dicts.optimizer;
+  StateDict& state = *optimizer.Find("state")->get_if<StateDict>();
+  const StateDict& before = *dicts.optimizer.Find("state")->get_if<StateDict>();
+  for (int i = 0; i < 5000; ++i) {
+    const std::string key = absl::StrCat("l", i, ".weight");
+    const std::string other = absl::StrCat("l", 4999 - i, ".weight");
+    model.Set(key, *dicts.model.Find(other));
+    state.Find(key)->get_if<StateDict>()->Set(
+        "exp_avg", *before.Find(other)->get_if<StateDict>()->Find("exp_avg"));
+  }
+  const auto keys = SetStateDict(job.model, *job.optimizer, model, optimizer);
+  ASSERT_TRUE(keys.ok()) << keys.status();
+  const auto now = *GetStateDict(job.model, *job.optimizer);
+  for (int i = 0; i < 5000; ++i) {
+    const std::string key = absl::StrCat("l", i, ".weight");
+    ASSERT_EQ(TensorAt(now.model, key).max().item<double>(), 4999 - i);
+    ASSERT_EQ(TensorAt(*now.optimizer.Find("state")
+                            ->get_if<StateDict>()
+                            ->Find(key)
+                            ->get_if<StateDict>(),
+                       "exp_avg")
+                  .max()
+                  .item<double>(),
+              4999 - i);
+  }
+}
+
+// However many threads there are, the last one counts.
+TEST_P(ManyTensorsTest, MomentsThatShareMemoryAreFilledInOrder) {
+  Job job;
+  const at::Tensor shared = at::zeros({2, 1});
+  for (const auto& layer : job.layers) {
+    static_cast<optim::AdamWParamState&>(
+        *job.optimizer->state().at(layer->weight.unsafeGetTensorImpl()))
+        .exp_avg(shared);
+  }
+  StateDict optimizer = *GetOptimizerStateDict(job.model, *job.optimizer);
+  StateDict& state = *optimizer.Find("state")->get_if<StateDict>();
+  for (int i = 0; i < 5000; ++i) {
+    state.Find(absl::StrCat("l", i, ".weight"))
+        ->get_if<StateDict>()
+        ->Set("exp_avg", TensorValue(at::full_like(shared, i)));
+  }
+  ASSERT_TRUE(SetOptimizerStateDict(job.model, *job.optimizer, optimizer).ok());
+  EXPECT_TRUE(at::equal(shared, at::full_like(shared, 4999)));
+}
+
 TEST_P(ManyTensorsTest, AnErrorOfTheOptimizerLeavesTheNextGetRight) {
   Job job;
   const auto session = StateDictSession::Create(job.model, *job.optimizer);

@@ -57,7 +57,7 @@ libtorch=${library%/lib/libtorch_cpu.so}
 # name, is not optimized, for speed.
 build=(build "${workspace_mode[@]}" --disk_cache="${DSD_DISK_CACHE:-$cache/bazel-disk}" --jobs=2
   --noshow_progress --nosandbox_debug --repo_env=LIBTORCH_ROOT="$libtorch"
-  --compilation_mode=opt --copt=-O1 --copt=-UNDEBUG --host_copt=-DNDEBUG --dynamic_mode=off --force_pic
+  --compilation_mode=opt --copt=-UNDEBUG --host_copt=-DNDEBUG --dynamic_mode=off --force_pic
   --incompatible_strict_action_env --strategy=CppCompile=local
   "--per_file_copt=external/dsd/.*@-O0,-U_FORTIFY_SOURCE")
 cd "$space"
