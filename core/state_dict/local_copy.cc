@@ -103,7 +103,7 @@ bool AreLocalCopies(Env* env, int threads, absl::Span<const TensorPair> pairs) {
   const absl::Status status =
       ForRanges(env, threads, pairs.size(), [&](size_t begin, size_t end) {
         for (size_t i = begin; i < end && all; ++i) {
-          PrefetchPairs(pairs, i, /*with_memory=*/false);
+          PrefetchPairs(pairs.first(end), i, /*with_memory=*/false);
           if (!IsLocalCopy(pairs[i])) all = false;
         }
         return absl::OkStatus();
@@ -126,7 +126,7 @@ absl::StatusOr<TransferStats> CopyLocally(Env* env, int threads,
     const at::NoGradGuard no_grad;
     int64_t bytes = 0;
     for (size_t k = begin; k < end; ++k) {
-      PrefetchPairs(pairs, k, /*with_memory=*/true);
+      PrefetchPairs(pairs.first(end), k, /*with_memory=*/true);
       TensorPair& pair = pairs[k];
       const absl::Span<const at::Tensor> from = pair.source.locals();
       const absl::Span<const at::Tensor> to = pair.target.locals();

@@ -98,7 +98,9 @@ absl::Status DetachSources(Env* env, int threads,
   }
   const auto detach = [&](size_t begin, size_t end) -> absl::Status {
     for (size_t i = begin; i < end; ++i) {
-      PrefetchPairs(pairs, i, /*with_memory=*/false);
+      // Others change theirs.
+      PrefetchPairs(absl::MakeConstSpan(pairs).first(end), i,
+                    /*with_memory=*/false);
       TensorPair& pair = pairs[i];
       if (!SharesMemory(pair.source, targets)) continue;
       absl::StatusOr<TensorValue> from = Detached(pair);

@@ -13,12 +13,16 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/comm/registry.h"
+#include "dsd/core/layout/layout.h"
+#include "dsd/core/transfer/endpoint.h"
+#include "dsd/core/transfer/transfer.h"
 #include "dsd/testing/harness/rank_processes.h"
 #include "dsd/testing/harness/test_seed.h"
 #include "gmock/gmock.h"
@@ -31,8 +35,6 @@ using ::testing::AnyOf;
 using ::testing::HasSubstr;
 
 constexpr int kRanks = 4;
-constexpr size_t kChunkBytes = size_t{4} << 20;
-constexpr int kChunks = 24;  // 96 MiB from each rank to the next
 constexpr absl::Duration kBound = absl::Seconds(2);
 
 uint64_t Seed() {
@@ -40,42 +42,31 @@ uint64_t Seed() {
   return seed;
 }
 
-// A ring of chunks, two under way at a time; a rank dies between posting one
-// and waiting for it, when its bytes are on the wire.
-absl::Status TransferRing(RankContext& rank, Communicator& comm) {
-  const int next = (comm.rank() + 1) % comm.size();
-  const int previous = (comm.rank() + comm.size() - 1) % comm.size();
-  std::vector<std::vector<std::byte>> out(2);
-  std::vector<std::vector<std::byte>> in(2);
-  std::vector<PendingExchange> pending;
-  for (int slot = 0; slot < 2; ++slot) {
-    out[slot].assign(kChunkBytes, std::byte{1});
-    in[slot].resize(kChunkBytes);
-  }
-  for (int chunk = 0; chunk <= kChunks; ++chunk) {
-    const int slot = chunk % 2;
-    if (chunk < kChunks) {
-      DSD_ASSIGN_OR_RETURN(
-          PendingExchange started,
-          comm.StartExchange({{next, out[slot]}},
-                             {{previous, absl::MakeSpan(in[slot])}},
-                             "transfer model.w"));
-      pending.push_back(std::move(started));
-    }
-    rank.Reach(absl::StrCat("chunk ", chunk));
-    if (chunk > 0) {
-      DSD_RETURN_IF_ERROR(pending.front().Wait());
-      pending.erase(pending.begin());
-    }
-  }
-  return absl::OkStatus();
-}
-
-// Waits first for the others to be connected. What the program returns is what
-// the rank saw: the communicator is closed after that.
+// 128 MiB from rows to columns, of which 24 MiB come to each rank from the
+// others, in chunks of 1 MiB: whoever dies has some under way.
 DSD_RANK_PROGRAM(Transfer) {
   DSD_ASSIGN_OR_RETURN(const auto comm, rank.Connect(DSD_BACKEND));
-  DSD_RETURN_IF_ERROR(TransferRing(rank, *comm));
+  const DeviceMesh mesh = DeviceMesh::Iota({kRanks});
+  std::vector<std::byte> local[2];
+  MemoryEndpoint endpoints[2];
+  for (const int dim : {0, 1}) {
+    DSD_ASSIGN_OR_RETURN(Layout layout, Layout::FromPlacements(
+                                            {4096, 8192}, mesh, {Shard(dim)}));
+    local[dim].resize(size_t{32} << 20);
+    DSD_RETURN_IF_ERROR(
+        endpoints[dim].AddLocal({"model.w", DType::kFloat32, std::move(layout)},
+                                comm->rank(), local[dim].data()));
+  }
+  TransferOptions options;
+  options.chunk_bytes = int64_t{1} << 20;
+  int64_t reached = 0;
+  options.call.progress = [&](const Progress& progress) {
+    while (reached < progress.bytes_done >> 20) {
+      rank.Reach(absl::StrCat("MiB ", ++reached));
+    }
+  };
+  DSD_RETURN_IF_ERROR(
+      Redistribute(endpoints[0], endpoints[1], comm.get(), options).status());
   return comm->Shutdown();
 }
 
@@ -212,7 +203,7 @@ TEST_P(DeathTest, InATransferAtARandomChunk) {
   std::mt19937_64 random(Seed() + GetParam());
   for (int round = 0; round < 3; ++round) {
     ExpectDeathReportedInTime("Transfer", GetParam(),
-                              absl::StrCat("chunk ", random() % kChunks));
+                              absl::StrCat("MiB ", 1 + random() % 20));
   }
 }
 
