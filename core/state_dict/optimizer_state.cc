@@ -14,7 +14,6 @@
 
 #include "ATen/core/Tensor.h"
 #include "ATen/ops/empty_like.h"
-#include "absl/container/btree_map.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/container/inlined_vector.h"
@@ -22,7 +21,6 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/synchronization/mutex.h"
 #include "c10/core/ScalarType.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/state_dict/threads.h"
@@ -344,8 +342,6 @@ absl::Status OptimizerLoad::ParseGroup(Env* env, int threads,
       param.loaded = StateOfTied(param.model_group);
     }
   }
-  absl::Mutex mu;
-  absl::btree_map<size_t, MismatchReport> reports;  // by the begin of the range
   const auto check = [&](ParamLoad& param, MismatchReport& mine) {
     if (param.loaded != nullptr) {
       CheckState(load, effective, param, mine);
@@ -362,18 +358,17 @@ absl::Status OptimizerLoad::ParseGroup(Env* env, int threads,
       mine.missing_state.push_back(model_.fqn(param.model_group));
     }
   };
-  DSD_RETURN_IF_ERROR(ForRanges(env, threads, load.params.size(),
-                                [&](size_t begin, size_t end) {
-                                  MismatchReport mine;
-                                  for (size_t i = begin; i < end; ++i) {
-                                    PrefetchLoaded(load.params, i);
-                                    check(load.params[i], mine);
-                                  }
-                                  const absl::MutexLock lock(&mu);
-                                  reports.emplace(begin, std::move(mine));
-                                  return absl::OkStatus();
-                                }));
-  for (auto& [begin, part] : reports) report.Add(std::move(part));
+  DSD_ASSIGN_OR_RETURN(std::vector<MismatchReport> reports,
+                       MapRanges<MismatchReport>(
+                           env, threads, load.params.size(),
+                           [&](size_t begin, size_t end, MismatchReport& mine) {
+                             for (size_t i = begin; i < end; ++i) {
+                               PrefetchLoaded(load.params, i);
+                               check(load.params[i], mine);
+                             }
+                             return absl::OkStatus();
+                           }));
+  for (MismatchReport& part : reports) report.Add(std::move(part));
   load.params.erase(
       std::remove_if(load.params.begin(), load.params.end(),
                      [](const ParamLoad& param) { return !param.is_used; }),
@@ -520,10 +515,8 @@ absl::Status OptimizerLoad::Prepare(Env* env, int threads,
   };
   std::vector<TensorPair> free_form;
   for (GroupLoad& group : groups_) {
-    absl::Mutex mu;
-    absl::btree_map<size_t, Prepared> prepared;  // by the begin of the range
-    const auto prepare = [&](size_t begin, size_t end) -> absl::Status {
-      Prepared mine;
+    const auto prepare = [&](size_t begin, size_t end,
+                             Prepared& mine) -> absl::Status {
       mine.pairs.reserve((end - begin) * group.fields.size());
       for (size_t i = begin; i < end; ++i) {
         ParamLoad& param = group.params[i];
@@ -535,13 +528,13 @@ absl::Status OptimizerLoad::Prepare(Env* env, int threads,
         DSD_RETURN_IF_ERROR(status)
             << "optimizer state of \"" << model_.fqn(param.model_group) << "\"";
       }
-      const absl::MutexLock lock(&mu);
-      prepared.emplace(begin, std::move(mine));
       return absl::OkStatus();
     };
-    DSD_RETURN_IF_ERROR(ForRanges(env, threads, group.params.size(), prepare));
+    DSD_ASSIGN_OR_RETURN(
+        std::vector<Prepared> prepared,
+        MapRanges<Prepared>(env, threads, group.params.size(), prepare));
     pairs.reserve(pairs.size() + group.params.size() * group.fields.size());
-    for (auto& [begin, part] : prepared) {
+    for (Prepared& part : prepared) {
       std::move(part.pairs.begin(), part.pairs.end(),
                 std::back_inserter(pairs));
       std::move(part.free_form.begin(), part.free_form.end(),

@@ -92,5 +92,30 @@ TEST(RunBothTest, BothAreDone) {
   }
 }
 
+TEST(MapRangesTest, PartsAreInOrderAndAnErrorIsTheirs) {
+  for (const int threads : {1, 4}) {
+    const auto parts = MapRanges<std::vector<size_t>>(
+        Env::Real(), threads, 10000,
+        [](size_t begin, size_t end, std::vector<size_t>& part) {
+          for (size_t i = begin; i < end; ++i) part.push_back(i);
+          return absl::OkStatus();
+        });
+    ASSERT_TRUE(parts.ok()) << parts.status();
+    size_t next = 0;
+    for (const std::vector<size_t>& part : *parts) {
+      for (const size_t i : part) ASSERT_EQ(i, next++);
+    }
+    EXPECT_EQ(next, 10000);
+    EXPECT_EQ(MapRanges<int>(Env::Real(), threads, 10000,
+                             [](size_t begin, size_t, int&) {
+                               return begin == 0 ? absl::OkStatus()
+                                                 : absl::NotFoundError("");
+                             })
+                  .status()
+                  .code(),
+              absl::StatusCode::kNotFound);
+  }
+}
+
 }  // namespace
 }  // namespace dsd
