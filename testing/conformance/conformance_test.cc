@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Runs the cases on the backend DSD_BACKEND: ranks are threads if it asks for
-// it, else processes.
+// Runs the cases on the backend DSD_BACKEND. Ranks are processes; threads of
+// the test if the backend or DSD_TEST_RANK_THREADS=1 asks for it.
 
 #include "dsd/testing/conformance/conformance.h"
 
@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/log/check.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
@@ -48,15 +49,19 @@ DSD_RANK_PROGRAM(ConnectWithinASecond) {
   return rank.Connect(DSD_BACKEND, absl::Seconds(1)).status();
 }
 
-bool RanksAreThreads() {
+const BackendDescriptor& Descriptor() {
   const auto descriptor = FindBackend(DSD_BACKEND);
-  EXPECT_TRUE(descriptor.ok()) << descriptor.status();
-  return descriptor.ok() && (*descriptor)->in_process;
+  CHECK(descriptor.ok()) << descriptor.status();
+  return **descriptor;
 }
 
-bool HasDeviceMemory() {
-  const auto descriptor = FindBackend(DSD_BACKEND);
-  return descriptor.ok() && (*descriptor)->cuda_memory;
+bool VariableIs(const char* name, absl::string_view text) {
+  const char* const value = std::getenv(name);
+  return value != nullptr && value == text;
+}
+
+bool RanksAreThreads() {
+  return Descriptor().in_process || VariableIs("DSD_TEST_RANK_THREADS", "1");
 }
 
 struct Parameter {
@@ -68,18 +73,13 @@ void PrintTo(const Parameter& parameter, std::ostream* os) {
   *os << parameter.one.name << " on " << parameter.ranks << " ranks";
 }
 
-// Set to 0, each case runs in one of its world sizes, in turn.
-bool EveryWorldSize() {
-  const char* value = std::getenv("DSD_EVERY_WORLD_SIZE");
-  return value == nullptr || absl::string_view(value) != "0";
-}
-
 std::vector<Parameter> Parameters() {
-  const bool every_world_size = EveryWorldSize();
+  // Set to 0, each case runs in one of its world sizes, in turn.
+  const bool every_world_size = !VariableIs("DSD_EVERY_WORLD_SIZE", "0");
   int turn = 0;
   std::vector<Parameter> parameters;
   for (const ConformanceCase& one : ConformanceCases()) {
-    if (one.needs_device_memory && !HasDeviceMemory()) continue;
+    if (one.needs_device_memory && !Descriptor().cuda_memory) continue;
     const int most =
         std::max(one.min_ranks, std::min(kMaxRanks, one.max_ranks));
     if (!every_world_size) {
@@ -109,6 +109,7 @@ TEST_P(ConformanceTest, Passes) {
     absl::Mutex mu;
     int connected = 0;
     RankThreadsOptions options;
+    options.descriptor = &Descriptor();
     options.shutdown = false;
     EXPECT_THAT(RunRankThreads(
                     ranks,
@@ -149,6 +150,7 @@ TEST(ConformanceConnectTest, EachAbsentRankIsNamed) {
   if (RanksAreThreads()) {
     for (int absent = 0; absent < 3; ++absent) {
       RankThreadsOptions options;
+      options.descriptor = &Descriptor();
       options.absent = {absent};
       options.connect_timeout = absl::Milliseconds(100);
       const auto statuses = RunRankThreads(

@@ -6,6 +6,7 @@
 
 #include <signal.h>
 
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,7 +25,12 @@ namespace {
 
 using ::testing::HasSubstr;
 
-constexpr int kRanks = DSD_RANKS;
+struct World {
+  int ranks;
+  // How many ranks are connected to rank 0 and relay for the others.
+  const char* control_fan_out;
+};
+constexpr World kWorlds[] = {{3, "64"}, {4, "2"}};
 // As short as a busy machine allows: who runs at all must run once in it.
 constexpr absl::Duration kBound = absl::Seconds(4);
 // Of calls that have ten minutes, after a rank has stopped.
@@ -87,15 +93,8 @@ DSD_RANK_PROGRAM(BarrierAfterAPause) {
   return comm->Shutdown();
 }
 
-RankRunOptions WithBound(absl::Duration bound) {
-  RankRunOptions options;
-  options.environment = {
-      {"DSD_HEARTBEAT_SECONDS", absl::StrCat(absl::ToInt64Seconds(bound))}};
-  return options;
-}
-
 void ExpectStopReported(int stopped, absl::Span<const RankResult> results) {
-  for (int rank = 0; rank < kRanks; ++rank) {
+  for (int rank = 0; rank < static_cast<int>(results.size()); ++rank) {
     const RankResult& result = results[rank];
     SCOPED_TRACE(
         absl::StrCat("rank ", rank, ": ", ::testing::PrintToString(result)));
@@ -110,57 +109,117 @@ void ExpectStopReported(int stopped, absl::Span<const RankResult> results) {
   }
 }
 
-// A job for each rank that is stopped, all at the same time: they only wait.
-void ExpectStopsReported(absl::string_view program) {
-  std::vector<std::unique_ptr<RankProcesses>> jobs;
-  for (int stopped = 0; stopped < kRanks; ++stopped) {
-    RankRunOptions options = WithBound(kBound);
-    options.argument = absl::StrCat(stopped);
-    jobs.push_back(std::make_unique<RankProcesses>(kRanks, program, options));
-  }
-  for (int stopped = 0; stopped < kRanks; ++stopped) {
-    SCOPED_TRACE(absl::StrCat("rank ", stopped, " is stopped"));
-    // The others end by themselves.
-    for (int rank = 0; rank < kRanks; ++rank) {
-      if (rank != stopped) jobs[stopped]->WaitFor(rank, "never");
-    }
-    jobs[stopped]->Signal(stopped, SIGCONT);
-    ExpectStopReported(stopped, jobs[stopped]->Wait());
-  }
-}
+// Jobs that only wait do so all at the same time, from before the first test.
+class StopTest : public ::testing::Test {
+ protected:
+  // A job of which one rank stops itself, for each rank of each world.
+  struct StoppingJob {
+    std::string program;
+    World world;
+    int stopped;
+    std::unique_ptr<RankProcesses> processes;
+  };
+  struct Jobs {
+    std::vector<StoppingJob> stopping;
+    // Stopped from outside, and gone on since.
+    std::vector<std::unique_ptr<RankProcesses>> whole, without_heartbeats;
+  };
 
-TEST(StopTest, WhileTheOthersWaitInABarrier) {
+  static void SetUpTestSuite() {
+    jobs_ = new Jobs;
+    for (const World& world : kWorlds) {
+      for (const char* program :
+           {"StopBeforeABarrier", "StopInAnExchange", "StopWhileConnecting"}) {
+        for (int stopped = 0; stopped < world.ranks; ++stopped) {
+          jobs_->stopping.push_back(
+              {program, world, stopped,
+               Start(world, program, kBound, absl::StrCat(stopped))});
+        }
+      }
+      jobs_->whole.push_back(Start(world, "BarrierAfterAPause", kBound));
+      jobs_->without_heartbeats.push_back(
+          Start(world, "BarrierAfterAPause", absl::ZeroDuration()));
+    }
+    for (size_t i = 0; i < std::size(kWorlds); ++i) {
+      for (int rank = 0; rank < kWorlds[i].ranks; ++rank) {
+        EXPECT_TRUE(jobs_->whole[i]->WaitFor(rank, "connected"));
+        EXPECT_TRUE(jobs_->without_heartbeats[i]->WaitFor(rank, "connected"));
+      }
+    }
+    SignalTheOutside(SIGSTOP);
+    Env::Real()->SleepUntil(Env::Real()->Now() + 2 * kBound);
+    SignalTheOutside(SIGCONT);
+    for (size_t i = 0; i < std::size(kWorlds); ++i) {
+      for (int rank = 0; rank < kWorlds[i].ranks; ++rank) {
+        jobs_->whole[i]->Release(rank);
+        jobs_->without_heartbeats[i]->Release(rank);
+      }
+    }
+  }
+
+  static void TearDownTestSuite() {
+    delete jobs_;
+    jobs_ = nullptr;
+  }
+
+  static std::unique_ptr<RankProcesses> Start(
+      const World& world, const char* program, absl::Duration bound,
+      const std::string& argument = "") {
+    RankRunOptions options;
+    options.argument = argument;
+    options.environment = {
+        {"DSD_HEARTBEAT_SECONDS", absl::StrCat(absl::ToInt64Seconds(bound))},
+        {"DSD_CONTROL_FAN_OUT", world.control_fan_out}};
+    return std::make_unique<RankProcesses>(world.ranks, program, options);
+  }
+
+  static void SignalTheOutside(int signal) {
+    for (size_t i = 0; i < std::size(kWorlds); ++i) {
+      for (int rank = 0; rank < kWorlds[i].ranks; ++rank) {
+        jobs_->whole[i]->Signal(rank, signal);
+      }
+      jobs_->without_heartbeats[i]->Signal(1, signal);
+    }
+  }
+
+  static void ExpectStopsReported(absl::string_view program) {
+    for (StoppingJob& job : jobs_->stopping) {
+      if (job.program != program) continue;
+      SCOPED_TRACE(absl::StrCat("rank ", job.stopped, " of ", job.world.ranks,
+                                " is stopped"));
+      // The others end by themselves.
+      for (int rank = 0; rank < job.world.ranks; ++rank) {
+        if (rank != job.stopped) job.processes->WaitFor(rank, "never");
+      }
+      job.processes->Signal(job.stopped, SIGCONT);
+      ExpectStopReported(job.stopped, job.processes->Wait());
+    }
+  }
+
+  static Jobs* jobs_;
+};
+
+StopTest::Jobs* StopTest::jobs_ = nullptr;
+
+TEST_F(StopTest, WhileTheOthersWaitInABarrier) {
   ExpectStopsReported("StopBeforeABarrier");
 }
 
-TEST(StopTest, InAnExchange) { ExpectStopsReported("StopInAnExchange"); }
+TEST_F(StopTest, InAnExchange) { ExpectStopsReported("StopInAnExchange"); }
 
-TEST(StopTest, WhileConnecting) { ExpectStopsReported("StopWhileConnecting"); }
-
-// As by Ctrl-Z: nobody has run, so nobody blames another.
-TEST(StopOfAllTest, AJobThatIsStoppedAsAWholeGoesOn) {
-  RankProcesses processes(kRanks, "BarrierAfterAPause", WithBound(kBound));
-  for (int rank = 0; rank < kRanks; ++rank) {
-    ASSERT_TRUE(processes.WaitFor(rank, "connected"));
-  }
-  for (int rank = 0; rank < kRanks; ++rank) processes.Signal(rank, SIGSTOP);
-  Env::Real()->SleepUntil(Env::Real()->Now() + 2 * kBound);
-  for (int rank = 0; rank < kRanks; ++rank) processes.Signal(rank, SIGCONT);
-  for (int rank = 0; rank < kRanks; ++rank) processes.Release(rank);
-  EXPECT_THAT(processes.Wait(), AllRanksOk());
+TEST_F(StopTest, WhileConnecting) {
+  ExpectStopsReported("StopWhileConnecting");
 }
 
-TEST(StopOfAllTest, WithoutHeartbeatsAStopIsNoDeath) {
-  RankProcesses processes(kRanks, "BarrierAfterAPause",
-                          WithBound(absl::ZeroDuration()));
-  for (int rank = 0; rank < kRanks; ++rank) {
-    ASSERT_TRUE(processes.WaitFor(rank, "connected"));
+// As by Ctrl-Z: nobody has run, so nobody blames another.
+TEST_F(StopTest, AJobThatIsStoppedAsAWholeGoesOn) {
+  for (const auto& job : jobs_->whole) EXPECT_THAT(job->Wait(), AllRanksOk());
+}
+
+TEST_F(StopTest, WithoutHeartbeatsAStopIsNoDeath) {
+  for (const auto& job : jobs_->without_heartbeats) {
+    EXPECT_THAT(job->Wait(), AllRanksOk());
   }
-  processes.Signal(1, SIGSTOP);
-  Env::Real()->SleepUntil(Env::Real()->Now() + kBound);
-  processes.Signal(1, SIGCONT);
-  for (int rank = 0; rank < kRanks; ++rank) processes.Release(rank);
-  EXPECT_THAT(processes.Wait(), AllRanksOk());
 }
 
 }  // namespace
