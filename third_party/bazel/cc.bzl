@@ -16,20 +16,32 @@ _WARNINGS = [
     "-Wno-missing-field-initializers",
 ]
 
+# Files that read LibTorch compile a tenth faster in 1.2 GB than in 0.9 with garbage collected.
+_GCC_MEMORY = ["--param=ggc-min-heapsize=524288"]
+
 # Of this repository, whichever workspace embeds it and calls the rules.
 _WERROR = str(Label("//third_party/bazel:warnings_are_errors"))
+_CLANG = str(Label("//third_party/bazel:clang"))
 
 def _copts(copts):
     return _WARNINGS + select({
         _WERROR: ["-Werror"],
         "//conditions:default": [],
+    }) + select({
+        _CLANG: [],
+        "//conditions:default": _GCC_MEMORY,
     }) + copts
 
-def dsd_warning_settings():
-    """Declares the setting that turns the warnings of this project, and of nothing else, into errors."""
+def dsd_compile_settings():
+    """Declares what the rules ask: whether warnings of this project, and of nothing else, are errors; the compiler."""
     native.config_setting(
         name = "warnings_are_errors",
         define_values = {"dsd_werror": "1"},
+        visibility = ["//visibility:public"],
+    )
+    native.config_setting(
+        name = "clang",
+        flag_values = {"@bazel_tools//tools/cpp:compiler": "clang"},
         visibility = ["//visibility:public"],
     )
 
