@@ -12,6 +12,7 @@
 
 #include "absl/numeric/int128.h"
 #include "absl/strings/str_cat.h"
+#include "dsd/frontends/checkpoint/dcp/object_item.h"
 #include "dsd/frontends/cli/element.h"
 #include "dsd/frontends/cli/value_text.h"
 
@@ -188,7 +189,10 @@ class ObjectComparison {
                                                         : Differ(a, b);
     }
     if (!(a == b)) return Differ(a, b);
-    return a.is<Opaque>() ? ObjectVerdict::kUnknown : ObjectVerdict::kSame;
+    const auto* opaque = a.get_if<Opaque>();
+    return opaque == nullptr || dcp::IsTorchDType(opaque->type_name)
+               ? ObjectVerdict::kSame
+               : ObjectVerdict::kUnknown;
   }
 
   // The way to the difference, from the outside, and the values.

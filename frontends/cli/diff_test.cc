@@ -280,6 +280,11 @@ TEST(CompareTest, Objects) {
   const Object opaque = dict(Object(Opaque{"a.B"}));
   EXPECT_EQ(CompareObjects(opaque, opaque, {}, &where),
             ObjectVerdict::kUnknown);
+  const Object dtype = dict(Object(Opaque{"torch.float32"}));
+  EXPECT_EQ(CompareObjects(dtype, dtype, {}, &where), ObjectVerdict::kSame);
+  EXPECT_EQ(
+      CompareObjects(dtype, dict(Object(Opaque{"torch.float16"})), {}, &where),
+      ObjectVerdict::kDifferent);
 }
 
 }  // namespace

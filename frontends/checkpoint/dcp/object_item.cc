@@ -91,12 +91,6 @@ bool SortItems(std::vector<Object>* items) {
 
 constexpr absl::string_view kTorchPrefix = "torch.";
 
-// Not a class, but one of its values, which Python finds by its name.
-bool IsTorchDType(absl::string_view name) {
-  return absl::ConsumePrefix(&name, kTorchPrefix) &&
-         ParseDType(name).has_value();
-}
-
 // Whether Python takes it as a key of a dict.
 bool IsKey(const Object& value) {
   if (const auto* tuple = value.get_if<Object::Tuple>()) {
@@ -666,6 +660,11 @@ absl::StatusOr<ObjectItem> DecodeStoredObject(absl::string_view stored) {
       pickle.root(), content, &budget, [&](PickleValue value) {
         return ReadHostTensor(zip, value, budget.bytes_left);
       });
+}
+
+bool IsTorchDType(absl::string_view type_name) {
+  return absl::ConsumePrefix(&type_name, kTorchPrefix) &&
+         ParseDType(type_name).has_value();
 }
 
 absl::StatusOr<ObjectItem> DecodeObjectPickle(absl::string_view bytes) {

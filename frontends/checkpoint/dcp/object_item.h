@@ -31,6 +31,10 @@ struct ObjectItem {
   Digest128 digest;
 };
 
+// Whether an Opaque of this type is a dtype, "torch.float32": no class, but a
+// value that Python finds by its name, and all of which the name says.
+bool IsTorchDType(absl::string_view type_name);
+
 // Errors: DataLoss (damaged, or nested too deeply); ResourceExhausted (more
 // than kMaxObjectBytes, or more values than bytes through sharing);
 // Unimplemented (compressed).
