@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "dsd/core/base/prefetch.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/core/state_dict/optimizer_dict.h"
+#include "dsd/core/state_dict/threads.h"
 #include "dsd/core/tensor/sharding_table.h"
 #include "dsd/core/tensor/tensor_memory.h"
 #include "dsd/core/tensor/torch_boundary.h"
@@ -183,14 +185,16 @@ void OptimizerReader::KeepCount(const std::vector<StateField>& fields,
       continue;
     }
     param.count = tensor->locals()[0].unsafeGetTensorImpl();
-    param.count_bytes = param.count->itemsize();
+    param.count_bytes = static_cast<uint32_t>(param.count->itemsize());
     std::memcpy(&param.count_was, param.count->data(), param.count_bytes);
   }
 }
 
-absl::StatusOr<StateDict> OptimizerReader::ReadParam(
-    const LiveModel& model, const Group& group, size_t index,
-    size_t model_group, StateDict entries, Param& param) {
+absl::StatusOr<StateDict> OptimizerReader::ReadParam(const LiveModel& model,
+                                                     const Group& group,
+                                                     size_t index,
+                                                     StateDict entries,
+                                                     Param& param) {
   const OptimizerSource& optimizer = *group.optimizer;
   param.live = true;
   if (!entries.empty() || param.trainable) {
@@ -205,7 +209,7 @@ absl::StatusOr<StateDict> OptimizerReader::ReadParam(
     }
   }
   KeepCount(group.fields, entries, param);
-  const TensorValue& live = model.value(model_group);
+  const TensorValue& live = model.value(param.model_group);
   const bool has_shards =
       !live.is_plain() || ShardingTable::Global().generation() > 0;
   for (size_t i = 0; has_shards && i < entries.size(); ++i) {
@@ -220,8 +224,8 @@ absl::StatusOr<StateDict> OptimizerReader::ReadParam(
     absl::StatusOr<TensorValue> sharded =
         WithShardingOf(live, tensor->locals()[0]);
     DSD_RETURN_IF_ERROR(sharded)
-        << "optimizer state \"" << model.fqn(model_group) << "." << field->name
-        << "\"";
+        << "optimizer state \"" << model.fqn(param.model_group) << "."
+        << field->name << "\"";
     if (!sharded->is_plain()) entries.value(i) = Value(*std::move(sharded));
   }
   entries.Share();
@@ -229,7 +233,7 @@ absl::StatusOr<StateDict> OptimizerReader::ReadParam(
 }
 
 absl::Status OptimizerReader::LookAtAll(
-    absl::Span<OptimizerSource* const> optimizers) {
+    Env* env, int threads, absl::Span<OptimizerSource* const> optimizers) {
   groups_.clear();
   for (OptimizerSource* const optimizer : optimizers) {
     for (size_t index = 0; index < optimizer->num_groups(); ++index) {
@@ -242,18 +246,22 @@ absl::Status OptimizerReader::LookAtAll(
                            optimizer->StateFields(group.hyperparameters));
       optimizer->FindChangedStates(index, group.marks, group.changed);
       const size_t size = optimizer->params(index).size();
-      group.states.reserve(size);
-      for (size_t i = 0; i < size; ++i) {
-        PrefetchStates(*optimizer, index, i);
-        DSD_ASSIGN_OR_RETURN(StateDict state, optimizer->State(index, i));
-        group.states.push_back(std::move(state));
-      }
+      group.states.resize(size);
+      DSD_RETURN_IF_ERROR(ForRanges(
+          env, threads, size, [&](size_t begin, size_t end) -> absl::Status {
+            for (size_t i = begin; i < end; ++i) {
+              PrefetchStates(*optimizer, index, i);
+              DSD_ASSIGN_OR_RETURN(group.states[i], optimizer->State(index, i));
+            }
+            return absl::OkStatus();
+          }));
     }
   }
   return absl::OkStatus();
 }
 
-absl::Status OptimizerReader::ReadAll(const LiveModel& model) {
+absl::Status OptimizerReader::ReadAll(Env* env, int threads,
+                                      const LiveModel& model) {
   ParameterOwners owners(model);
   StateDict state;
   Value::List group_dicts;
@@ -262,25 +270,38 @@ absl::Status OptimizerReader::ReadAll(const LiveModel& model) {
     DSD_RETURN_IF_ERROR(CheckGroupState(model, optimizer, group.index));
     const absl::Span<const at::Tensor> params = optimizer.params(group.index);
     group.params.reserve(params.size());
-    state.Reserve(state.size() + params.size());
-    Value::List names;
-    names.reserve(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
       PrefetchParams(model, params, i);
       DSD_ASSIGN_OR_RETURN(const bool is_new,
                            owners.Add(optimizer, group.index, i));
-      Param& param = group.params.emplace_back(
-          Param{params[i].unsafeGetTensorImpl(), kNoEntry, !is_new,
-                params[i].requires_grad(), true, nullptr, 0, 0});
-      if (!is_new) continue;
-      const std::string& fqn = model.fqn(owners.model_group());
+      group.params.push_back({params[i].unsafeGetTensorImpl(),
+                              static_cast<uint32_t>(owners.model_group()),
+                              kNoEntry, !is_new, params[i].requires_grad(),
+                              true, 0, nullptr, 0});
+    }
+    DSD_RETURN_IF_ERROR(
+        ForRanges(env, threads, params.size(),
+                  [&](size_t begin, size_t end) -> absl::Status {
+                    for (size_t i = begin; i < end; ++i) {
+                      if (group.params[i].duplicate) continue;
+                      DSD_ASSIGN_OR_RETURN(
+                          group.states[i],
+                          ReadParam(model, group, i, std::move(group.states[i]),
+                                    group.params[i]));
+                    }
+                    return absl::OkStatus();
+                  }));
+    state.Reserve(state.size() + params.size());
+    Value::List names;
+    names.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+      Param& param = group.params[i];
+      if (param.duplicate) continue;
+      const std::string& fqn = model.fqn(param.model_group);
       names.push_back(Value(fqn));
-      DSD_ASSIGN_OR_RETURN(StateDict entries,
-                           ReadParam(model, group, i, owners.model_group(),
-                                     std::move(group.states[i]), param));
-      if (entries.empty()) continue;
+      if (group.states[i].empty()) continue;
       param.entry = static_cast<uint32_t>(state.size());
-      state.Append(fqn, Value(std::move(entries)));
+      state.Append(fqn, Value(std::move(group.states[i])));
     }
     group.states = {};
     DSD_ASSIGN_OR_RETURN(
@@ -356,45 +377,62 @@ absl::StatusOr<bool> OptimizerReader::LookForChanges(
   return true;
 }
 
-absl::Status OptimizerReader::ReadChanges(const LiveModel& model, bool* all) {
+absl::Status OptimizerReader::ReadChanges(Env* env, int threads,
+                                          const LiveModel& model, bool* all) {
   struct Change {
     uint32_t entry;
     StateDict state;
   };
-  std::vector<Change> changes;
+  using Changes = std::vector<Change>;
+  std::vector<Changes> changes;
   for (Group& group : groups_) {
     const absl::Span<const at::Tensor> params =
         group.optimizer->params(group.index);
     const bool most_changed = 2 * group.changed.size() > params.size();
-    for (const size_t i : group.changed) {
-      if (most_changed) {
-        PrefetchParams(model, params, i);
-        PrefetchStates(*group.optimizer, group.index, i);
+    const auto read = [&](size_t begin, size_t end,
+                          Changes& mine) -> absl::Status {
+      mine.reserve(end - begin);
+      for (size_t k = begin; k < end; ++k) {
+        const size_t i = group.changed[k];
+        if (most_changed) {
+          PrefetchParams(model, params, i);
+          PrefetchStates(*group.optimizer, group.index, i);
+        }
+        Param& param = group.params[i];
+        param.trainable = params[i].requires_grad();
+        DSD_ASSIGN_OR_RETURN(StateDict entries,
+                             group.optimizer->State(group.index, i));
+        DSD_ASSIGN_OR_RETURN(
+            entries, ReadParam(model, group, i, std::move(entries), param));
+        mine.push_back({param.entry, std::move(entries)});
       }
-      Param& param = group.params[i];
-      param.trainable = params[i].requires_grad();
-      DSD_ASSIGN_OR_RETURN(const size_t model_group, model.GroupOf(params[i]));
-      DSD_ASSIGN_OR_RETURN(StateDict entries,
-                           group.optimizer->State(group.index, i));
-      DSD_ASSIGN_OR_RETURN(entries, ReadParam(model, group, i, model_group,
-                                              std::move(entries), param));
-      if (entries.empty()) {
-        *all = true;
-        return absl::OkStatus();
-      }
-      changes.push_back({param.entry, std::move(entries)});
+      return absl::OkStatus();
+    };
+    DSD_ASSIGN_OR_RETURN(
+        std::vector<Changes> of_group,
+        MapRanges<Changes>(env, threads, group.changed.size(), read));
+    std::move(of_group.begin(), of_group.end(), std::back_inserter(changes));
+  }
+  for (const Changes& part : changes) {
+    for (const Change& change : part) {
+      if (!change.state.empty()) continue;
+      *all = true;
+      return absl::OkStatus();
     }
   }
   if (changes.empty()) return absl::OkStatus();
   StateDict& own = *dict_.value(0).get_if<StateDict>();
-  for (Change& change : changes) {
-    own.value(change.entry) = Value(std::move(change.state));
+  for (Changes& part : changes) {
+    for (Change& change : part) {
+      own.value(change.entry) = Value(std::move(change.state));
+    }
   }
   dict_.Share();
   return absl::OkStatus();
 }
 
-void OptimizerReader::Look(absl::Span<OptimizerSource* const> optimizers) {
+void OptimizerReader::Look(Env* env, int threads,
+                           absl::Span<OptimizerSource* const> optimizers) {
   const bool may_be_changes = std::exchange(is_current_, false);
   looked_ = Looked::kNot;
   look_status_ = TorchToStatus([&]() -> absl::Status {
@@ -405,24 +443,29 @@ void OptimizerReader::Look(absl::Span<OptimizerSource* const> optimizers) {
         return absl::OkStatus();
       }
     }
-    DSD_RETURN_IF_ERROR(LookAtAll(optimizers));
+    DSD_RETURN_IF_ERROR(LookAtAll(env, threads, optimizers));
     looked_ = Looked::kAtAll;
     return absl::OkStatus();
   });
 }
 
 absl::StatusOr<StateDict> OptimizerReader::Read(
-    const LiveModel& model, absl::Span<OptimizerSource* const> optimizers) {
-  if (looked_ == Looked::kNot && look_status_.ok()) Look(optimizers);
+    Env* env, int threads, const LiveModel& model,
+    absl::Span<OptimizerSource* const> optimizers) {
+  if (looked_ == Looked::kNot && look_status_.ok()) {
+    Look(env, threads, optimizers);
+  }
   DSD_RETURN_IF_ERROR(std::exchange(look_status_, absl::OkStatus()));
   const Looked looked = std::exchange(looked_, Looked::kNot);
   const uint64_t shardings = ShardingTable::Global().generation();
   bool all = looked == Looked::kAtAll ||
              model.tables_built() != tables_built_ || shardings != shardings_;
-  if (!all) DSD_RETURN_IF_ERROR(ReadChanges(model, &all));
+  if (!all) DSD_RETURN_IF_ERROR(ReadChanges(env, threads, model, &all));
   if (all) {
-    if (looked != Looked::kAtAll) DSD_RETURN_IF_ERROR(LookAtAll(optimizers));
-    DSD_RETURN_IF_ERROR(ReadAll(model));
+    if (looked != Looked::kAtAll) {
+      DSD_RETURN_IF_ERROR(LookAtAll(env, threads, optimizers));
+    }
+    DSD_RETURN_IF_ERROR(ReadAll(env, threads, model));
   }
   tables_built_ = model.tables_built();
   shardings_ = shardings;

@@ -15,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "dsd/core/base/env.h"
 #include "dsd/core/state_dict/live_model.h"
 #include "dsd/core/state_dict/sources.h"
 #include "dsd/core/state_dict/state_dict.h"
@@ -75,14 +76,16 @@ class OptimizerReader {
   // The half of Read that needs no model: what the optimizers have now. It may
   // run at the same time as what changes neither them nor this. What it finds,
   // errors too, is for the next Read, which otherwise looks itself.
-  void Look(absl::Span<OptimizerSource* const> optimizers);
+  // Both walk in up to `threads` threads.
+  void Look(Env* env, int threads,
+            absl::Span<OptimizerSource* const> optimizers);
 
   // The nested dict of all `optimizers`: aliases of live state, and in tensors
   // of its own what a parameter's state would be before the first step, where
   // it is missing (for parameters that are not trained only where a part of it
   // is missing). The optimizers are not changed.
   // Errors: of ParameterOwners::Add and CheckGroupState; of the sources.
-  absl::StatusOr<StateDict> Read(const LiveModel& model,
+  absl::StatusOr<StateDict> Read(Env* env, int threads, const LiveModel& model,
                                  absl::Span<OptimizerSource* const> optimizers);
 
  private:
@@ -90,15 +93,16 @@ class OptimizerReader {
 
   struct Param {
     const c10::TensorImpl* tensor;
-    uint32_t entry;  // index in the dict's "state"
-    bool duplicate;  // a tied parameter's second place in the group
+    uint32_t model_group;  // of the model's table
+    uint32_t entry;        // index in the dict's "state"
+    bool duplicate;        // a tied parameter's second place in the group
     bool trainable;
     // Whether all that the entry says is live state, or `count`.
     bool live;
     // What the entry has as the number of steps, a copy, which a caller who has
     // the dict may write to; and the bytes that it had. Null: nothing.
+    uint32_t count_bytes;
     const c10::TensorImpl* count;
-    size_t count_bytes;
     uint64_t count_was;
 
     bool IsCountAsItWas() const {
@@ -120,13 +124,15 @@ class OptimizerReader {
   };
   enum class Looked { kNot, kForChanges, kAtAll };
 
-  absl::Status LookAtAll(absl::Span<OptimizerSource* const> optimizers);
+  absl::Status LookAtAll(Env* env, int threads,
+                         absl::Span<OptimizerSource* const> optimizers);
   // False if it must be all.
   absl::StatusOr<bool> LookForChanges(
       absl::Span<OptimizerSource* const> optimizers);
-  absl::Status ReadAll(const LiveModel& model);
+  absl::Status ReadAll(Env* env, int threads, const LiveModel& model);
   // Sets *all if that is not enough.
-  absl::Status ReadChanges(const LiveModel& model, bool* all);
+  absl::Status ReadChanges(Env* env, int threads, const LiveModel& model,
+                           bool* all);
   bool HasSameParameters(absl::Span<OptimizerSource* const> optimizers) const;
   // Sets `count`, or takes back `live` if that cannot say it.
   static void KeepCount(const std::vector<StateField>& fields,
@@ -134,7 +140,6 @@ class OptimizerReader {
   // The state of a parameter, of which `entries` is what there is; sets `live`.
   static absl::StatusOr<StateDict> ReadParam(const LiveModel& model,
                                              const Group& group, size_t index,
-                                             size_t model_group,
                                              StateDict entries, Param& param);
 
   StateDict dict_;  // shared with the dicts that Read has returned

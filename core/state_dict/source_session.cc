@@ -316,7 +316,8 @@ absl::Status SourceSession::Describe(Parts parts,
       mover_.env(), threads,
       [&] { status = TorchToStatus([&] { return live_.Refresh(mover_); }); },
       [&] {
-        if (has_optimizers) optimizer_reader_.Look(optimizers_);
+        if (!has_optimizers) return;
+        optimizer_reader_.Look(mover_.env(), threads, optimizers_);
       });
   DSD_RETURN_IF_ERROR(status);
   // Aliases of the same tensors make the same dict. Extra states and whether a
@@ -335,8 +336,10 @@ absl::Status SourceSession::Describe(Parts parts,
       },
       [&] {
         if (has_optimizers) {
-          optimizer = TorchToStatus(
-              [&] { return optimizer_reader_.Read(live_, optimizers_); });
+          optimizer = TorchToStatus([&] {
+            return optimizer_reader_.Read(mover_.env(), threads, live_,
+                                          optimizers_);
+          });
         }
       });
   DSD_RETURN_IF_ERROR(model.status());

@@ -12,11 +12,14 @@
 #include <iostream>
 #include <memory>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "ATen/Parallel.h"
+#include "ATen/core/grad_mode.h"
 #include "ATen/ops/full.h"
+#include "ATen/ops/scalar_tensor.h"
 #include "ATen/ops/tensor.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -149,11 +152,64 @@ uint32_t DigestOf(const ModelAndOptimizerStateDict& dicts) {
   return crc.value();
 }
 
+// Of calls fn(i) for all i in [0, count), by as many threads as there are
+// cores.
+template <class Fn>
+Seconds MeasureInThreads(size_t count, Fn fn) {
+  return Measure([&] {
+    const size_t parts = std::max(1, at::get_num_threads());
+    std::vector<std::thread> threads;
+    for (size_t part = 0; part < parts; ++part) {
+      threads.emplace_back([&, part] {
+        const at::NoGradGuard no_grad;
+        for (size_t i = count * part / parts; i < count * (part + 1) / parts;
+             ++i) {
+          fn(i);
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  });
+}
+
+// What LibTorch alone takes for the tensors of a get and a set: no names, no
+// dicts.
+struct Bare {
+  Seconds get;  // detach() of each, and a scalar for each step
+  Seconds set;  // copy_() into each
+};
+
+Bare RunBare(const Job& job) {
+  std::vector<at::Tensor> live = job.model.parameters();
+  const size_t params = live.size();
+  for (size_t i = 0; i < params; ++i) {
+    const auto& state = static_cast<const torch::optim::AdamWParamState&>(
+        *job.optimizer->state().at(live[i].unsafeGetTensorImpl()));
+    live.push_back(state.exp_avg());
+    live.push_back(state.exp_avg_sq());
+  }
+  Bare least;
+  for (int run = 0; run < kRuns; ++run) {
+    std::vector<at::Tensor> got(live.size() + params);
+    const Seconds get = MeasureInThreads(got.size(), [&](size_t i) {
+      got[i] = i < live.size() ? live[i].detach() : at::scalar_tensor(1.0f);
+    });
+    std::vector<at::Tensor> from;
+    for (const at::Tensor& tensor : live) from.push_back(tensor.clone());
+    const Seconds set = MeasureInThreads(
+        live.size(), [&](size_t i) { live[i].copy_(from[i]); });
+    least.get = run == 0 ? get : Least(least.get, get);
+    least.set = run == 0 ? set : Least(least.set, set);
+  }
+  return least;
+}
+
 struct Local {
   Seconds first_get;
   Seconds second_get;
   Seconds get_after_step;
   Seconds set;
+  Bare bare;
   uint32_t digest;
   uint32_t set_digest;
 };
@@ -194,6 +250,8 @@ Local RunLocal(Size size) {
     out.set_digest =
         DigestOf(Must(GetStateDict(other.model, *other.optimizer)));
   }
+  dicts = {};
+  out.bare = RunBare(job);
   return out;
 }
 
@@ -355,6 +413,9 @@ int Run(const std::string& peer, bool quick, bool with_peer, bool peer_set,
     table.Row("   get after a step" + of, Of(other, "second get"),
               dsd.get_after_step);
     table.Row("3. set" + of, with_set ? Of(other, "set") : Json(), dsd.set);
+    table.Row("   bare LibTorch: detach() of each tensor", Json(),
+              dsd.bare.get);
+    table.Row("   bare LibTorch: copy_() into each", Json(), dsd.bare.set);
     table.Compare("get", Of(other, "digest"), dsd.digest);
     if (with_set) table.Compare("set", Of(other, "set digest"), dsd.set_digest);
     table.CompareOwn("set and get", dsd.digest, dsd.set_digest);
