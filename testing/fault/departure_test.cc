@@ -12,6 +12,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "dsd/core/base/env.h"
 #include "dsd/core/base/status_macros.h"
 #include "dsd/testing/harness/rank_processes.h"
@@ -99,29 +100,26 @@ TEST(DepartureOfRank0Test, RightAfterShutdownIsNoError) {
   }
 }
 
-TEST_P(DepartureTest, AnEarlyExitIsADeath) {
+// Rank `leaving` leaves in `program`, and each of the others hears how.
+void ExpectOthersHear(absl::string_view program, int leaving,
+                      absl::string_view how) {
   RankRunOptions options;
-  options.argument = absl::StrCat(GetParam());
-  const auto results = RunRanks(kRanks, "ExitEarly", options);
+  options.argument = absl::StrCat(leaving);
+  const auto results = RunRanks(kRanks, program, options);
   for (int rank = 0; rank < kRanks; ++rank) {
-    if (rank == GetParam()) continue;
+    if (rank == leaving) continue;
     EXPECT_EQ(results[rank].status.code(), absl::StatusCode::kUnavailable);
     EXPECT_THAT(std::string(results[rank].status.message()),
-                HasSubstr(absl::StrCat("rank ", GetParam(), " died")));
+                HasSubstr(absl::StrCat("rank ", leaving, " ", how)));
   }
 }
 
+TEST_P(DepartureTest, AnEarlyExitIsADeath) {
+  ExpectOthersHear("ExitEarly", GetParam(), "died");
+}
+
 TEST_P(DepartureTest, ARankThatReturnsEarlyIsNamed) {
-  RankRunOptions options;
-  options.argument = absl::StrCat(GetParam());
-  const auto results = RunRanks(kRanks, "ReturnEarly", options);
-  for (int rank = 0; rank < kRanks; ++rank) {
-    if (rank == GetParam()) continue;
-    EXPECT_EQ(results[rank].status.code(), absl::StatusCode::kUnavailable);
-    EXPECT_THAT(
-        std::string(results[rank].status.message()),
-        HasSubstr(absl::StrCat("rank ", GetParam(), " left group \"world\"")));
-  }
+  ExpectOthersHear("ReturnEarly", GetParam(), "left group \"world\"");
 }
 
 TEST(GiveUpTest, RanksThatAgreeOnAnErrorDoNotBlameEachOther) {
